@@ -1,0 +1,35 @@
+"""The errors moelora raises. Every message says what is wrong, the value, the allowed values and the likely fix."""
+
+from __future__ import annotations
+
+
+class MoeLoraError(ValueError):
+    """Base of every error raised on purpose by moelora."""
+
+
+class ConfigError(MoeLoraError):
+    """A configuration value is unknown, out of range, or contradicts another one."""
+
+
+class TargetError(MoeLoraError):
+    """No module of the base model fits the targets, or a targeted module has no form moelora can adapt."""
+
+
+class AdapterNameError(MoeLoraError):
+    """An adapter name is unknown, already taken, or unusable as a folder or module name."""
+
+
+class MergeError(MoeLoraError, NotImplementedError):
+    """Merging was asked for; a routed mixture depends on its input and cannot be folded into the base weights."""
+
+
+class FormatVersionError(MoeLoraError):
+    """An adapter was written in a format newer than this version of moelora can read."""
+
+
+class RegistrationError(MoeLoraError):
+    """PEFT's method tables already hold another package's MOELORA."""
+
+
+class HubError(MoeLoraError):
+    """An adapter could not be read from, or uploaded to, the Hugging Face Hub."""
