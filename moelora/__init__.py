@@ -1,0 +1,65 @@
+"""moelora: routed mixtures of LoRA experts as a PEFT method.
+
+Importing it registers the method, so that `peft.get_peft_model` and `PeftModel.from_pretrained` know it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moelora import presets
+from moelora.config import (
+    BalanceConfig,
+    ComputeConfig,
+    ExpertsConfig,
+    MoeLoraConfig,
+    PlacementConfig,
+    RoutingConfig,
+)
+from moelora.errors import MoeLoraError
+from moelora.model import MoeLoraModel
+from moelora.peft_plugin import register
+from moelora.routing.recorder import RoutingRecord, record_routing
+from moelora.version import __version__
+
+if TYPE_CHECKING:
+    from moelora.hub import push_to_hub
+    from moelora.training.sft import MoeLoraSFTTrainer
+    from moelora.training.trainer import MoeLoraTrainer, MoeLoraTrainerMixin
+
+register(MoeLoraConfig, MoeLoraModel)
+
+__all__ = [
+    "BalanceConfig",
+    "ComputeConfig",
+    "ExpertsConfig",
+    "MoeLoraConfig",
+    "MoeLoraError",
+    "MoeLoraModel",
+    "MoeLoraSFTTrainer",
+    "MoeLoraTrainer",
+    "MoeLoraTrainerMixin",
+    "PlacementConfig",
+    "RoutingConfig",
+    "RoutingRecord",
+    "__version__",
+    "presets",
+    "push_to_hub",
+    "record_routing",
+]
+
+_LAZY = {
+    "MoeLoraTrainerMixin": "moelora.training.trainer",
+    "MoeLoraTrainer": "moelora.training.trainer",
+    "MoeLoraSFTTrainer": "moelora.training.sft",
+    "push_to_hub": "moelora.hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainers on first use: TRL is optional, and loading an adapter needs no trainer."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,164 @@
+"""What all mixture layers share: the containers of the adapters, routing, and the rules of PEFT's layer contract.
+
+Shape suffixes: B sequences, S tokens of a sequence, T = B * S tokens, D input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from moelora.config import ComputeConfig, ExpertsConfig, MoeLoraConfig
+from moelora.errors import MergeError
+from moelora.experts.stack import ExpertStack, init_a, init_b
+from moelora.routing.decision import Routing
+from moelora.routing.recorder import RoutingRecorder
+from moelora.routing.router import Router
+
+MERGE_REASON = (
+    "a routed mixture of LoRA experts depends on its input, so it cannot be merged into the base weights. Keep the "
+    "adapter loaded (it generates with a KV cache like any adapter), or call `unload()` to get the base model back."
+)
+
+
+class MoeLoraLayer(BaseTunerLayer):
+    """Base of the mixture layers: adapters by name, each with stacked experts and (unless un-routed) a router.
+
+    Subclasses name their expert stacks in `adapter_layer_names` (one attribute a factor, all starting with `moelora_`,
+    since PEFT and transformers derive checkpoint keys from exactly one such path component).
+
+    Args:
+        base_layer: The wrapped module.
+        name: Its name in the base model.
+        recorder: The model's routing recorder.
+    """
+
+    other_param_names: tuple[str, ...] = ("experts", "scaling", "compute", "moelora_dropout")
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
+        self.base_layer = base_layer
+        self.name = name
+        self.stream = "decoder" if "decoder" in name.split(".") else "main"
+        self.recorder = recorder
+        self.experts: dict[str, ExpertsConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.compute: dict[str, ComputeConfig] = {}
+        self.moelora_dropout = nn.ModuleDict({})
+        self.moelora_router: nn.ModuleDict
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict({}))
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each linear by its role; "" for a layer of one linear."""
+        raise NotImplementedError
+
+    def update_layer(
+        self, adapter_name: str, config: MoeLoraConfig, roles: Iterable[str], routed: bool, inference_mode: bool
+    ) -> None:
+        """Add (or replace) an adapter.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            roles: The linears that get experts, of `linears()`.
+            routed: Whether there is a router; without one the layer has one expert, ordinary LoRA.
+            inference_mode: Whether its parameters start frozen.
+        """
+        experts = config.experts
+        num_experts = experts.num_experts if routed else 1
+        self.experts[adapter_name] = experts
+        self.scaling[adapter_name] = experts.scaling
+        self.compute[adapter_name] = config.compute
+        dropout = nn.Dropout(experts.lora_dropout) if experts.lora_dropout > 0 else nn.Identity()
+        self.moelora_dropout[adapter_name] = dropout
+        sizes = self.linears()
+        for role in roles:
+            in_features, out_features = sizes[role]
+            a, b = self.factors(role)
+            a[adapter_name] = ExpertStack(num_experts, experts.r, in_features)
+            b[adapter_name] = ExpertStack(num_experts, out_features, experts.r)
+            init_a(a[adapter_name], experts)  # type: ignore[arg-type]
+            init_b(b[adapter_name])  # type: ignore[arg-type]
+        if routed:
+            self.moelora_router[adapter_name] = Router(self.router_features(), num_experts, config.routing)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def factors(self, role: str) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+        """The containers of A and B of a linear, keyed by adapter."""
+        infix = f"{role}_" if role else ""
+        return getattr(self, f"moelora_{infix}A"), getattr(self, f"moelora_{infix}B")
+
+    def pair(self, role: str, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """A [E, R, in] and B [E, out, R] of a linear, or None if the adapter has no experts there."""
+        a, b = self.factors(role)
+        return (a[adapter].weight, b[adapter].weight) if adapter in a else None  # type: ignore[return-value]
+
+    def router_features(self) -> int:
+        """Features of the router's input."""
+        raise NotImplementedError
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether the layer holds an adapter of that name."""
+        return adapter in self.experts
+
+    def route(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor]:
+        """Decide for the tokens of `x` [..., D]: the routing of T tokens, and valid_BS."""
+        valid_BS = self.recorder.valid_BS(self, x)
+        return self.moelora_router[adapter](x.reshape(-1, x.shape[-1]), valid_BS), valid_BS
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """The output with the active adapters."""
+        raise NotImplementedError
+
+    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+        """The output with one adapter."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The wrapped module with its active adapters; `adapter_names` picks one for each sample of the batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._forward_mixed(x, adapter_names)
+        if self.disable_adapters or not any(map(self.has_adapter, self.active_adapters)):
+            return self.base_layer(x, *args, **kwargs)
+        return self.forward_active(x)
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            groups.setdefault(name if self.has_adapter(name) else "__base__", []).append(row)
+        parts = []
+        for name, rows in groups.items():
+            chosen = x[rows]
+            parts.append(self.base_layer(chosen) if name == "__base__" else self.forward_one(name, chosen))
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refused.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(MERGE_REASON)
+
+    def unmerge(self) -> NoReturn:
+        """Refused: nothing is ever merged.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError("there is nothing to unmerge: " + MERGE_REASON)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply an adapter's scaling by `scale` (of what it was configured with)."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.experts[adapter].scaling

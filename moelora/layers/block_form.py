@@ -1,0 +1,203 @@
+"""Finding the structure of a feed-forward block without knowing its class.
+
+A shadow of the block, with the same code but small random linears, is run once on random tokens while its parts report
+when they are called and with what. That shows which linear feeds the activation, where the dropouts sit, and, by
+comparison with our own form, that nothing else happens in the block. The real weights are never touched, so quantised,
+offloaded, sharded and meta-device blocks are read the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+
+from moelora.errors import TargetError
+
+Kind = Literal["gated", "plain", "fused"]
+
+FORMS = "down(act(gate x) * up x), down(act(up x)), and down(act(g) * u) with g, u the halves of one linear"
+
+
+@dataclass(frozen=True)
+class FeedForwardForm:
+    """Which child of a block plays which part.
+
+    Attributes:
+        kind: "gated", "plain" or "fused".
+        up, down, gate: Names of the linears.
+        activation: Name of the activation.
+        hidden_dropout: Name of a dropout between activation and `down`.
+        output_dropout: Name of a dropout behind `down`.
+    """
+
+    kind: Kind
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    hidden_dropout: str | None = None
+    output_dropout: str | None = None
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """Names of the linears by role: "up", "down" and, in a gated block, "gate"."""
+        roles = {"up": self.up, "down": self.down}
+        return roles if self.gate is None else {"gate": self.gate, **roles}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear that LoRA can sit on (plain, Conv1D, or quantised)."""
+    from peft.utils.quantization_utils import resolve_quantization_backend
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _is_activation(module: nn.Module) -> bool:
+    origin = type(module).__module__
+    known = origin in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.MultiheadAttention))
+
+
+def looks_like_feed_forward(module: nn.Module) -> bool:
+    """Whether `module` has what a feed-forward block has: two or three linears and one activation of its own."""
+    children = list(module.children())
+    linears = sum(is_linear(child) for child in children)
+    return linears in (2, 3) and sum(map(_is_activation, children)) == 1
+
+
+def find_form(block: nn.Module, name: str) -> FeedForwardForm:
+    """Find the form of a feed-forward block.
+
+    Args:
+        block: A module for which `looks_like_feed_forward` holds.
+        name: Its name, for the error.
+
+    Raises:
+        TargetError: If the block computes something that is none of the known forms.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            shadow, features = _shadow(block)
+            x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
+            calls, expected = _trace(shadow, x)
+            form = _form_of(shadow, calls)
+        except Exception as error:
+            raise TargetError(_refusal(block, name, f"{type(error).__name__}: {error}")) from error
+        modules = {role: getattr(shadow, child) for role, child in form.linears.items()}
+        actual = run_form(form.kind, modules, getattr(shadow, form.activation), x)
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
+        raise TargetError(_refusal(block, name, f"it was read as {form.kind!r} but computes something else"))
+    return form
+
+
+def run_form(
+    kind: Kind, linears: dict[str, Callable[[Tensor], Tensor]], activation: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """What a block of the given form computes."""
+    if kind == "gated":
+        hidden = activation(linears["gate"](x)) * linears["up"](x)
+    elif kind == "fused":
+        gate, up = linears["up"](x).chunk(2, dim=-1)
+        hidden = activation(gate) * up
+    else:
+        hidden = activation(linears["up"](x))
+    return linears["down"](hidden)
+
+
+def _refusal(block: nn.Module, name: str, reason: str) -> str:
+    return (
+        f"feed-forward block {name!r} ({type(block).__name__}) fits none of the known forms: {reason}. Known: {FORMS}. "
+        "Leave its linears out with exclude_modules, or use a preset with a mixture on each linear (sira, smora, "
+        "molora)."
+    )
+
+
+def _shadow(block: nn.Module) -> tuple[nn.Module, int]:
+    """A copy of the block that shares nothing writable with it, and the number of features of its input."""
+    children = dict(block.named_children())
+    sizes = {}
+    for child_name, child in children.items():
+        if is_linear(child):
+            in_features, out_features = _get_in_out_features(
+                child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+            )
+            assert in_features is not None and out_features is not None
+            sizes[child_name] = (in_features, out_features)
+    # the same ratios in the smallest numbers, so that halves stay halves
+    unit = math.gcd(*(size for pair in sizes.values() for size in pair))
+    shadow = copy.copy(block)
+    shadow.__dict__ = dict(block.__dict__)
+    shadow.__dict__.pop("forward", None)  # wrappers of offloading libraries
+    shadow._modules = dict(block._modules)
+    shadow._forward_hooks, shadow._forward_pre_hooks = type(block._forward_hooks)(), type(block._forward_pre_hooks)()
+    generator = torch.Generator().manual_seed(1)
+    for child_name, child in children.items():
+        if child_name in sizes:
+            in_features, out_features = (size // unit for size in sizes[child_name])
+            linear = nn.utils.skip_init(nn.Linear, in_features, out_features)
+            for parameter in linear.parameters():
+                parameter.normal_(std=0.5, generator=generator)
+            shadow._modules[child_name] = linear
+        else:
+            shadow._modules[child_name] = copy.deepcopy(child)
+    shadow.training = False
+    for child in shadow.children():
+        child.eval()
+    first = next(iter(sizes.values()))[0] // unit
+    return shadow, first
+
+
+def _trace(shadow: nn.Module, x: Tensor) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def report(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, output: calls.append((name, args[0], output))
+
+    for child_name, child in shadow.named_children():
+        child.register_forward_hook(report(child_name))
+    return calls, shadow(x)
+
+
+def _form_of(shadow: nn.Module, calls: list[tuple[str, Tensor, Tensor]]) -> FeedForwardForm:
+    linears = [call for call in calls if isinstance(shadow._modules[call[0]], nn.Linear)]
+    activations = [call for call in calls if _is_activation(shadow._modules[call[0]])]  # type: ignore[arg-type]
+    if len(activations) != 1 or len({call[0] for call in linears}) != len(linears) or len(linears) not in (2, 3):
+        raise ValueError(f"it calls {[call[0] for call in calls]}")
+    names = [call[0] for call in calls]
+    down = linears[-1][0]
+    dropouts = [name for name in names if isinstance(shadow._modules[name], nn.Dropout)]
+    hidden = [name for name in dropouts if names.index(name) < names.index(down)]
+    output = [name for name in dropouts if names.index(name) > names.index(down)]
+    if len(hidden) > 1 or len(output) > 1:
+        raise ValueError(f"it calls {names}")
+    fed_by = [call[0] for call in linears if call[2] is activations[0][1]]
+    kind: Kind
+    if len(linears) == 3 and fed_by:
+        kind, gate = "gated", fed_by[0]
+        up = next(call[0] for call in linears[:-1] if call[0] != gate)
+    elif len(linears) == 2:
+        kind, gate, up = ("plain" if fed_by else "fused"), None, linears[0][0]
+    else:
+        raise ValueError("its activation is not fed by one of its linears")
+    return FeedForwardForm(
+        kind,
+        up=up,
+        down=down,
+        gate=gate,
+        activation=activations[0][0],
+        hidden_dropout=hidden[0] if hidden else None,
+        output_dropout=output[0] if output else None,
+    )

@@ -1,0 +1,154 @@
+"""A mixture of whole feed-forward experts around a frozen feed-forward block.
+
+Shape suffixes: T tokens, D model features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import Tensor, nn
+
+from moelora.errors import ConfigError
+from moelora.layers.base import MoeLoraLayer
+from moelora.layers.block_form import FeedForwardForm
+from moelora.ops import reference
+from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
+from moelora.routing.decision import Routing
+from moelora.routing.recorder import RoutingRecorder
+
+
+class MixtureFeedForward(nn.Module, MoeLoraLayer):
+    """`y = sum_k w_k E_{e_k}(x)` with experts that are the whole block plus LoRAs of their own (MixLoRA).
+
+    Several active adapters add what each changes: `base(x) + sum_a (y_a - base(x))`.
+
+    Args:
+        base_layer: The frozen block.
+        name: Its name in the base model.
+        recorder: The model's routing recorder.
+        form: Which child of the block plays which part.
+    """
+
+    adapter_layer_names = (
+        "moelora_gate_A",
+        "moelora_gate_B",
+        "moelora_up_A",
+        "moelora_up_B",
+        "moelora_down_A",
+        "moelora_down_B",
+        "moelora_router",
+    )
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, form: FeedForwardForm) -> None:
+        super().__init__()
+        self.form = form
+        MoeLoraLayer.__init__(self, base_layer, name, recorder)
+
+    def linear(self, role: str) -> nn.Module:
+        """The frozen linear of a role."""
+        return getattr(self.base_layer, self.form.linears[role])  # type: ignore[no-any-return]
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Sizes of "up", "down" and, in a gated block, "gate"."""
+        return {role: _get_in_out_features(self.linear(role)) for role in self.form.linears}  # type: ignore[misc]
+
+    def router_features(self) -> int:
+        """The router reads the block's input."""
+        return self.linears()["up"][0]
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """The mixture of the active adapter; of several, the base and the sum of their changes."""
+        adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
+        outputs = [self.forward_one(adapter, x) for adapter in adapters]
+        if len(outputs) == 1:
+            return outputs[0]
+        base = self.base_layer(x)
+        return base + sum(output - base for output in outputs)  # type: ignore[no-any-return]
+
+    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+        """The mixture of one adapter."""
+        routing, valid_BS = self.route(adapter, x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        op = mixture_feed_forward if self.compute[adapter].implementation == "fast" else self._reference
+        y_TD = op(x_TD, routing, self._frozen(), self._experts(adapter))
+        y_TD = self.recorder.observe(self, adapter, routing, valid_BS, y_TD)
+        return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
+
+    def _frozen(self) -> FrozenFeedForward:
+        form, block = self.form, self.base_layer
+        down = self.linear("down")
+
+        def child(name: str | None) -> Any:
+            return None if name is None else getattr(block, name)
+
+        return FrozenFeedForward(
+            kind=form.kind,
+            up=self.linear("up"),
+            down=lambda hidden: down(_to_weight_dtype(hidden, down)),
+            gate=child(form.gate),
+            activation=child(form.activation),
+            down_bias=getattr(down, "bias", None),
+            hidden_dropout=child(form.hidden_dropout),
+            output_dropout=child(form.output_dropout),
+        )
+
+    def _experts(self, adapter: str) -> FeedForwardExperts:
+        return FeedForwardExperts(
+            up=self.pair("up", adapter),
+            down=self.pair("down", adapter),
+            gate=self.pair("gate", adapter),
+            scaling=self.scaling[adapter],
+            dropout=self.moelora_dropout[adapter],
+        )
+
+    def _reference(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """The oracle on this layer's tensors."""
+        for module in (*self.base_layer.modules(), experts.dropout):
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+                raise ConfigError(
+                    f"compute.implementation is 'reference' and {self.name!r} trains with dropout {module.p}; allowed: "
+                    "0. The reference draws no dropout; set lora_dropout=0 or use 'fast'."
+                )
+        linears = {role: _dense_weight(self.linear(role)) for role in self.form.linears}
+        pairs = {"up": experts.up, "down": experts.down, "gate": experts.gate}
+        loras = {role: pair for role, pair in pairs.items() if pair is not None}
+        y_TD = reference.mixture_feed_forward(
+            x_TD, routing.gates_TE(), linears, loras, block.kind, block.activation, experts.scaling
+        )
+        return y_TD.to(x_TD.dtype)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        return super()._get_base_layer_device_and_dtype(self.linear("up"))
+
+    def __repr__(self) -> str:
+        return "moelora." + super().__repr__()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `MoeLoraLayer.forward`."""
+        return MoeLoraLayer.forward(self, x, *args, **kwargs)
+
+
+def _to_weight_dtype(x: Tensor, linear: nn.Module) -> Tensor:
+    """T5 keeps the down projection in fp32 in half-precision models; the block casts its input, and so do we."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float64) and x.dtype != weight.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            return x.to(weight.dtype)
+    return x
+
+
+def _dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of a frozen linear, dequantised and in `nn.Linear`'s layout."""
+    from peft.utils.quantization_utils import resolve_quantization_backend
+    from transformers.pytorch_utils import Conv1D
+
+    backend = resolve_quantization_backend(linear)
+    weight: Tensor = linear.weight if backend is None else backend.get_base_weight(linear)  # type: ignore[assignment]
+    if isinstance(linear, Conv1D):
+        weight = weight.t()
+    return weight, getattr(linear, "bias", None)

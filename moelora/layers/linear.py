@@ -1,0 +1,92 @@
+"""A mixture of LoRA experts, or an ordinary LoRA, on one linear.
+
+Shape suffixes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from moelora.layers.base import MoeLoraLayer
+from moelora.ops import reference
+from moelora.ops.mixture_linear import mixture_linear
+from moelora.routing.recorder import RoutingRecorder
+
+
+class MixtureLinear(nn.Module, MoeLoraLayer):
+    """`y = W x + scaling * sum_e g_e(x) B_e A_e x`; without a router `y = W x + scaling * B A x`.
+
+    Args:
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear that PEFT knows.
+        name: Its name in the base model.
+        recorder: The model's routing recorder.
+    """
+
+    adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
+        super().__init__()
+        MoeLoraLayer.__init__(self, base_layer, name, recorder)
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None and out_features is not None
+        self.in_features, self.out_features = in_features, out_features
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The one linear."""
+        return {"": (self.in_features, self.out_features)}
+
+    def router_features(self) -> int:
+        """The router reads the linear's input."""
+        return self.in_features
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """The base output and the sum of the active adapters' deltas."""
+        result = self._base(x)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if self.has_adapter(adapter):
+                result = self._add(adapter, x, result)
+        return result.to(dtype)
+
+    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+        """The base output and one adapter's delta."""
+        result = self._base(x)
+        return self._add(adapter, x, result).to(result.dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        return result
+
+    def _add(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        pair = self.pair("", adapter)
+        assert pair is not None
+        a_ERD, b_EOR = pair
+        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, a_ERD.dtype))
+        op = mixture_linear if self.compute[adapter].implementation == "fast" else reference.mixture_linear
+        if adapter not in self.moelora_router:
+            if op is reference.mixture_linear:
+                x_lora = x_lora.reshape(-1, self.in_features)
+            delta = op(x_lora, a_ERD, b_EOR, None, self.scaling[adapter])
+            return result + delta.view(result.shape)
+        routing, valid_BS = self.route(adapter, x)
+        delta = op(x_lora.reshape(-1, self.in_features), a_ERD, b_EOR, routing.gates_TE(), self.scaling[adapter])
+        delta = self.recorder.observe(self, adapter, routing, valid_BS, delta)
+        return result + delta.view(result.shape)
+
+    def extra_repr(self) -> str:
+        """Quantisation, if any."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "moelora." + super().__repr__()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `MoeLoraLayer.forward`."""
+        return MoeLoraLayer.forward(self, x, *args, **kwargs)

@@ -1,0 +1,187 @@
+"""The tuner: puts the layers of a plan into a base model, under PEFT's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from moelora.config import MoeLoraConfig
+from moelora.errors import AdapterNameError, MergeError, TargetError
+from moelora.layers.base import MERGE_REASON, MoeLoraLayer
+from moelora.layers.feed_forward import MixtureFeedForward
+from moelora.layers.linear import MixtureLinear
+from moelora.peft_plugin import PREFIX
+from moelora.placement import Site, base_modules, plan_sites
+from moelora.routing.recorder import RoutingRecorder, attach_recorder, detach_recorder, own_recorder
+
+TAGS = ["moelora", "mixture-of-lora-experts"]
+
+
+class MoeLoraModel(BaseTuner):
+    """A base model with routed mixtures of LoRA experts; made by `peft.get_peft_model(base, MoeLoraConfig(...))`.
+
+    Args:
+        model: The base model.
+        peft_config: The configuration.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Whether to make the adapter's parameters on the meta device.
+        state_dict: Inject where this adapter state dict has keys (see PEFT).
+
+    Raises:
+        TargetError: If the configuration does not fit the model; the model is then unchanged.
+        AdapterNameError: If the name is part of a module's path.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = MoeLoraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """See `BaseTuner.inject_adapter`; the recorder is installed once the adapter is in place."""
+        _check_adapter_name(model, adapter_name)
+        recorder = own_recorder(model) or RoutingRecorder()
+        self.__dict__["_recorder"] = recorder
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        attach_recorder(model, recorder)
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(TAGS)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        assert isinstance(peft_config, MoeLoraConfig)
+        if getattr(model, "_tp_size", None) not in (None, 0, 1):
+            raise TargetError(
+                f"{type(model).__name__} is split by tensor parallelism ({model._tp_size} ways); allowed: 1. The "
+                "experts would not be split along; load the base model without it."
+            )
+        self.__dict__["_plan"] = plan_sites(model, peft_config)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+        if key in self.__dict__["_plan"]:
+            return True
+        found = check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else False
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        site: Site | None = self.__dict__["_plan"].get(current_key)
+        if site is None:
+            raise TargetError(
+                f"the adapter's weights name {current_key!r}, but its configuration does not target it "
+                f"(target_modules={peft_config.target_modules!r}). The two files do not belong together."
+            )
+        layer: MixtureLinear | MixtureFeedForward
+        if isinstance(target, (MixtureLinear, MixtureFeedForward)):
+            layer = target
+        elif site.form is None:
+            layer = MixtureLinear(target, current_key, self.__dict__["_recorder"])
+        else:
+            layer = MixtureFeedForward(target, current_key, self.__dict__["_recorder"], site.form)
+        if layer is not target:
+            layer._active_adapter = self.active_adapter
+            layer.train(target.training)
+        layer.update_layer(adapter_name, peft_config, site.roles, site.routed, peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # BaseTuner's version reads `.weight` of what it replaces, which a block does not have; the adapter has been
+        # moved to the base layer's device by `update_layer`.
+        setattr(parent, child_name, new_module)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without adapters and hooks."""
+        model = super().unload()
+        detach_recorder(model)
+        return model
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise MergeError(MERGE_REASON)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(
+            "mixtures of LoRA experts cannot be combined into one adapter: each has a router of its own. Activate "
+            "several with `model.base_model.set_adapter([...])` instead; their changes add up."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise AdapterNameError("`adapter_names` picks adapters a sample and works in eval mode only; call eval().")
+        known = set(self.peft_config) | {"__base__"}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise AdapterNameError(f"unknown adapter(s) {unknown}; allowed: {', '.join(sorted(known))}.")
+        num_beams = kwargs.get("num_beams")
+        if isinstance(num_beams, int) and num_beams > 1:
+            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (MixtureLinear, MixtureFeedForward, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT drops every parameter whose path contains the name of another adapter when it saves one, silently."""
+    components = {component for name, _ in base_modules(model) for component in name.split(".")}
+    if not adapter_name or "." in adapter_name or adapter_name in components | {"base_layer", "weight", "bias"}:
+        raise AdapterNameError(
+            f"adapter name {adapter_name!r} is empty, has a dot, or is part of a module's path in "
+            f"{type(model).__name__}; allowed: any other name. PEFT would drop or mix up parameters when saving."
+        )

@@ -1,0 +1,232 @@
+"""Naive references: every operation as a loop over tokens and experts in plain functions of tensors.
+
+They are the oracle of the tests and readable statements of the equations; nothing here is fast. Computed in fp32 (fp64
+inputs stay fp64), differentiable by autograd.
+
+Shape suffixes: B sequences, S tokens of a sequence, T tokens, D input features, F inner features of a feed-forward
+block, O output features, E experts, R rank of one expert, K chosen experts of a token, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _high(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def lora(x_D: Tensor, a_RD: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    """One expert on one token: `scaling * B A x`."""
+    return scaling * (_high(b_OR) @ (_high(a_RD) @ _high(x_D)))
+
+
+def mixture_linear(x_TD: Tensor, a_ERD: Tensor, b_EOR: Tensor, gates_TE: Tensor | None, scaling: float) -> Tensor:
+    """What a mixture on one linear adds to it: `sum_e g_te * scaling * B_e A_e x_t`.
+
+    Args:
+        x_TD: Tokens.
+        a_ERD, b_EOR: The experts.
+        gates_TE: Weights of the experts; None for un-routed LoRA (E = 1, weight 1).
+        scaling: LoRA's scaling.
+
+    Returns:
+        delta_TO, fp32.
+    """
+    rows = []
+    for t in range(x_TD.shape[0]):
+        row_O = torch.zeros(b_EOR.shape[1], dtype=_high(x_TD).dtype)
+        for e in range(a_ERD.shape[0]):
+            gate = 1.0 if gates_TE is None else _high(gates_TE)[t, e]
+            row_O = row_O + gate * lora(x_TD[t], a_ERD[e], b_EOR[e], scaling)
+        rows.append(row_O)
+    return torch.stack(rows)
+
+
+def feed_forward_expert(
+    x_D: Tensor,
+    expert: int,
+    linears: dict[str, tuple[Tensor, Tensor | None]],
+    loras: dict[str, tuple[Tensor, Tensor]],
+    kind: str,
+    activation: Callable[[Tensor], Tensor],
+    scaling: float,
+) -> Tensor:
+    """One whole feed-forward expert on one token (MixLoRA, arXiv 2404.15159, Eq. 5-6).
+
+    Args:
+        x_D: The token.
+        expert: Index e.
+        linears: Frozen (weight [out, in], bias or None) of "up", "down" and, if `kind` is "gated", "gate".
+        loras: (A [E, R, in], B [E, out, R]) of those linears that have experts.
+        kind: "gated": `down(act(gate x) * up x)`; "plain": `down(act(up x))`; "fused": up gives gate and up halves.
+        activation: act.
+        scaling: LoRA's scaling.
+
+    Returns:
+        y_D, fp32.
+    """
+
+    def linear(role: str, x: Tensor) -> Tensor:
+        weight, bias = linears[role]
+        y = _high(weight) @ _high(x)
+        if bias is not None:
+            y = y + _high(bias)
+        if role in loras:
+            a, b = loras[role]
+            y = y + lora(x, a[expert], b[expert], scaling)
+        return y
+
+    if kind == "gated":
+        hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
+    elif kind == "fused":
+        gate_F, up_F = linear("up", x_D).chunk(2, dim=-1)
+        hidden_F = activation(gate_F) * up_F
+    else:
+        hidden_F = activation(linear("up", x_D))
+    return linear("down", hidden_F)
+
+
+def mixture_feed_forward(
+    x_TD: Tensor,
+    gates_TE: Tensor,
+    linears: dict[str, tuple[Tensor, Tensor | None]],
+    loras: dict[str, tuple[Tensor, Tensor]],
+    kind: str,
+    activation: Callable[[Tensor], Tensor],
+    scaling: float,
+) -> Tensor:
+    """A mixture of whole feed-forward experts: `sum_e g_te E_e(x_t)`, evaluated where the gate is not 0.
+
+    Args:
+        x_TD: Tokens.
+        gates_TE: Weights of the experts; 0 where an expert was not chosen.
+        linears, loras, kind, activation, scaling: As in `feed_forward_expert`.
+
+    Returns:
+        y_TD, fp32.
+    """
+    rows = []
+    for t in range(x_TD.shape[0]):
+        row_D = torch.zeros(linears["down"][0].shape[0], dtype=_high(x_TD).dtype)
+        for e in range(gates_TE.shape[1]):
+            if gates_TE[t, e] != 0:
+                y_D = feed_forward_expert(x_TD[t], e, linears, loras, kind, activation, scaling)
+                row_D = row_D + _high(gates_TE)[t, e] * y_D
+        rows.append(row_D)
+    return torch.stack(rows)
+
+
+def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Softmax, the `top_k` largest, optionally divided by their sum.
+
+    Returns:
+        weights_TK and ids_TK, best first.
+    """
+    weights, ids = [], []
+    for logits_E in _high(logits_TE):
+        exps = [torch.exp(z - logits_E.max()) for z in logits_E]
+        probs = [x / sum(exps) for x in exps]
+        best = sorted(range(len(probs)), key=lambda e: -float(probs[e]))[:top_k]
+        chosen = torch.stack([probs[e] for e in best])
+        weights.append(chosen / chosen.sum() if renormalize else chosen)
+        ids.append(torch.tensor(best))
+    return torch.stack(weights), torch.stack(ids)
+
+
+def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """SMoRA's gate (arXiv 2501.15103): `v = sigmoid(z) + b`, the `top_k` largest divided by their sum.
+
+    Returns:
+        weights_TK and ids_TK, best first.
+    """
+    weights, ids = [], []
+    for logits_E in _high(logits_TE):
+        values = [1 / (1 + torch.exp(-z)) + b for z, b in zip(logits_E, bias_E, strict=True)]
+        best = sorted(range(len(values)), key=lambda e: -float(values[e]))[:top_k]
+        chosen = torch.stack([values[e] for e in best])
+        weights.append(chosen / chosen.sum())
+        ids.append(torch.tensor(best))
+    return torch.stack(weights), torch.stack(ids)
+
+
+def bias_update(bias_E: Tensor, ids_TK: Tensor, rate: float) -> Tensor:
+    """SMoRA's balancing step: `b + u * sign(mean(n) - n)` with n the number of tokens of each expert."""
+    counts = [int((ids_TK == e).sum()) for e in range(len(bias_E))]
+    mean = sum(counts) / len(counts)
+    return torch.stack(
+        [b + rate * ((mean > n) - (mean < n)) for b, n in zip(bias_E, counts, strict=True)],
+    )
+
+
+def capacity_kept(ids_BSK: Tensor, num_experts: int, capacity_factor: float, valid_BS: Tensor) -> Tensor:
+    """Which choices find room under a capacity: for each sequence all first choices in token order, then the second.
+
+    Returns:
+        Boolean kept_BSK.
+    """
+    B, S, K = ids_BSK.shape
+    kept_BSK = torch.zeros(B, S, K, dtype=torch.bool)
+    for b in range(B):
+        capacity = math.ceil(capacity_factor * K * int(valid_BS[b].sum()) / num_experts)
+        taken = [0] * num_experts
+        for k in range(K):
+            for s in range(S):
+                if valid_BS[b, s]:
+                    expert = int(ids_BSK[b, s, k])
+                    taken[expert] += 1
+                    kept_BSK[b, s, k] = taken[expert] <= capacity
+    return kept_BSK
+
+
+def switch_balance_loss(probs_TE: Tensor, load_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """`E * sum_e f_e P_e` (Switch, arXiv 2101.03961, Eq. 4) over the valid tokens; 1 at perfect balance.
+
+    Args:
+        probs_TE: Router probabilities.
+        load_TE: 1 where an expert was among a token's choices.
+        valid_T: True where a token counts.
+    """
+    E = probs_TE.shape[1]
+    tokens = [t for t in range(len(valid_T)) if valid_T[t]]
+    total = sum(float(load_TE[t, e]) for t in tokens for e in range(E))
+    loss = torch.zeros((), dtype=_high(probs_TE).dtype)
+    for e in range(E):
+        f_e = sum(float(load_TE[t, e]) for t in tokens) / total
+        p_e = sum((_high(probs_TE)[t, e] for t in tokens), start=torch.zeros(())) / len(tokens)
+        loss = loss + E * f_e * p_e
+    return loss
+
+
+def mixtral_balance_loss(logits_LTE: Tensor, top_k: int, valid_T: Tensor) -> Tensor:
+    """The pooled form of Mixtral's and MixLoRA's code: all layers' tokens together, `E * sum_ke f_ke P_e`.
+
+    Args:
+        logits_LTE: Router logits of all layers.
+        top_k: K.
+        valid_T: True where a token counts.
+
+    Returns:
+        The loss; K at perfect balance.
+    """
+    L, _, E = logits_LTE.shape
+    probs_NE = _high(logits_LTE).softmax(-1).flatten(0, 1)
+    valid_N = valid_T.repeat(L)
+    ids_NK = probs_NE.topk(top_k, -1).indices
+    loss = torch.zeros((), dtype=probs_NE.dtype)
+    count = int(valid_N.sum())
+    for e in range(E):
+        p_e = probs_NE[valid_N, e].sum() / count
+        for k in range(top_k):
+            loss = loss + E * p_e * (int((ids_NK[valid_N, k] == e).sum()) / count)
+    return loss
+
+
+def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Router z-loss (ST-MoE, arXiv 2202.08906, Eq. 5): the mean of `logsumexp(z)^2` over the valid tokens."""
+    values = [torch.log(torch.exp(_high(logits_TE)[t]).sum()) ** 2 for t in range(len(valid_T)) if valid_T[t]]
+    return torch.stack(values).mean()

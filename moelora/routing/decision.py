@@ -1,0 +1,59 @@
+"""The record of a routing decision.
+
+Shape suffixes: T tokens (all sequences of the batch, flattened), E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Who computes each token, and with what weight.
+
+    Attributes:
+        logits_TE: Output of the router's linear, fp32.
+        probs_TE: Scores as a distribution over the experts (softmax, or sigmoids divided by their sum), fp32; what the
+            balance loss calls P.
+        weights_TK: Weight of each chosen expert in the output; 0 for a choice that was dropped. With dense routing all
+            experts, in order (K = E).
+        ids_TK: Indices of the chosen experts, best first; None with dense routing.
+        assigned_TK: Whether a choice counts as the router's choice for the expert's load: False for experts removed by
+            expert dropout; True for those past the capacity, whose excess is what balancing is to reduce. None: all do.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    weights_TK: Tensor
+    ids_TK: Tensor | None
+    assigned_TK: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.probs_TE.shape[-1]
+
+    @property
+    def num_choices(self) -> int:
+        """K: the experts a token is sent to."""
+        return self.weights_TK.shape[-1]
+
+    def gates_TE(self) -> Tensor:
+        """The weights as a dense matrix, 0 where an expert was not chosen; differentiable."""
+        if self.ids_TK is None:
+            return self.weights_TK
+        return torch.zeros_like(self.probs_TE).scatter(-1, self.ids_TK, self.weights_TK)
+
+    def load_TE(self) -> Tensor:
+        """How many of a token's choices fell on each expert (0 or 1), without gradient; with dense routing P itself."""
+        if self.ids_TK is None:
+            return self.probs_TE.detach()
+        chosen_TKE = F.one_hot(self.ids_TK, self.num_experts).to(self.probs_TE.dtype)
+        if self.assigned_TK is not None:
+            chosen_TKE = chosen_TKE * self.assigned_TK.unsqueeze(-1)
+        return chosen_TKE.sum(1)
