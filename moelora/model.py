@@ -63,6 +63,8 @@ class MoeLoraModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        config = self.peft_config[adapter_name]
+        recorder.expects_loss = recorder.expects_loss or (config.balance.enabled and not config.inference_mode)
         attach_recorder(model, recorder)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(TAGS)

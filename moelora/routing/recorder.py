@@ -12,6 +12,7 @@ Two ways lead to a balance gradient:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from moelora.routing.decision import Routing
 if TYPE_CHECKING:
     from moelora.layers.base import MoeLoraLayer
 
+logger = logging.getLogger(__name__)
+
 _ATTRIBUTE = "_moelora_recorder"
 
 
@@ -39,12 +42,14 @@ class RoutingRecord:
         adapter: Name of the adapter.
         routing: The decision for T tokens.
         valid_T: True where a token is not padding.
+        grad_enabled: Whether the model's forward was run with gradients.
     """
 
     layer: str
     adapter: str
     routing: Routing
     valid_T: Tensor
+    grad_enabled: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -71,10 +76,12 @@ class RoutingRecorder:
 
     Attributes:
         records: What was recorded since the last `clear`.
+        expects_loss: Whether an adapter of the model is configured with a balance loss, which somebody has to add.
     """
 
     def __init__(self) -> None:
         self.records: list[RoutingRecord] = []
+        self.expects_loss = False
         self._listeners = 0
         self._open = False
         self._frozen = False
@@ -86,14 +93,16 @@ class RoutingRecorder:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecorder:
         copy = type(self)()
+        copy.expects_loss = self.expects_loss
         memo[id(self)] = copy
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"expects_loss": self.expects_loss}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
 
     @contextmanager
     def listening(self, *, frozen: bool = False) -> Iterator[RoutingRecorder]:
@@ -126,6 +135,12 @@ class RoutingRecorder:
             # A forward without gradients between a step's forward and its backward (a reference model) must not
             # replace the mask that checkpointing's second run still needs.
             self._masks = _padding_masks(module, kwargs)
+        if self.expects_loss and module.training and self._grad_enabled and not self._listeners:
+            self.expects_loss = False
+            logger.warning(
+                "The adapter is configured with a balance loss, but nothing adds it: training goes on without. Use "
+                "MoeLoraTrainer, MoeLoraSFTTrainer or MoeLoraTrainerMixin, or add moelora.losses yourself."
+            )
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the base model: close, and move the routers' biases."""
@@ -157,7 +172,7 @@ class RoutingRecorder:
         """
         if self._open:
             if self._listeners:
-                self.records.append(RoutingRecord(layer.name, adapter, routing, valid_BS.reshape(-1)))
+                self.records.append(RoutingRecord(layer.name, adapter, routing, valid_BS.reshape(-1), self._grad_enabled))
             router = layer.moelora_router[adapter]
             if router.bias is not None and layer.training and self._grad_enabled and not self._frozen:
                 load_E = (routing.load_TE() * valid_BS.reshape(-1, 1)).sum(0)
