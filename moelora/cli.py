@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="print what an adapter is",
-        description="Print what an adapter is: preset, axes, sites, parameters, base model, versions. Reads its JSON and "
-        "the header of its weights; loads no weight and no base model.",
+        description="Print what an adapter is: preset, axes, sites, parameters, base model, versions. Reads its JSON "
+        "and the header of its weights; loads no weight and no base model.",
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter, or Hub repository (owner/name)")
     inspect.add_argument("--revision", help="branch, tag or commit of the repository")

@@ -69,8 +69,8 @@ def push_to_hub(
         revision: Branch to commit to, made from the main branch if it does not exist; None is the main branch.
         create_pr: Whether to open a pull request instead of committing.
         adapter_name: Which adapter of a model to upload.
-        base_model: The base model's name on the Hub; None takes the one recorded in the adapter. A recorded name that is
-            not on the Hub (a local folder) is left out of everything uploaded.
+        base_model: The base model's name on the Hub; None takes the one recorded in the adapter. A recorded name that
+            is not on the Hub (a local folder) is left out of everything uploaded.
         license: License of the adapter as the Hub abbreviates it ("apache-2.0"); None states none.
         datasets: Names on the Hub of the data it was trained on; None states none.
         metrics: The metrics.json of an evaluation; None takes the one in the adapter's folder, if any.
@@ -95,8 +95,8 @@ def push_to_hub(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if private is not None and api.model_info(repo_id).private != private:
                 raise HubError(
-                    f"{repo_id!r} exists and private is {not private}, not {private} as asked for; nothing was uploaded. "
-                    "Change its visibility in its settings, or leave private out."
+                    f"{repo_id!r} exists and private is {not private}, not {private} as asked for; nothing was "
+                    "uploaded. Change its visibility in its settings, or leave private out."
                 )
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -127,7 +127,9 @@ def _stage(adapter: Any, adapter_name: str, folder: Path) -> None:
     if isinstance(adapter, (str, os.PathLike)):
         source = Path(adapter)
         if not source.is_dir():
-            raise HubError(f"there is no folder {str(adapter)!r}; give an adapter's folder, or the model that holds it.")
+            raise HubError(
+                f"there is no folder {str(adapter)!r}; give an adapter's folder, or the model that holds it."
+            )
         read_adapter(source)
     else:
         adapters = getattr(adapter, "peft_config", None)
@@ -171,12 +173,12 @@ def _base_on_hub(api: HfApi, given: str | None, recorded: str | None) -> str | N
         return name
     if given is not None:
         raise HubError(
-            f"base_model {given!r} is not on the Hub, or the token does not open it; nothing was uploaded. Check the name, "
-            "or leave base_model out."
+            f"base_model {given!r} is not on the Hub, or the token does not open it; nothing was uploaded. Check the "
+            "name, or leave base_model out."
         )
     warnings.warn(
-        f"the base model is recorded as {recorded!r}, which is not on the Hub; the uploaded card and configuration do not "
-        "name it. Pass base_model= with its name there so that others can load the adapter.",
+        f"the base model is recorded as {recorded!r}, which is not on the Hub; the uploaded card and configuration do "
+        "not name it. Pass base_model= with its name there so that others can load the adapter.",
         stacklevel=3,
     )
     return None
@@ -210,9 +212,7 @@ def read_adapter(source: str | Path, *, revision: str | None = None, token: str 
         raise HubError(f"there is no folder {source!r}; give an adapter's folder, or a Hub repository as 'owner/name'.")
     else:
         with hub_errors(source, "read"):
-            metadata = HfApi(token=token).parse_safetensors_file_metadata(
-                source, WEIGHTS_FILE, revision=revision
-            )
+            metadata = HfApi(token=token).parse_safetensors_file_metadata(source, WEIGHTS_FILE, revision=revision)
             config_file = hf_hub_download(source, CONFIG_FILE, revision=revision, token=token)
         tensors = [TensorHeader(name, t.dtype, tuple(t.shape)) for name, t in metadata.tensors.items()]
         folder = Path(config_file).parent
@@ -234,7 +234,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise HubError(f"{str(path)!r} is not valid JSON ({error}); it may be cut off. Save or download it again.") from error
+        raise HubError(
+            f"{str(path)!r} is not valid JSON ({error}); it may be cut off. Save or download it again."
+        ) from error
 
 
 def _local_headers(folder: Path) -> list[TensorHeader]:
@@ -294,7 +296,9 @@ def _cause_of(error: errors.HfHubHTTPError) -> str:
     said = error.server_message or str(error)
     match error.response.status_code:
         case 401:
-            return f"the token was refused ({said}). Make one with write permission and `hf auth login`, or pass token=."
+            return (
+                f"the token was refused ({said}). Make one with write permission and `hf auth login`, or pass token=."
+            )
         case 403:
             return f"the token may not do that ({said}). It needs write permission for that owner's repositories."
         case status:

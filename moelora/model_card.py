@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from moelora.adapter_info import AdapterInfo
+from moelora.errors import HubError
 
 # task_type of PEFT: the class that loads the base, and the Hub's name of the task where there is exactly one.
 TASKS: dict[str | None, tuple[str, str | None]] = {
@@ -95,7 +96,9 @@ def _loading(info: AdapterInfo, repo_id: str, base_model: str | None) -> str:
         arguments.append(f"num_labels={num_labels}")
     base_line = "" if base_model else "BASE_MODEL = ...  # the model it was trained on; its name was not recorded\n"
     merging = (
-        " Routing depends on the input, so the adapter cannot be merged into the base weights." if info.is_routed else ""
+        " Routing depends on the input, so the adapter cannot be merged into the base weights."
+        if info.is_routed
+        else ""
     )
     return (
         "## How to load it\n\n"
@@ -137,3 +140,38 @@ def _versions(info: AdapterInfo) -> str:
     if config.peft_version:
         versions.append(f"PEFT {config.peft_version}")
     return "## Versions\n\nWritten by " + ", ".join(versions) + "."
+
+
+def _scores(metrics: Any) -> list[str]:
+    """The section of scores: a line a task and metric, a column a model."""
+    if metrics is None:
+        return []
+    rows = _score_rows(metrics)
+    models = list(dict.fromkeys(str(row.get("model", "value")) for row in rows))
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        line = (str(row["task"]), str(row["metric"]), str(row.get("n", "")))
+        lines.setdefault(line, {})[str(row.get("model", "value"))] = _score(row)
+    body = [(*line, *(cells.get(model, "") for model in models)) for line, cells in lines.items()]
+    return ["## Scores\n\n" + table(("task", "metric", "n", *models), body)]
+
+
+def _score_rows(metrics: Any) -> list[dict[str, Any]]:
+    """The rows {task, metric, value, stderr, n, model}: the file itself, or the first list of them in it."""
+    lists = [metrics, *metrics.values()] if isinstance(metrics, dict) else [metrics]
+    for rows in lists:
+        if (
+            isinstance(rows, list)
+            and rows
+            and all(isinstance(r, dict) and {"task", "metric", "value"} <= set(r) for r in rows)
+        ):
+            return rows
+    raise HubError(
+        "the metrics hold no scores: expected a list of {task, metric, value, ...}, or a mapping with such a list in "
+        "it. Leave metrics out, or remove metrics.json from the adapter's folder."
+    )
+
+
+def _score(row: dict[str, Any]) -> str:
+    stderr = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
+    return f"{row['value']:.3f}{stderr}"

@@ -124,9 +124,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
         return getattr(transformers, model_class)(config).eval()
 
 
-def tiny_batch(
-    name: str = "llama", *, batch_size: int = 3, length: int = 11, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def tiny_batch(name: str = "llama", *, batch_size: int = 3, length: int = 11, seed: int = 0) -> dict[str, torch.Tensor]:
     """Make a batch for `tiny_model(name)`: right-padded, every row of another length, with labels.
 
     Args:

@@ -242,9 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
                 case unknown:
                     raise _Refused(400, f"unknown operation {unknown!r}")
         pull = (
-            f"refs/pr/{1 + sum(ref.startswith('refs/pr/') for ref in repo.refs)}"
-            if "create_pr" in self.query
-            else None
+            f"refs/pr/{1 + sum(ref.startswith('refs/pr/') for ref in repo.refs)}" if "create_pr" in self.query else None
         )
         oid = repo.commit(pull or revision, files)
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}"}
@@ -261,7 +259,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid, "ETag": f'"{file.oid}"'}
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(len(file.data))}
-        self._send(file.data, headers)
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if part is None:
+            self._send(file.data, headers)
+            return
+        first, last = int(part[1]), min(int(part[2]), len(file.data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(file.data)}"
+        self._send(file.data[first : last + 1], headers, status=206)
 
 
 def _entry(path: str, file: File) -> dict[str, Any]:
