@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".parquet")
 
 
@@ -158,7 +160,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"type": "user", "name": self.hub.user, "orgs": [], "auth": {"type": "access_token"}})
 
     def validate_yaml(self) -> None:
-        self._send_json({"errors": [], "warnings": []})
+        front_matter = json.loads(self.raw)["content"].split("---")[1]
+        words = yaml.safe_load(front_matter)
+        shapes = {"base_model": str, "license": str, "library_name": str, "pipeline_tag": str, "tags": list}
+        problems = [
+            f"{key!r} must be a {kind.__name__}"
+            for key, kind in shapes.items()
+            if key in words and not isinstance(words[key], kind)
+        ]
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", words.get("base_model", "none")):
+            problems.append('"base_model" must be a model name on the Hub')
+        self._send_json({"errors": [{"message": problem} for problem in problems], "warnings": []})
 
     def create_repo(self) -> None:
         self._require_token()
