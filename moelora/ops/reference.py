@@ -10,7 +10,7 @@ block, O output features, E experts, R rank of one expert, K chosen experts of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def mixture_linear(x_TD: Tensor, a_ERD: Tensor, b_EOR: Tensor, gates_TE: Tensor 
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,
-    linears: dict[str, tuple[Tensor, Tensor | None]],
-    loras: dict[str, tuple[Tensor, Tensor]],
+    linears: Mapping[str, tuple[Tensor, Tensor | None]],
+    loras: Mapping[str, tuple[Tensor, Tensor]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
     scaling: float,
@@ -94,8 +94,8 @@ def feed_forward_expert(
 def mixture_feed_forward(
     x_TD: Tensor,
     gates_TE: Tensor,
-    linears: dict[str, tuple[Tensor, Tensor | None]],
-    loras: dict[str, tuple[Tensor, Tensor]],
+    linears: Mapping[str, tuple[Tensor, Tensor | None]],
+    loras: Mapping[str, tuple[Tensor, Tensor]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
     scaling: float,
@@ -130,8 +130,9 @@ def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Ten
     weights, ids = [], []
     for logits_E in _high(logits_TE):
         exps = [torch.exp(z - logits_E.max()) for z in logits_E]
-        probs = [x / sum(exps) for x in exps]
-        best = sorted(range(len(probs)), key=lambda e: -float(probs[e]))[:top_k]
+        total = torch.stack(exps).sum()
+        probs = [x / total for x in exps]
+        best = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:top_k]
         chosen = torch.stack([probs[e] for e in best])
         weights.append(chosen / chosen.sum() if renormalize else chosen)
         ids.append(torch.tensor(best))
@@ -147,7 +148,7 @@ def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor
     weights, ids = [], []
     for logits_E in _high(logits_TE):
         values = [1 / (1 + torch.exp(-z)) + b for z, b in zip(logits_E, bias_E, strict=True)]
-        best = sorted(range(len(values)), key=lambda e: -float(values[e]))[:top_k]
+        best = sorted(range(len(values)), key=lambda e: -values[e].item())[:top_k]
         chosen = torch.stack([values[e] for e in best])
         weights.append(chosen / chosen.sum())
         ids.append(torch.tensor(best))

@@ -17,8 +17,12 @@ def top_k_choice(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def renormalize(weights_TK: Tensor) -> Tensor:
-    """Divide by the sum over the chosen experts, kept away from 0 (all of them may have been dropped)."""
-    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-9)
+    """Divide by the sum over the chosen experts; weights that are all 0 (dropped) stay 0.
+
+    The sum may be negative: biased scores are.
+    """
+    sum_T1 = weights_TK.sum(-1, keepdim=True)
+    return weights_TK / torch.where(sum_T1.abs() < 1e-9, 1e-9, sum_T1)
 
 
 def within_capacity(

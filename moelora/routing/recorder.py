@@ -172,7 +172,9 @@ class RoutingRecorder:
         """
         if self._open:
             if self._listeners:
-                self.records.append(RoutingRecord(layer.name, adapter, routing, valid_BS.reshape(-1), self._grad_enabled))
+                self.records.append(
+                    RoutingRecord(layer.name, adapter, routing, valid_BS.reshape(-1), self._grad_enabled)
+                )
             router = layer.moelora_router[adapter]
             if router.bias is not None and layer.training and self._grad_enabled and not self._frozen:
                 load_E = (routing.load_TE() * valid_BS.reshape(-1, 1)).sum(0)

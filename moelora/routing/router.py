@@ -1,6 +1,7 @@
 """The router of one mixture: scores, then activation.
 
-Shape suffixes: B sequences, S tokens of a sequence, T = B * S, D input features, E experts, K chosen experts of a token.
+Shape suffixes: B sequences, S tokens of a sequence, T = B * S, D input features, E experts, K chosen experts of a
+token.
 """
 
 from __future__ import annotations
@@ -75,14 +76,15 @@ class Router(nn.Module):
         scores_TE, probs_TE = scores_from_logits(logits_TE, config.score)
         if self.bias is not None:
             scores_TE = scores_TE + self.bias
-        dropping = self.training and config.expert_dropout > 0
-        if dropping:
-            scores_TE = F.dropout(scores_TE, config.expert_dropout)
+        kept_TE = None
+        if self.training and config.expert_dropout > 0:
+            kept_TE = F.dropout(torch.ones_like(scores_TE), config.expert_dropout)
+            scores_TE = scores_TE * kept_TE
         if config.top_k is None:
             weights_TE = renormalize(scores_TE) if config.renormalize else scores_TE
             return Routing(logits_TE, probs_TE, weights_TE, ids_TK=None)
         weights_TK, ids_TK = top_k_choice(scores_TE, config.top_k)
-        assigned_TK = weights_TK > 0 if dropping else None
+        assigned_TK = kept_TE.gather(-1, ids_TK) > 0 if kept_TE is not None else None
         if config.renormalize:
             weights_TK = renormalize(weights_TK)
         if config.capacity_factor is not None and (self.training or config.capacity_in_eval):

@@ -58,8 +58,8 @@ class RoutingMetrics:
         """Read out and start again; every process must call it.
 
         Returns:
-            A summary for the log (`balance_loss`, `z_loss`, `expert_load/busiest`, `expert_load/entropy`: means over the
-            layers; `expert_load/dead`: the sum), and the same for each layer (`expert_load/<layer>/busiest`, ...).
+            A summary for the log (`balance_loss`, `z_loss`, `expert_load/busiest`, `expert_load/entropy`: means over
+            the layers; `expert_load/dead`: the sum), and the same for each layer (`expert_load/<layer>/busiest`, ...).
         """
         device = next(iter(self._counts.values())).device
         losses = torch.zeros(2, device=device) if self._losses is None else self._losses.to(device)

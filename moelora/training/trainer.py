@@ -20,7 +20,10 @@ from moelora.routing.recorder import RoutingRecorder, find_recorder
 from moelora.training.balance import MicroBatchBalance, active_balance, world_size
 from moelora.training.metrics import RoutingMetrics
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class MoeLoraTrainerMixin(_Base):
@@ -35,8 +38,8 @@ class MoeLoraTrainerMixin(_Base):
     start of a step, since the load of the whole step must be known before the first backward pass.
 
     Raises:
-        ConfigError: At the first step, with `balance.scope="global"` and gradient accumulation, if the trainer's batches
-            are not inputs of the model (some reinforcement-learning trainers), so that they cannot be counted.
+        ConfigError: At the first step, with `balance.scope="global"` and gradient accumulation, if the trainer's
+            batches are not inputs of the model (some reinforcement-learning trainers), so that they cannot be counted.
     """
 
     _moelora_batches: list[dict[str, Any]] | None = None

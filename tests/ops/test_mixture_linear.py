@@ -1,0 +1,115 @@
+"""The mixture on one linear equals its reference, forward and every gradient.
+
+Shape suffixes: T tokens, D input features, O output features, E experts, R rank of one expert, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora.ops import reference
+from moelora.ops.mixture_linear import mixture_linear
+from tests.ops.compare import assert_close, assert_near, gradients
+
+SCALING = 1.7
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def sparse_gates_TE(T: int, E: int, K: int) -> Tensor:
+    """Random weights of K random experts, 0 for the others; they do not sum to 1."""
+    chosen_TK = torch.rand(T, E).topk(K).indices
+    return torch.zeros(T, E).scatter(1, chosen_TK, torch.rand(T, K) + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "O", "E", "R", "K"),
+    [
+        pytest.param(*sizes, id="T{}-D{}-O{}-E{}-R{}-K{}".format(*sizes))
+        for sizes in [
+            (1, 12, 20, 1, 1, 1),
+            (1, 5, 7, 8, 3, 2),
+            (7, 12, 20, 3, 3, 1),
+            (7, 20, 12, 3, 16, 3),
+            (7, 12, 20, 64, 1, 8),
+            (63, 12, 20, 8, 1, 8),
+            (63, 12, 12, 8, 3, 2),
+            (63, 36, 52, 3, 16, 2),
+        ]
+    ],
+)
+def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
+    leaves = {"x": leaf(T, D), "a": leaf(E, R, D), "b": leaf(E, O, R)}
+    gates_TE = sparse_gates_TE(T, E, K).requires_grad_()
+    leaves["gates"] = gates_TE
+    fast = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    naive = gradients(
+        lambda: reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves
+    )
+    for name, expected in naive.items():
+        assert_close(name, fast[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("R", [1, 3, 16])
+@pytest.mark.parametrize("leading", [(1,), (7,), (3, 7)], ids=str)
+def test_mixture_linear_unrouted(R: int, leading: tuple[int, ...]) -> None:
+    leaves = {"x": leaf(*leading, 12), "a": leaf(1, R, 12), "b": leaf(1, 20, R)}
+    fast = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], None, SCALING), leaves)
+    naive = gradients(
+        lambda: reference.mixture_linear(leaves["x"].flatten(0, -2), leaves["a"], leaves["b"], None, SCALING).view(
+            *leading, 20
+        ),
+        leaves,
+    )
+    for name, expected in naive.items():
+        assert_close(name, fast[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("R", [1, 3])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.bfloat16
+    leaves = {"x": leaf(63, 12, dtype=dtype), "a": leaf(8, R, 12, dtype=dtype), "b": leaf(8, 20, R, dtype=dtype)}
+    leaves["gates"] = sparse_gates_TE(63, 8, 2).requires_grad_()
+
+    def fast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return mixture_linear(leaves["x"], leaves["a"], leaves["b"], leaves["gates"], SCALING)
+
+    found = gradients(fast, leaves)
+    naive = gradients(
+        lambda: reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], leaves["gates"], SCALING), leaves
+    )
+    assert found["output"].dtype == torch.bfloat16
+    assert found["gates"].dtype == torch.float32
+    for name, expected in naive.items():
+        assert_near(name, found[name], expected, 2e-2)
+
+
+@pytest.mark.parametrize("R", [1, 3])
+def test_an_expert_without_tokens_has_a_zero_gradient(R: int) -> None:
+    leaves = {"x": leaf(7, 12), "a": leaf(3, R, 12), "b": leaf(3, 20, R)}
+    gates_TE = torch.tensor([[0.4, 0.0, 0.6]]).repeat(7, 1)
+    found = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    for name in ("a", "b"):
+        assert found[name][1].abs().max() == 0
+        assert found[name][0].abs().max() > 0
+
+
+def test_gates_of_zero_give_zero() -> None:
+    x_TD, a_ERD, b_EOR = torch.randn(5, 12), torch.randn(3, 2, 12), torch.randn(3, 20, 2)
+    assert mixture_linear(x_TD, a_ERD, b_EOR, torch.zeros(5, 3), SCALING).abs().max() == 0
+
+
+def test_the_mixture_is_the_sum_of_its_experts() -> None:
+    x_TD, a_ERD, b_EOR = torch.randn(5, 12), torch.randn(3, 2, 12), torch.randn(3, 20, 2)
+    gates_TE = torch.rand(5, 3)
+    expected = torch.zeros(5, 20)
+    for e in range(3):
+        expected += gates_TE[:, e : e + 1] * SCALING * (x_TD @ a_ERD[e].t() @ b_EOR[e].t())
+    for op in (mixture_linear, reference.mixture_linear):
+        torch.testing.assert_close(op(x_TD, a_ERD, b_EOR, gates_TE, SCALING), expected, rtol=1e-5, atol=1e-5)

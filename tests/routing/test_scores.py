@@ -1,0 +1,47 @@
+"""Scores are computed in fp32 whatever surrounds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelora.routing.scores import router_logits, scores_from_logits
+from tests.routing.golden import LOGITS_TE, SOFTMAX_TE
+
+
+def test_softmax_golden() -> None:
+    scores_TE, probs_TE = scores_from_logits(LOGITS_TE, "softmax")
+    torch.testing.assert_close(scores_TE, SOFTMAX_TE, rtol=0, atol=1e-6)
+    assert probs_TE is scores_TE
+
+
+def test_sigmoid_scores_are_a_distribution_for_the_loss() -> None:
+    scores_TE, probs_TE = scores_from_logits(LOGITS_TE, "sigmoid")
+    torch.testing.assert_close(scores_TE, 1 / (1 + torch.exp(-LOGITS_TE)))
+    torch.testing.assert_close(probs_TE.sum(-1), torch.ones(3))
+    torch.testing.assert_close(probs_TE * scores_TE.sum(-1, keepdim=True), scores_TE)
+
+
+def test_sigmoid_scores_far_below_zero_stay_finite() -> None:
+    scores_TE, probs_TE = scores_from_logits(torch.full((1, 4), -200.0), "sigmoid")
+    assert torch.equal(scores_TE, torch.zeros(1, 4))
+    assert probs_TE.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_logits_are_fp32(dtype: torch.dtype, autocast: bool) -> None:
+    x_TD, weight_ED = torch.randn(7, 300).to(dtype), torch.randn(8, 300).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits_TE = router_logits(x_TD, weight_ED)
+    assert logits_TE.dtype == torch.float32
+    torch.testing.assert_close(logits_TE.double(), x_TD.double() @ weight_ED.double().t(), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_come_back_in_the_dtype_of_the_weight() -> None:
+    x_TD = torch.randn(7, 12, dtype=torch.bfloat16, requires_grad=True)
+    weight_ED = torch.randn(4, 12, dtype=torch.bfloat16, requires_grad=True)
+    router_logits(x_TD, weight_ED).sum().backward()
+    assert x_TD.grad is not None
+    assert weight_ED.grad is not None
+    assert x_TD.grad.dtype == weight_ED.grad.dtype == torch.bfloat16
