@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from peft import PeftConfig
 
 from moelora.errors import ConfigError, FormatVersionError
+from moelora.validation import (
+    check,
+    check_bool,
+    check_choice,
+    check_keys,
+    check_pattern,
+    is_count,
+    is_index,
+    is_real,
+    is_share,
+)
 from moelora.version import FORMAT_VERSION, __version__
 
 if TYPE_CHECKING:
@@ -23,28 +33,6 @@ Score = Literal["softmax", "sigmoid"]
 BalanceForm = Literal["switch", "mixtral"]
 BalanceScope = Literal["global", "micro_batch"]
 Implementation = Literal["fast", "reference"]
-
-
-def _check(condition: bool, name: str, value: object, allowed: str, fix: str = "") -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}." + (f" {fix}" if fix else ""))
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    allowed = get_args(choices)
-    _check(value in allowed, name, value, ", ".join(map(repr, allowed)))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
 
 @dataclass(kw_only=True)
@@ -71,12 +59,13 @@ class ExpertsConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _check(_is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
-        _check(_is_count(self.r), "r", self.r, "an integer of at least 1")
-        _check(_is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
-        _check(_is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
-        _check_choice("experts.init", self.init, Initialisation)
-        _check(_is_real(self.init_std) and self.init_std > 0, "init_std", self.init_std, "a positive number")
+        check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
+        check(is_count(self.r), "r", self.r, "an integer of at least 1")
+        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
+        check_bool("use_rslora", self.use_rslora)
+        check_choice("experts.init", self.init, Initialisation)
+        check(is_real(self.init_std) and self.init_std > 0, "init_std", self.init_std, "a positive number")
 
     @property
     def scaling(self) -> float:
@@ -99,9 +88,14 @@ class PlacementConfig:
     unrouted_modules: str | list[str] | None = None
 
     def __post_init__(self) -> None:
+        check_bool("placement.feed_forward", self.feed_forward)
+        if self.unrouted_modules is not None:
+            check_pattern(
+                "placement.unrouted_modules", self.unrouted_modules, "'rest', a regex, a list of name endings, or None"
+            )
         if isinstance(self.unrouted_modules, (set, tuple)):
             self.unrouted_modules = sorted(self.unrouted_modules)
-        _check(
+        check(
             self.unrouted_modules != "rest" or self.feed_forward,
             "placement.unrouted_modules",
             self.unrouted_modules,
@@ -140,34 +134,37 @@ class RoutingConfig:
     bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("routing.score", self.score, Score)
-        _check(self.top_k is None or _is_count(self.top_k), "top_k", self.top_k, "an integer of at least 1, or None")
+        check_choice("routing.score", self.score, Score)
+        check(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "an integer of at least 1, or None")
+        check_bool("routing.renormalize", self.renormalize)
+        check_bool("routing.trainable", self.trainable)
+        check_bool("routing.capacity_in_eval", self.capacity_in_eval)
         std = self.init_std
-        _check(std is None or (_is_real(std) and std >= 0), "routing.init_std", std, "a number of at least 0, or None")
-        _check(_is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
+        check(std is None or (is_real(std) and std >= 0), "routing.init_std", std, "a number of at least 0, or None")
+        check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
         capacity = self.capacity_factor
-        _check(
-            capacity is None or (_is_real(capacity) and capacity > 0),
+        check(
+            capacity is None or (is_real(capacity) and capacity > 0),
             "capacity_factor",
             capacity,
             "a positive number, or None",
         )
-        _check(
+        check(
             capacity is None or self.top_k is not None,
             "capacity_factor",
             capacity,
             "None with dense routing (top_k=None)",
             "A capacity limits how many tokens choose an expert; with dense routing all do. Set top_k.",
         )
-        _check(
+        check(
             self.capacity_factor is not None or not self.capacity_in_eval,
             "capacity_in_eval",
             self.capacity_in_eval,
             "False without a capacity_factor",
         )
         rate = self.bias_update_rate
-        _check(_is_real(rate) and rate >= 0, "bias_update_rate", rate, "a number of at least 0")
-        _check(
+        check(is_real(rate) and rate >= 0, "bias_update_rate", rate, "a number of at least 0")
+        check(
             rate == 0 or (self.top_k is not None and self.score == "sigmoid"),
             "bias_update_rate",
             rate,
@@ -183,7 +180,7 @@ class BalanceConfig:
         loss: "switch": `E * sum_e f_e P_e` a layer, 1.0 at perfect balance, then the mean over the layers. "mixtral":
             the pooled form of Mixtral's and MixLoRA's code, top_k at perfect balance.
         coef: Coefficient of the balance loss, in the convention of the chosen form. 0 switches it off.
-        z_loss_coef: Coefficient of the router z-loss `mean_t logsumexp(z_t)^2` (arXiv 2202.08906), the mean over layers.
+        z_loss_coef: Coefficient of the router z-loss `mean_t logsumexp(z_t)^2` (arXiv 2202.08906), mean over layers.
         scope: Which tokens share one balance: "global" is the whole optimizer step, over all accumulated micro-batches
             and all processes, so that the loss does not depend on how the batch was cut (with gradient accumulation
             this costs one more forward without gradients a micro-batch); "micro_batch" takes each alone.
@@ -195,11 +192,11 @@ class BalanceConfig:
     scope: BalanceScope = "global"
 
     def __post_init__(self) -> None:
-        _check_choice("balance.loss", self.loss, BalanceForm)
-        _check_choice("balance.scope", self.scope, BalanceScope)
+        check_choice("balance.loss", self.loss, BalanceForm)
+        check_choice("balance.scope", self.scope, BalanceScope)
         for name in ("coef", "z_loss_coef"):
             value = getattr(self, name)
-            _check(_is_real(value) and value >= 0, f"balance.{name}", value, "a number of at least 0")
+            check(is_real(value) and value >= 0, f"balance.{name}", value, "a number of at least 0")
 
     @property
     def enabled(self) -> bool:
@@ -219,7 +216,7 @@ class ComputeConfig:
     implementation: Implementation = "fast"
 
     def __post_init__(self) -> None:
-        _check_choice("compute.implementation", self.implementation, Implementation)
+        check_choice("compute.implementation", self.implementation, Implementation)
 
 
 _PART = TypeVar("_PART")
@@ -230,21 +227,6 @@ _PARTS: dict[str, type] = {
     "balance": BalanceConfig,
     "compute": ComputeConfig,
 }
-
-
-def check_keys(what: str, given: Any, valid: Any) -> None:
-    """Refuse unknown keys.
-
-    Raises:
-        ConfigError: Names each unknown key, its likely meaning, and all valid keys.
-    """
-    valid = sorted(valid)
-    unknown = sorted(set(given) - set(valid))
-    if not unknown:
-        return
-    hints = [(key, difflib.get_close_matches(key, valid, n=1)) for key in unknown]
-    guess = "".join(f" Did you mean {match[0]!r} instead of {key!r}?" for key, match in hints if match)
-    raise ConfigError(f"unknown key(s) {unknown} for {what}; valid keys: {', '.join(valid)}.{guess}")
 
 
 def _build_part(name: str, part: type[_PART], value: Any) -> _PART:
@@ -264,10 +246,10 @@ def _strict(cls: type) -> type:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         found = kwargs.get("format_version", FORMAT_VERSION)
-        if not isinstance(found, int) or found > FORMAT_VERSION:
+        if not is_count(found) or found > FORMAT_VERSION:
             raise FormatVersionError(
                 f"the adapter has format_version {found!r}, written by moelora "
-                f"{kwargs.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads up to "
+                f"{kwargs.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads 1 to "
                 f"{FORMAT_VERSION}. Upgrade with `pip install -U moelora`."
             )
         check_keys(cls.__name__, kwargs, names)
@@ -301,7 +283,7 @@ class MoeLoraConfig(PeftConfig):
         FormatVersionError: If it was written in a newer format than this version reads.
     """
 
-    target_modules: list[str] | set[str] | str | None = field(default="all-linear")
+    target_modules: list[str] | set[str] | str = field(default="all-linear")
     exclude_modules: list[str] | set[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
@@ -332,38 +314,69 @@ class MoeLoraConfig(PeftConfig):
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         self._check_targets()
-        top_k, num_experts = self.routing.top_k, self.experts.num_experts
-        _check(
-            top_k is None or top_k <= num_experts,
-            "top_k",
-            top_k,
-            f"1 to num_experts ({num_experts}), or None for dense routing",
-            "Lower top_k or raise num_experts.",
-        )
+        self._check_axes()
 
     def _check_targets(self) -> None:
-        _check(
-            self.target_modules is None or bool(self.target_modules),
+        targets = "name endings, a regex, or 'all-linear'"
+        check_pattern("target_modules", self.target_modules, targets)
+        check(
+            bool(self.target_modules),
             "target_modules",
             self.target_modules,
-            "name endings, a regex, or 'all-linear'",
+            targets,
             "An empty selection would adapt nothing.",
         )
-        _check(self.bias in ("none", "all", "moelora_only"), "bias", self.bias, "'none', 'all', 'moelora_only'")
+        if self.exclude_modules is not None:
+            check_pattern("exclude_modules", self.exclude_modules, "name endings, a regex, or None")
+        check(
+            self.modules_to_save is None or isinstance(self.modules_to_save, (list, set, tuple)),
+            "modules_to_save",
+            self.modules_to_save,
+            "a list of names, or None",
+        )
+        if isinstance(self.modules_to_save, (set, tuple)):  # PEFT appends to it
+            self.modules_to_save = sorted(self.modules_to_save)
+        check(self.bias in ("none", "all", "moelora_only"), "bias", self.bias, "'none', 'all', 'moelora_only'")
+        layers = self.layers_to_transform
+        check(
+            layers is None
+            or is_index(layers)
+            or (isinstance(layers, (list, tuple)) and len(layers) > 0 and all(map(is_index, layers))),
+            "layers_to_transform",
+            layers,
+            "an index, a list of indices, or None for all layers",
+        )
         for name in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            _check(
+            check(
                 value is None or not isinstance(self.target_modules, str) or self.target_modules == "all-linear",
                 name,
                 value,
                 "None when target_modules is a regex",
                 "Put the layer numbers into the regex, or list the module names.",
             )
-        _check(
+        check(
             self.layers_pattern is None or self.layers_to_transform is not None,
             "layers_pattern",
             self.layers_pattern,
             "None without layers_to_transform",
+        )
+
+    def _check_axes(self) -> None:
+        top_k, num_experts = self.routing.top_k, self.experts.num_experts
+        check(
+            top_k is None or top_k <= num_experts,
+            "top_k",
+            top_k,
+            f"1 to num_experts ({num_experts}), or None for dense routing",
+            "Lower top_k or raise num_experts.",
+        )
+        check(
+            self.routing.trainable or not self.balance.enabled,
+            "balance",
+            self.balance,
+            "coef=0 and z_loss_coef=0 with routing.trainable=False",
+            "The router is not trained, so a balance loss changes nothing.",
         )
 
     # PEFT and transformers read these of every config that can be hot-swapped or resized; a mixture has none.
@@ -411,7 +424,7 @@ class MoeLoraConfig(PeftConfig):
         Raises:
             TargetError: If the configuration does not fit the model.
         """
-        from moelora.placement import count_trainable_parameters
+        from moelora.parameter_count import count_trainable_parameters
 
         return count_trainable_parameters(model, self)
 

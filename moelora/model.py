@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft import PeftConfig
@@ -42,7 +42,7 @@ class MoeLoraModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = MoeLoraLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(
         self,
@@ -53,21 +53,31 @@ class MoeLoraModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """See `BaseTuner.inject_adapter`; the recorder is installed once the adapter is in place."""
-        _check_adapter_name(model, adapter_name)
         recorder = own_recorder(model) or RoutingRecorder()
         self.__dict__["_recorder"] = recorder
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
+        self.__dict__["_state_dict_keys"] = tuple(state_dict or ())
+        try:
+            _check_adapter_name(model, adapter_name)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except Exception:
+            if not any(layer.has_adapter(adapter_name) for layer in _layers(model)):
+                self.peft_config.pop(adapter_name, None)  # PEFT notes it before it looks at the model
+            raise
+        for layer in _layers(model):
+            if layer.name not in self.__dict__["_plan"]:
+                layer.forget(adapter_name)  # of an adapter of this name that was replaced
         config = self.peft_config[adapter_name]
         recorder.expects_loss = recorder.expects_loss or (config.balance.enabled and not config.inference_mode)
         attach_recorder(model, recorder)
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags(TAGS)
+        add_tags = getattr(model, "add_model_tags", None)
+        if add_tags is not None:
+            add_tags(TAGS)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -79,9 +89,18 @@ class MoeLoraModel(BaseTuner):
                 f"{type(model).__name__} is split by tensor parallelism ({model._tp_size} ways); allowed: 1. The "
                 "experts would not be split along; load the base model without it."
             )
-        self.__dict__["_plan"] = plan_sites(model, peft_config)
+        plan = plan_sites(model, peft_config)
+        marker = f".{PREFIX}"
+        named = {key.split(marker)[0] for key in self.__dict__.pop("_state_dict_keys") if marker in key}
+        unknown = sorted(name for name in named if name.removeprefix("_orig_mod.") not in plan)
+        if unknown:
+            raise TargetError(
+                f"the adapter's weights name {', '.join(unknown[:8])}, but its configuration does not target it "
+                f"(target_modules={peft_config.target_modules!r}). The two files do not belong together."
+            )
+        self.__dict__["_plan"] = plan
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         if key in self.__dict__["_plan"]:
             return True
         found = check_target_module_exists(peft_config, key)
@@ -97,12 +116,7 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        site: Site | None = self.__dict__["_plan"].get(current_key)
-        if site is None:
-            raise TargetError(
-                f"the adapter's weights name {current_key!r}, but its configuration does not target it "
-                f"(target_modules={peft_config.target_modules!r}). The two files do not belong together."
-            )
+        site: Site = self.__dict__["_plan"][current_key]
         layer: MixtureLinear | MixtureFeedForward
         if isinstance(target, (MixtureLinear, MixtureFeedForward)):
             layer = target
@@ -112,12 +126,26 @@ class MoeLoraModel(BaseTuner):
             layer = MixtureFeedForward(target, current_key, self.__dict__["_recorder"], site.form)
         if layer is not target:
             layer._active_adapter = self.active_adapter
-            layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, site.roles, site.routed, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        if any(self.peft_config[adapter].bias == "moelora_only" for adapter in self.active_adapters):
+            for name in _block_bias_names(model):
+                model.get_parameter(name).requires_grad = True
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: MoeLoraConfig
+    ) -> dict[str, torch.Tensor]:
+        biases: dict[str, torch.Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        if config.bias == "moelora_only":
+            biases.update({name: state_dict[name] for name in _block_bias_names(model) if name in state_dict})
+        return biases
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version reads `.weight` of what it replaces, which a block does not have; the adapter has been
@@ -179,11 +207,38 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
+def _layers(model: nn.Module) -> list[MixtureLinear | MixtureFeedForward]:
+    return [module for module in model.modules() if isinstance(module, (MixtureLinear, MixtureFeedForward))]
+
+
+def _block_bias_names(model: nn.Module) -> list[str]:
+    """Biases of the adapted linears in feed-forward blocks; PEFT sees those of single linears only."""
+    return [
+        f"{name}.base_layer.{layer.form.linears[role]}.bias"
+        for name, layer in model.named_modules()
+        if isinstance(layer, MixtureFeedForward)
+        for role in layer.form.linears
+        if layer.factors(role)[0] and getattr(layer.linear(role), "bias", None) is not None
+    ]
+
+
+_RESERVED_NAMES = frozenset(
+    {"base_model", "model", "base_layer", "weight", "bias", "modules_to_save", "original_module", "token_adapter"}
+)
+
+
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT drops every parameter whose path contains the name of another adapter when it saves one, silently."""
     components = {component for name, _ in base_modules(model) for component in name.split(".")}
-    if not adapter_name or "." in adapter_name or adapter_name in components | {"base_layer", "weight", "bias"}:
+    if (
+        not adapter_name
+        or any(character in adapter_name for character in "./\\")
+        or adapter_name.startswith((PREFIX, "__"))
+        or adapter_name in components | _RESERVED_NAMES
+        or hasattr(nn.ModuleDict, adapter_name)
+    ):
         raise AdapterNameError(
-            f"adapter name {adapter_name!r} is empty, has a dot, or is part of a module's path in "
-            f"{type(model).__name__}; allowed: any other name. PEFT would drop or mix up parameters when saving."
+            f"adapter name {adapter_name!r} is empty, has a dot or a slash, starts with '{PREFIX}' or '__', or is part "
+            f"of a module's path in {type(model).__name__} or of PEFT's; allowed: any other name. PEFT would drop or "
+            "mix up parameters when saving."
         )

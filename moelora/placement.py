@@ -6,29 +6,19 @@ was.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
-from moelora.experts.stack import lora_parameter_count
+from moelora.extras import check_extras, head_names
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.block_form import FeedForwardForm, find_form, is_linear, looks_like_feed_forward
+from moelora.layers.block_form import FeedForwardForm, find_form, is_linear, looks_like_feed_forward, unwrapped
 from moelora.layers.feed_forward import MixtureFeedForward
-
-CLASSIFIER_NAMES = ("classifier", "score")
-"""Heads that PEFT trains whole for classification tasks."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +37,22 @@ class Site:
     form: FeedForwardForm | None
     routed: bool
 
+    @property
+    def all_roles(self) -> tuple[str, ...]:
+        """Roles of all its linears, with experts or without."""
+        return ("",) if self.form is None else tuple(self.form.linears)
+
+    def linear_name(self, role: str) -> str:
+        """Name of the linear of a role."""
+        return self.name if self.form is None else f"{self.name}.{self.form.linears[role]}"
+
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model under their own names, whatever adapters sit on it.
 
     A wrapped module comes once, as its outermost tuner layer; the adapters' own modules do not come.
     """
-    for key, module in _walk(model, ""):
-        yield key, module
+    yield from _walk(model, "")
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -70,21 +68,21 @@ def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
     """Replace "all-linear" in `config.target_modules` by names: every linear but the output head."""
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
-    linears = {name for name, module in base_modules(model) if name and is_linear(module)}
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        heads = {name for name in linears if name.rsplit(".", 1)[-1] in ("lm_head", *CLASSIFIER_NAMES)}
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        heads |= {name for name, module in base_modules(model) if module is output}
-        names = linears - heads
-    else:
-        names = linears & set(_maybe_include_all_linear_layers(config, model).target_modules)  # type: ignore[arg-type]
+    modules = dict(base_modules(model))
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = head_names(config)
+    names = {
+        name
+        for name, module in modules.items()
+        if name and is_linear(module) and module is not output and not name.endswith(heads)
+    }
     endings = {name.rsplit(".", 1)[-1] for name in names}
-    same = {name for name, _ in base_modules(model) if name.rsplit(".", 1)[-1] in endings}
+    same = {name for name in modules if name.rsplit(".", 1)[-1] in endings}
     config.target_modules = endings if same == names else names
 
 
-def _matches(pattern: str | list[str] | None, key: str) -> bool:
-    if pattern is None:
+def _matches_explicitly(pattern: str | list[str] | None, key: str) -> bool:
+    if pattern is None or pattern == "rest":
         return False
     if isinstance(pattern, str):
         return bool(match_target_against_key(pattern, key))
@@ -125,13 +123,16 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, Site]:
         sites = _plan_blocks(modules, targeted, config)
     else:
         sites = {name: _linear_site(name, config) for name in targeted}
+    _check_unrouted(config, targeted)
+    _check_mamba(model, targeted)
     _check_conflicts(modules, sites)
+    check_extras(model, modules, config, sites)
     return sites
 
 
 def _linear_site(name: str, config: MoeLoraConfig) -> Site:
     unrouted = config.placement.unrouted_modules
-    routed = unrouted != "rest" and not _matches(unrouted, name)
+    routed = unrouted != "rest" and not _matches_explicitly(unrouted, name)
     return Site(name, ("",), None, routed)
 
 
@@ -141,11 +142,17 @@ def _plan_blocks(modules: dict[str, nn.Module], targeted: list[str], config: Moe
     forms: dict[str, FeedForwardForm] = {}
     for name in targeted:
         parent, _, child = name.rpartition(".")
-        block = _unwrapped(modules[parent]) if parent else None
+        block = unwrapped(modules[parent]) if parent else None
         if block is None or not looks_like_feed_forward(block):
             continue
         if parent not in forms:
             forms[parent] = find_form(block, parent)
+        if _matches_explicitly(config.placement.unrouted_modules, name):
+            raise TargetError(
+                f"placement.unrouted_modules={config.placement.unrouted_modules!r} match {name!r}, which is in the "
+                f"feed-forward block {parent!r}; allowed: linears outside the blocks. With feed_forward=True a block "
+                "is routed as a whole; leave the linear out with exclude_modules, or set feed_forward=False."
+            )
         roles = {linear: role for role, linear in forms[parent].linears.items()}
         blocks.setdefault(parent, {})[name] = roles[child]
     if not blocks:
@@ -165,8 +172,25 @@ def _plan_blocks(modules: dict[str, nn.Module], targeted: list[str], config: Moe
     return dict(sorted(sites.items(), key=lambda item: order[item[0]]))
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _check_unrouted(config: MoeLoraConfig, targeted: list[str]) -> None:
+    unrouted = config.placement.unrouted_modules
+    if unrouted in (None, "rest") or any(_matches_explicitly(unrouted, name) for name in targeted):
+        return
+    raise TargetError(
+        f"placement.unrouted_modules={unrouted!r} match none of the targets ({', '.join(targeted[:8])}, ...), so "
+        "nothing would get a plain LoRA; allowed: name endings or a regex on full names, 'rest', or None."
+    )
+
+
+def _check_mamba(model: nn.Module, targeted: list[str]) -> None:
+    """PEFT refuses these for its own LoRA-like methods only (`_check_lora_target_modules_mamba`)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    fused = [name for name in targeted if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
+    if kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h") and fused:
+        raise TargetError(
+            f"target {fused[0]!r} cannot be adapted in a {kind} model: its kernels read the weight directly and pass "
+            "the adapter by; allowed: the other linears. Leave out_proj and conv1d out with exclude_modules."
+        )
 
 
 def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, Site]) -> None:
@@ -190,64 +214,3 @@ def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, Site]) -> N
                 f"this model wraps {(inside or around)[0]!r}; allowed: adapters that treat a feed-forward block alike. "
                 "Load the two adapters on separate copies of the base model."
             )
-
-
-def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
-    """What `MoeLoraConfig.num_trainable_parameters` returns.
-
-    Raises:
-        TargetError: If the configuration does not fit the model.
-    """
-    planned = MoeLoraConfig(**{**config.to_dict(), "target_modules": config.target_modules})
-    sites = plan_sites(model, planned)
-    modules = dict(base_modules(model))
-    experts, routing = planned.experts, planned.routing
-    total = 0
-    for site in sites.values():
-        module = _unwrapped(modules[site.name])
-        num_experts = experts.num_experts if site.routed else 1
-        linears = site.form.linears if site.form is not None else {"": ""}
-        router_features = 0
-        for role, child in linears.items():
-            linear = _unwrapped(getattr(module, child)) if child else module
-            in_features, out_features = _get_in_out_features(linear)
-            assert in_features is not None and out_features is not None
-            if role in site.roles:
-                total += lora_parameter_count(num_experts, experts.r, in_features, out_features)
-            if role in ("", "up"):
-                router_features = in_features
-        if site.routed and routing.trainable:
-            total += num_experts * router_features
-    return total + _count_extra(model, modules, planned, sites)
-
-
-def _count_extra(
-    model: nn.Module, modules: dict[str, nn.Module], config: MoeLoraConfig, sites: dict[str, Site]
-) -> int:
-    """Parameters of modules saved whole, of trained biases and of trained tokens."""
-    saved = list(config.modules_to_save or [])
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        saved += CLASSIFIER_NAMES
-    counted: dict[int, int] = {}
-    for name, module in modules.items():
-        if any(name == ending or name.endswith(f".{ending}") for ending in saved):
-            counted.update((id(parameter), parameter.numel()) for parameter in _unwrapped(module).parameters())
-    if config.bias != "none":
-        for name, parameter in model.named_parameters():
-            owner = name.rpartition(".")[0]
-            is_bias = name == "bias" or name.endswith(".bias")
-            if is_bias and (config.bias == "all" or owner in sites):
-                counted[id(parameter)] = parameter.numel()
-    total = sum(counted.values())
-    indices = config.trainable_token_indices
-    if indices:
-        by_module = indices if isinstance(indices, dict) else {_input_embedding_name(model): indices}
-        for ending, tokens in by_module.items():
-            embedding = next(m for n, m in modules.items() if n == ending or n.endswith(f".{ending}"))
-            total += len(tokens) * embedding.weight.shape[1]  # type: ignore[union-attr,index]
-    return total
-
-
-def _input_embedding_name(model: nn.Module) -> str:
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    return next(re.sub(r"^.*\.", "", name) for name, module in model.named_modules() if module is embeddings)

@@ -18,9 +18,9 @@ from moelora.config import (
     MoeLoraConfig,
     PlacementConfig,
     RoutingConfig,
-    check_keys,
 )
 from moelora.errors import ConfigError
+from moelora.validation import check_keys
 
 
 def mixlora(
@@ -48,8 +48,8 @@ def mixlora(
     with frozen W1, W2, W3 shared by all experts. Plain two-linear blocks and fused gate_up blocks have the same form
     (the fused linear has one LoRA, as in the authors' code). Defaults are those of the paper's Table 3.
 
-    Deviations: `balance_coef` is the paper's 1e-2 (Eq. 8-10); there `f` counts the argmax, here all k choices divided by
-    k, which is 1.0 at balance as well. The authors' code uses 1e-3 on the pooled form that is k at balance:
+    Deviations: `balance_coef` is the paper's 1e-2 (Eq. 8-10); there `f` counts the argmax, here all k choices divided
+    by k, which is 1.0 at balance as well. The authors' code uses 1e-3 on the pooled form that is k at balance:
     `balance_loss="mixtral", balance_coef=1e-3`. Dropout draws are shared by the experts. The code's router jitter (0 by
     default) is not offered. With the default `target_modules` every linear outside the feed-forward blocks but the head
     gets a plain LoRA; in a decoder those are the attention linears.
@@ -125,10 +125,10 @@ def sira(
 
         G(x) = TopK(Dropout_p(softmax(W_r x)), k),   y = W0 x + s sum_e G(x)_e B_e A_e x
 
-    No code was published and only the abstract could be checked: top-k routing, a capacity limit, "expert dropout on top
-    of the gating network", and a load-balancing loss. **Unverified choices**: dropout acts on the softmax's output with
-    the usual inverted scaling; the kept weights are not renormalised; 16 experts of rank 4, k = 4 and p = 0.5 are
-    recalled, not read; `capacity_factor` 1.25 and `balance_coef` 1e-2 are ours, as is the scaling 1 (`lora_alpha = r`).
+    No code was published and only the abstract could be checked: top-k routing, a capacity limit, "expert dropout on
+    top of the gating network", and a load-balancing loss. **Unverified choices**: dropout acts on the softmax's output
+    with the usual inverted scaling; the kept weights are not renormalised; 16 experts of rank 4, k = 4 and p = 0.5 are
+    recalled, not read; `capacity_factor` 1.25 and `balance_coef` 1e-2 are ours, as is scaling 1 (`lora_alpha = r`).
 
     Deviations: GShard's auxiliary loss `(1/E) sum_e (c_e/S) m_e` differs from ours by a constant (k / E^2 at balance
     against 1). The capacity holds per sequence and in training only (`capacity_in_eval`): a global capacity would let
@@ -177,10 +177,10 @@ def smora(
     as in the authors' current code: the biased score both selects and weights, and after every training forward
     `b += u sign(mean(n) - n)` with n the number of tokens of each expert. `r` is the **total** rank.
 
-    Deviations: the official code's router sees the input after LoRA dropout, ours before it (the same at the default 0);
-    padding is not counted in n and the counts of all data-parallel processes are summed (the official processes drift
-    apart); the bias does not move again when checkpointing recomputes. Whether the paper's own gate is a softmax or a
-    sigmoid could not be checked; this is the code's. The sum of v is kept away from 0 by 1e-9.
+    Deviations: the official code's router sees the input after LoRA dropout, ours before it (the same at the default
+    0); padding is not counted in n and the counts of all data-parallel processes are summed (the official processes
+    drift apart); the bias does not move again when checkpointing recomputes. Whether the paper's own gate is a softmax
+    or a sigmoid could not be checked; this is the code's. The sum of v is kept away from 0 by 1e-9.
     """
     return MoeLoraConfig(
         preset="smora",

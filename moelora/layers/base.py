@@ -5,7 +5,7 @@ Shape suffixes: B sequences, S tokens of a sequence, T = B * S tokens, D input f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moelora.config import ComputeConfig, ExpertsConfig, MoeLoraConfig
-from moelora.errors import MergeError
+from moelora.errors import AdapterNameError, MergeError, MoeLoraError
 from moelora.experts.stack import ExpertStack, init_a, init_b
 from moelora.routing.decision import Routing
 from moelora.routing.recorder import RoutingRecorder
@@ -25,7 +25,7 @@ MERGE_REASON = (
 )
 
 
-class MoeLoraLayer(BaseTunerLayer):
+class MoeLoraLayer(nn.Module, BaseTunerLayer):
     """Base of the mixture layers: adapters by name, each with stacked experts and (unless un-routed) a router.
 
     Subclasses name their expert stacks in `adapter_layer_names` (one attribute a factor, all starting with `moelora_`,
@@ -39,8 +39,21 @@ class MoeLoraLayer(BaseTunerLayer):
 
     other_param_names: tuple[str, ...] = ("experts", "scaling", "compute", "moelora_dropout")
 
+    # PEFT's classes are Any to the type checker, and nn.Module would answer for their attributes with Tensor | Module
+    adapter_layer_names: tuple[str, ...]
+    base_layer: nn.Module
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    set_requires_grad: Callable[[str, bool], None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
+        super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self.name = name
         self.stream = "decoder" if "decoder" in name.split(".") else "main"
         self.recorder = recorder
@@ -71,6 +84,7 @@ class MoeLoraLayer(BaseTunerLayer):
             routed: Whether there is a router; without one the layer has one expert, ordinary LoRA.
             inference_mode: Whether its parameters start frozen.
         """
+        self.forget(adapter_name)
         experts = config.experts
         num_experts = experts.num_experts if routed else 1
         self.experts[adapter_name] = experts
@@ -88,8 +102,19 @@ class MoeLoraLayer(BaseTunerLayer):
             init_b(b[adapter_name])  # type: ignore[arg-type]
         if routed:
             self.moelora_router[adapter_name] = Router(self.router_features(), num_experts, config.routing)
+        for attribute in (*self.adapter_layer_names, "moelora_dropout"):
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                container[adapter_name].train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop an adapter's parameters and settings, if it is there; which adapters are active stays as it is."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                del container[adapter_name]
 
     def factors(self, role: str) -> tuple[nn.ModuleDict, nn.ModuleDict]:
         """The containers of A and B of a linear, keyed by adapter."""
@@ -109,38 +134,52 @@ class MoeLoraLayer(BaseTunerLayer):
         """Whether the layer holds an adapter of that name."""
         return adapter in self.experts
 
-    def route(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor]:
-        """Decide for the tokens of `x` [..., D]: the routing of T tokens, and valid_BS."""
-        valid_BS = self.recorder.valid_BS(self, x)
-        return self.moelora_router[adapter](x.reshape(-1, x.shape[-1]), valid_BS), valid_BS
+    def route(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Routing:
+        """Decide for the T tokens of `x` [..., D]."""
+        router: Router = self.moelora_router[adapter]  # type: ignore[assignment]
+        return router(x.reshape(-1, x.shape[-1]), valid_BS)
 
-    def forward_active(self, x: Tensor) -> Tensor:
+    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The output with the active adapters."""
         raise NotImplementedError
 
-    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The output with one adapter."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped module with its active adapters; `adapter_names` picks one for each sample of the batch."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._forward_mixed(x, adapter_names)
-        if self.disable_adapters or not any(map(self.has_adapter, self.active_adapters)):
+        mixed = adapter_names is not None and not self.disable_adapters
+        if not mixed and (self.disable_adapters or not any(map(self.has_adapter, self.active_adapters))):
             return self.base_layer(x, *args, **kwargs)
-        return self.forward_active(x)
+        if args or kwargs:
+            raise MoeLoraError(
+                f"{self.name!r} was called with more than its input ({len(args)} further arguments, keywords "
+                f"{sorted(kwargs)}); allowed: the input alone. Leave it out with exclude_modules."
+            )
+        valid_BS = self.recorder.valid_BS(self, x)
+        return self._forward_mixed(x, valid_BS, adapter_names) if mixed else self.forward_active(x, valid_BS)
 
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+    def _forward_mixed(self, x: Tensor, valid_BS: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(adapter_names) != len(x):
+            raise AdapterNameError(
+                f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}; allowed: one for each sample."
+            )
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             groups.setdefault(name if self.has_adapter(name) else "__base__", []).append(row)
         parts = []
         for name, rows in groups.items():
-            chosen = x[rows]
-            parts.append(self.base_layer(chosen) if name == "__base__" else self.forward_one(name, chosen))
+            if name == "__base__":
+                parts.append(self.base_layer(x[rows]))
+            else:
+                parts.append(self.forward_one(name, x[rows], valid_BS[rows]))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(parts)[order.argsort()]
+
+    def __repr__(self) -> str:
+        return "moelora." + super().__repr__()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused.

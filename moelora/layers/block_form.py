@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -52,17 +52,40 @@ class FeedForwardForm:
         return roles if self.gate is None else {"gate": self.gate, **roles}
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module of the base model below any adapters' layers."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear that LoRA can sit on (plain, Conv1D, or quantised)."""
-    from peft.utils.quantization_utils import resolve_quantization_backend
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module = unwrapped(module)
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
-    backend = resolve_quantization_backend(module)
+    backend = quantization_backend(module)
     return backend is not None and backend.layer_type == "linear"
+
+
+def linear_size(linear: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a module for which `is_linear` holds."""
+    in_features, out_features = _get_in_out_features(unwrapped(linear))
+    if in_features is None or out_features is None:
+        raise TargetError(f"a {type(linear).__name__} does not tell its number of inputs and outputs")
+    return in_features, out_features
+
+
+def quantization_backend(module: nn.Module) -> Any:
+    """PEFT's helper for a quantised linear; None for any other module."""
+    from peft.utils.quantization_utils import resolve_quantization_backend
+
+    # torchao's helper wants to know how to write merged weights back, which never happens here
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=_never_merged)
+
+
+def _never_merged() -> NoReturn:
+    raise AssertionError("a mixture is never merged")
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -90,15 +113,14 @@ def find_form(block: nn.Module, name: str) -> FeedForwardForm:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            shadow, features = _shadow(block)
-            x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
-            calls, expected = _trace(shadow, x)
+            shadow, widths = _shadow(block)
+            x, calls, expected = _trace(shadow, widths)
             form = _form_of(shadow, calls)
         except Exception as error:
             raise TargetError(_refusal(block, name, f"{type(error).__name__}: {error}")) from error
         modules = {role: getattr(shadow, child) for role, child in form.linears.items()}
         actual = run_form(form.kind, modules, getattr(shadow, form.activation), x)
-    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-9, atol=1e-9):
         raise TargetError(_refusal(block, name, f"it was read as {form.kind!r} but computes something else"))
     return form
 
@@ -125,17 +147,15 @@ def _refusal(block: nn.Module, name: str, reason: str) -> str:
     )
 
 
-def _shadow(block: nn.Module) -> tuple[nn.Module, int]:
-    """A copy of the block that shares nothing writable with it, and the number of features of its input."""
+def _shadow(block: nn.Module) -> tuple[nn.Module, list[int]]:
+    """A copy of the block that shares nothing writable with it, and the possible numbers of features of its input."""
     children = dict(block.named_children())
     sizes = {}
     for child_name, child in children.items():
         if is_linear(child):
-            in_features, out_features = _get_in_out_features(
-                child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
-            )
-            assert in_features is not None and out_features is not None
-            sizes[child_name] = (in_features, out_features)
+            sizes[child_name] = linear_size(child)
+        elif any(map(is_linear, child.modules())):
+            raise ValueError(f"its part {child_name!r} has linears of its own")
     # the same ratios in the smallest numbers, so that halves stay halves
     unit = math.gcd(*(size for pair in sizes.values() for size in pair))
     shadow = copy.copy(block)
@@ -144,23 +164,38 @@ def _shadow(block: nn.Module) -> tuple[nn.Module, int]:
     shadow._modules = dict(block._modules)
     shadow._forward_hooks, shadow._forward_pre_hooks = type(block._forward_hooks)(), type(block._forward_pre_hooks)()
     generator = torch.Generator().manual_seed(1)
+    _randomise(shadow, generator)
     for child_name, child in children.items():
         if child_name in sizes:
             in_features, out_features = (size // unit for size in sizes[child_name])
-            linear = nn.utils.skip_init(nn.Linear, in_features, out_features)
+            linear = nn.utils.skip_init(nn.Linear, in_features, out_features, dtype=torch.float64)
             for parameter in linear.parameters():
                 parameter.normal_(std=0.5, generator=generator)
             shadow._modules[child_name] = linear
         else:
-            shadow._modules[child_name] = copy.deepcopy(child)
+            shadow._modules[child_name] = copied = copy.deepcopy(child)
+            for part in copied.modules():
+                _randomise(part, generator)
     shadow.training = False
     for child in shadow.children():
         child.eval()
-    first = next(iter(sizes.values()))[0] // unit
-    return shadow, first
+    return shadow, list(dict.fromkeys(in_features // unit for in_features, _ in sizes.values()))
 
 
-def _trace(shadow: nn.Module, x: Tensor) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
+def _randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Replace a module's own parameters, so that one that happens to be neutral now is not overlooked."""
+    for tensors in ("_parameters", "_buffers"):
+        replaced = {}
+        for key, tensor in getattr(module, tensors).items():
+            if tensor is not None and tensor.is_floating_point():
+                random = torch.randn(tensor.shape, dtype=torch.float64, generator=generator)
+                tensor = nn.Parameter(random) if tensors == "_parameters" else random
+            replaced[key] = tensor
+        setattr(module, tensors, replaced)
+
+
+def _trace(shadow: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]], Tensor]:
+    """Run the shadow: its input, which parts were called with what and gave what, and its output."""
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def report(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -168,7 +203,22 @@ def _trace(shadow: nn.Module, x: Tensor) -> tuple[list[tuple[str, Tensor, Tensor
 
     for child_name, child in shadow.named_children():
         child.register_forward_hook(report(child_name))
-    return calls, shadow(x)
+    # small and large tokens: a limit on what flows through shows only on the large ones
+    sizes = torch.logspace(-2, 3, 6, dtype=torch.float64).view(2, 3, 1)
+    generator = torch.Generator().manual_seed(0)
+    for width in widths:
+        x = torch.randn(2, 3, width, dtype=torch.float64, generator=generator) * sizes
+        calls.clear()
+        try:
+            output = shadow(x)
+        except RuntimeError:  # not the width of the block's input
+            if width == widths[-1]:
+                raise
+            continue
+        if not isinstance(output, Tensor):
+            raise TypeError(f"it returns a {type(output).__name__}")
+        return x, calls, output
+    raise AssertionError("a block without linears has no width")
 
 
 def _form_of(shadow: nn.Module, calls: list[tuple[str, Tensor, Tensor]]) -> FeedForwardForm:

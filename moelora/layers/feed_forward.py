@@ -8,19 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from moelora.errors import ConfigError
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.block_form import FeedForwardForm
+from moelora.layers.block_form import FeedForwardForm, linear_size, quantization_backend
 from moelora.ops import reference
 from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
 from moelora.routing.decision import Routing
 from moelora.routing.recorder import RoutingRecorder
 
 
-class MixtureFeedForward(nn.Module, MoeLoraLayer):
+class MixtureFeedForward(MoeLoraLayer):
     """`y = sum_k w_k E_{e_k}(x)` with experts that are the whole block plus LoRAs of their own (MixLoRA).
 
     Several active adapters add what each changes: `base(x) + sum_a (y_a - base(x))`.
@@ -43,34 +42,33 @@ class MixtureFeedForward(nn.Module, MoeLoraLayer):
     )
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, form: FeedForwardForm) -> None:
-        super().__init__()
+        super().__init__(base_layer, name, recorder)
         self.form = form
-        MoeLoraLayer.__init__(self, base_layer, name, recorder)
 
     def linear(self, role: str) -> nn.Module:
         """The frozen linear of a role."""
-        return getattr(self.base_layer, self.form.linears[role])  # type: ignore[no-any-return]
+        return self.base_layer.get_submodule(self.form.linears[role])
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Sizes of "up", "down" and, in a gated block, "gate"."""
-        return {role: _get_in_out_features(self.linear(role)) for role in self.form.linears}  # type: ignore[misc]
+        return {role: linear_size(self.linear(role)) for role in self.form.linears}
 
     def router_features(self) -> int:
         """The router reads the block's input."""
         return self.linears()["up"][0]
 
-    def forward_active(self, x: Tensor) -> Tensor:
+    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The mixture of the active adapter; of several, the base and the sum of their changes."""
         adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
-        outputs = [self.forward_one(adapter, x) for adapter in adapters]
+        outputs = [self.forward_one(adapter, x, valid_BS) for adapter in adapters]
         if len(outputs) == 1:
             return outputs[0]
-        base = self.base_layer(x)
-        return base + sum(output - base for output in outputs)  # type: ignore[no-any-return]
+        base: Tensor = self.base_layer(x)
+        return base + torch.stack([output - base for output in outputs]).sum(0)
 
-    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The mixture of one adapter."""
-        routing, valid_BS = self.route(adapter, x)
+        routing = self.route(adapter, x, valid_BS)
         x_TD = x.reshape(-1, x.shape[-1])
         op = mixture_feed_forward if self.compute[adapter].implementation == "fast" else self._reference
         y_TD = op(x_TD, routing, self._frozen(), self._experts(adapter))
@@ -125,29 +123,20 @@ class MixtureFeedForward(nn.Module, MoeLoraLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         return super()._get_base_layer_device_and_dtype(self.linear("up"))
 
-    def __repr__(self) -> str:
-        return "moelora." + super().__repr__()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See `MoeLoraLayer.forward`."""
-        return MoeLoraLayer.forward(self, x, *args, **kwargs)
-
 
 def _to_weight_dtype(x: Tensor, linear: nn.Module) -> Tensor:
     """T5 keeps the down projection in fp32 in half-precision models; the block casts its input, and so do we."""
     weight = getattr(linear, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float64) and x.dtype != weight.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            return x.to(weight.dtype)
-    return x
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
+        return x
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 def _dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a frozen linear, dequantised and in `nn.Linear`'s layout."""
-    from peft.utils.quantization_utils import resolve_quantization_backend
     from transformers.pytorch_utils import Conv1D
 
-    backend = resolve_quantization_backend(linear)
+    backend = quantization_backend(linear)
     weight: Tensor = linear.weight if backend is None else backend.get_base_weight(linear)  # type: ignore[assignment]
     if isinstance(linear, Conv1D):
         weight = weight.t()

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from moelora.layers.base import MoeLoraLayer
+from moelora.layers.block_form import linear_size, quantization_backend
 from moelora.ops import reference
 from moelora.ops.mixture_linear import mixture_linear
 from moelora.routing.recorder import RoutingRecorder
 
 
-class MixtureLinear(nn.Module, MoeLoraLayer):
+class MixtureLinear(MoeLoraLayer):
     """`y = W x + scaling * sum_e g_e(x) B_e A_e x`; without a router `y = W x + scaling * B A x`.
 
     Args:
@@ -29,12 +29,9 @@ class MixtureLinear(nn.Module, MoeLoraLayer):
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
-        super().__init__()
-        MoeLoraLayer.__init__(self, base_layer, name, recorder)
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        assert in_features is not None and out_features is not None
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(base_layer, name, recorder)
+        self.quantization_backend: Any = quantization_backend(self.get_base_layer())
+        self.in_features, self.out_features = linear_size(self.get_base_layer())
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """The one linear."""
@@ -44,19 +41,19 @@ class MixtureLinear(nn.Module, MoeLoraLayer):
         """The router reads the linear's input."""
         return self.in_features
 
-    def forward_active(self, x: Tensor) -> Tensor:
+    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The base output and the sum of the active adapters' deltas."""
         result = self._base(x)
         dtype = result.dtype
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
-                result = self._add(adapter, x, result)
+                result = self._add(adapter, x, valid_BS, result)
         return result.to(dtype)
 
-    def forward_one(self, adapter: str, x: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
         """The base output and one adapter's delta."""
         result = self._base(x)
-        return self._add(adapter, x, result).to(result.dtype)
+        return self._add(adapter, x, valid_BS, result).to(result.dtype)
 
     def _base(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
@@ -64,7 +61,7 @@ class MixtureLinear(nn.Module, MoeLoraLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         return result
 
-    def _add(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def _add(self, adapter: str, x: Tensor, valid_BS: Tensor, result: Tensor) -> Tensor:
         pair = self.pair("", adapter)
         assert pair is not None
         a_ERD, b_EOR = pair
@@ -75,18 +72,11 @@ class MixtureLinear(nn.Module, MoeLoraLayer):
                 x_lora = x_lora.reshape(-1, self.in_features)
             delta = op(x_lora, a_ERD, b_EOR, None, self.scaling[adapter])
             return result + delta.view(result.shape)
-        routing, valid_BS = self.route(adapter, x)
+        routing = self.route(adapter, x, valid_BS)
         delta = op(x_lora.reshape(-1, self.in_features), a_ERD, b_EOR, routing.gates_TE(), self.scaling[adapter])
         delta = self.recorder.observe(self, adapter, routing, valid_BS, delta)
         return result + delta.view(result.shape)
 
     def extra_repr(self) -> str:
         """Quantisation, if any."""
-        return quantization_extra_repr(self)
-
-    def __repr__(self) -> str:
-        return "moelora." + super().__repr__()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See `MoeLoraLayer.forward`."""
-        return MoeLoraLayer.forward(self, x, *args, **kwargs)
+        return str(quantization_extra_repr(self))

@@ -1,0 +1,88 @@
+"""Small adapters on the tiny models of conftest, and views of a model to compare before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from moelora import MoeLoraConfig
+from tests.conftest import tiny_batch, tiny_model
+
+# A few experts of a small, odd rank; dropout off, so that two passes are equal in training mode too.
+SMALL: dict[str, dict[str, Any]] = {
+    "mixlora": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
+    "sira": {"r": 3, "num_experts": 4, "top_k": 2},
+    "smora": {"r": 5, "top_k": 2},
+    "molora": {"r": 3, "num_experts": 4},
+    "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
+    "lora": {"r": 3},
+}
+PRESETS = tuple(SMALL)
+BLOCK_PRESETS = ("mixlora", "random_router")
+
+
+def task_type(model: str) -> str:
+    """PEFT's task type of a tiny model."""
+    return {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}.get(model, "CAUSAL_LM")
+
+
+def small_config(preset: str, model: str = "llama", **words: Any) -> MoeLoraConfig:
+    """A small configuration of a preset for a tiny model."""
+    return MoeLoraConfig.from_preset(preset, **{"task_type": task_type(model), **SMALL[preset], **words})
+
+
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Give every tensor of every adapter a value of its own, as training would; B is no longer 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "moelora_" in name:
+            std = 0.02 if name.endswith(".bias") else 0.2
+            with torch.no_grad():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+
+def adapted(preset: str, model: str = "llama", *, adapter_name: str = "default", seed: int = 0, **words: Any) -> Any:
+    """A tiny model in eval mode with an adapter that changes its outputs."""
+    peft_model = get_peft_model(tiny_model(model), small_config(preset, model, **words), adapter_name=adapter_name)
+    shake(peft_model, seed)
+    return peft_model.eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, name: str = "llama", **kwargs: Any) -> Tensor:
+    """Logits of the tiny batch."""
+    logits: Tensor = model(**{**tiny_batch(name), **kwargs}).logits
+    return logits
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers of all adapters."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "moelora_" in name}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """What adding and removing an adapter could leave behind: classes, hooks, trainability, modes, attributes."""
+    return {
+        "modules": {name: type(module) for name, module in model.named_modules()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for name, module in model.named_modules()
+        },
+        "parameters": {name: (id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()},
+        "buffers": {name: id(buffer) for name, buffer in model.named_buffers()},
+        "attributes": sorted(key for key in model.__dict__ if key != "model_tags"),
+    }
+
+
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """The tuner layers by their name in the base model."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[name.removeprefix("base_model.model.")] = module
+    return found
