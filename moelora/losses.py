@@ -13,7 +13,7 @@ Shape suffixes: T tokens, E experts, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from moelora.config import BalanceConfig
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
-from moelora.routing.recorder import RoutingRecord
+from moelora.routing.recorder import LayerLoss, RoutingRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +69,6 @@ class RoutingTotals:
         sizes = [len(counts_E) for counts_E in self.counts]
         *counts, tokens = flat.split([*sizes, len(self.tokens)])
         return RoutingTotals(self.layers, tuple(counts), tuple(tokens.unbind()))
-
-
-LayerLoss = Callable[[Routing, Tensor], Tensor]
 
 
 def layer_losses(totals: RoutingTotals, config: BalanceConfig) -> dict[str, tuple[LayerLoss, LayerLoss]]:

@@ -42,6 +42,7 @@ class Router(nn.Module):
             self.register_buffer("weight", weight)
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(num_experts) if config.bias_update_rate > 0 else None)
+        self.bias_of_last_forward: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,7 +60,12 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         if bias is not None and self.bias is not None and self.bias.dtype != bias.dtype:
             self.bias = bias.to(self.bias.device)
+        self.bias_of_last_forward = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to another recorder, which would not know that it has to set this back
+        return {**self.__dict__, "bias_of_last_forward": None}
 
     def forward(self, x_TD: Tensor, valid_BS: Tensor) -> Routing:
         """Route each token.
@@ -75,7 +81,7 @@ class Router(nn.Module):
         logits_TE = router_logits(x_TD, self.weight)
         scores_TE, probs_TE = scores_from_logits(logits_TE, config.score)
         if self.bias is not None:
-            scores_TE = scores_TE + self.bias
+            scores_TE = scores_TE + self._bias_for_this_run(self.bias)
         kept_TE = None
         if self.training and config.expert_dropout > 0:
             kept_TE = F.dropout(torch.ones_like(scores_TE), config.expert_dropout)
@@ -92,16 +98,27 @@ class Router(nn.Module):
             weights_TK = weights_TK * kept_TK
         return Routing(logits_TE, probs_TE, weights_TK, ids_TK, assigned_TK)
 
+    def _bias_for_this_run(self, bias_E: Tensor) -> Tensor:
+        """The bias, or its value before the last step when checkpointing repeats the forward that led to that step."""
+        if torch.is_grad_enabled() and self.training and self.bias_of_last_forward is not None:
+            return self.bias_of_last_forward
+        return bias_E
+
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
         """`bias += u * sign(mean(load) - load)`: raise the experts that got fewer tokens than the mean (SMoRA).
+
+        The recorder calls it at the end of a training forward, and sets `bias_of_last_forward` to None when the next
+        one starts.
 
         Args:
             load_E: Tokens each expert got in one training forward, summed over all processes.
         """
         if self.bias is None:
             return
-        self.bias += self.config.bias_update_rate * torch.sign(load_E.mean() - load_E)
+        self.bias_of_last_forward = self.bias
+        # a new tensor, since the old one may still be needed by the backward pass
+        self.bias = self.bias + self.config.bias_update_rate * torch.sign(load_E.mean() - load_E)
 
     def __repr__(self) -> str:
         config, (num_experts, in_features) = self.config, self.weight.shape

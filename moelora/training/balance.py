@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moelora.config import BalanceConfig, MoeLoraConfig
 from moelora.errors import ConfigError
-from moelora.losses import LayerLoss, RoutingTotals, layer_losses
+from moelora.losses import RoutingTotals, layer_losses
 from moelora.routing.decision import Routing
-from moelora.routing.recorder import RoutingRecord, RoutingRecorder
+from moelora.routing.recorder import LayerLoss, RoutingListener, RoutingRecord, RoutingRecorder
 
 
 def active_balance(model: nn.Module) -> BalanceConfig:
@@ -40,7 +40,8 @@ class MicroBatchBalance:
     """Works out the share of one micro-batch and attaches its gradient.
 
     Args:
-        recorder: The model's recorder; its records are this micro-batch's.
+        recorder: The model's recorder.
+        listener: Its records are this micro-batch's.
         config: The balance configuration.
         accumulation: Number of micro-batches of the optimizer step.
         totals: Totals over the whole step and all processes, where they had to be counted beforehand.
@@ -49,11 +50,13 @@ class MicroBatchBalance:
     def __init__(
         self,
         recorder: RoutingRecorder,
+        listener: RoutingListener,
         config: BalanceConfig,
         accumulation: int,
         totals: RoutingTotals | None,
     ) -> None:
         self.recorder = recorder
+        self.listener = listener
         self.config = config
         self.accumulation = accumulation
         self.totals = totals
@@ -68,8 +71,8 @@ class MicroBatchBalance:
             loss: The trainer's own loss.
             divided_later: Whether the trainer will divide what is returned by the number of micro-batches.
         """
-        self.records = [record for record in self.recorder.records if record.grad_enabled]
-        self.recorder.records = []
+        self.records = list(self.listener.records)
+        self.listener.clear()
         if not self.records or not self.config.enabled:
             return loss
         losses = layer_losses(self._totals(), self.config)

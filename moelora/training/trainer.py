@@ -21,7 +21,7 @@ from moelora.training.balance import MicroBatchBalance, active_balance, world_si
 from moelora.training.metrics import RoutingMetrics
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -67,13 +67,15 @@ class MoeLoraTrainerMixin(_Base):
             counted = config.enabled and config.scope == "global" and len(batches) > 1
             self._moelora_totals = self._count_step(model, batches, recorder) if counted else None
         accumulation = getattr(self, "current_gradient_accumulation_steps", 1)
-        self._moelora_micro_batch = MicroBatchBalance(recorder, config, accumulation, self._moelora_totals)
-        try:
-            # open until the backward pass is over: reentrant checkpointing runs the layers again there
-            with recorder.listening():
+        with recorder.listening(gradients_only=True) as listener:
+            self._moelora_micro_batch = MicroBatchBalance(
+                recorder, listener, config, accumulation, self._moelora_totals
+            )
+            try:
                 return super().training_step(model, *args, **kwargs)
-        finally:
-            self._moelora_micro_batch = None
+            finally:
+                self._moelora_micro_batch = None
+                recorder.disarm()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""
@@ -122,11 +124,11 @@ class MoeLoraTrainerMixin(_Base):
         model.train()
         totals: RoutingTotals | None = None
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), recorder.listening(frozen=True):
+        with torch.random.fork_rng(devices=devices), recorder.listening(frozen=True) as listener:
             for batch in batches:
-                recorder.records = []
+                listener.clear()
                 model(**self._prepare_inputs(self._counting_inputs(batch)))
-                found = RoutingTotals.of(recorder.records)
+                found = RoutingTotals.of(listener.records)
                 totals = found if totals is None else totals + found
         assert totals is not None
         return totals.all_reduce() if world_size() > 1 else totals
