@@ -17,6 +17,7 @@ from moelora.ops import reference
 from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
 from moelora.routing.decision import Routing
 from moelora.routing.recorder import RoutingRecorder
+from moelora.routing.router import Router
 
 
 class MixtureFeedForward(MoeLoraLayer):
@@ -89,29 +90,33 @@ class MixtureFeedForward(MoeLoraLayer):
             gate=child(form.gate),
             activation=child(form.activation),
             down_bias=getattr(down, "bias", None),
-            hidden_dropout=child(form.hidden_dropout),
-            output_dropout=child(form.output_dropout),
+            hidden_dropout=_if_active(child(form.hidden_dropout)),
+            output_dropout=_if_active(child(form.output_dropout)),
         )
 
     def _experts(self, adapter: str) -> FeedForwardExperts:
+        router: Router = self.moelora_router[adapter]  # type: ignore[assignment]
+        routing = router.config
+        dropping = routing.capacity_factor is not None or routing.expert_dropout > 0
         return FeedForwardExperts(
             up=self.pair("up", adapter),
             down=self.pair("down", adapter),
             gate=self.pair("gate", adapter),
             scaling=self.scaling[adapter],
-            dropout=self.moelora_dropout[adapter],
+            dropout=_if_active(self.moelora_dropout[adapter]),
+            weights_sum_to_one=routing.renormalize and not dropping,
         )
 
     def _reference(
         self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
     ) -> Tensor:
         """The oracle on this layer's tensors."""
-        for module in (*self.base_layer.modules(), experts.dropout):
-            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-                raise ConfigError(
-                    f"compute.implementation is 'reference' and {self.name!r} trains with dropout {module.p}; allowed: "
-                    "0. The reference draws no dropout; set lora_dropout=0 or use 'fast'."
-                )
+        dropouts = [found for found in (block.hidden_dropout, block.output_dropout, experts.dropout) if found]
+        if dropouts:
+            raise ConfigError(
+                f"compute.implementation is 'reference' and {self.name!r} trains with {dropouts[0]}; allowed: no "
+                "dropout. The reference draws none; set lora_dropout=0 or use 'fast'."
+            )
         linears = {role: _dense_weight(self.linear(role)) for role in self.form.linears}
         pairs = {"up": experts.up, "down": experts.down, "gate": experts.gate}
         loras = {role: pair for role, pair in pairs.items() if pair is not None}
@@ -122,6 +127,11 @@ class MixtureFeedForward(MoeLoraLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         return super()._get_base_layer_device_and_dtype(self.linear("up"))
+
+
+def _if_active(dropout: Any) -> Any:
+    """A dropout where it does anything, else None."""
+    return dropout if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 else None
 
 
 def _to_weight_dtype(x: Tensor, linear: nn.Module) -> Tensor:

@@ -1,19 +1,28 @@
 """A mixture of whole feed-forward experts around one frozen block, in one pass over its weights.
 
-Shape suffixes: T tokens, D model features, F inner features, E experts, R rank of one expert, M = E * R, K chosen
-experts of a token.
+Shape suffixes: T tokens, D model features, F inner features, E experts, R rank of one expert, K chosen experts of a
+token, N = T * K choices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.ops.activation_vjp import activation_vjp
+from moelora.ops.expert_segments import SegmentPlan, expert_segments
+from moelora.ops.segments import Segments
 from moelora.routing.decision import Routing
+
+Form = Literal["gathered", "segments", "masked"]
+
+GATHER_AT_MOST = 16
+"""Choices up to which each one's own B and A2 are gathered: copying K small matrices beats everything else there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +35,8 @@ class FrozenFeedForward:
         gate: The gate linear of a gated block.
         activation: act.
         down_bias: Bias of `down`, if it has one.
-        hidden_dropout: The block's own dropout between activation and `down`.
-        output_dropout: The block's own dropout behind `down`.
+        hidden_dropout: The block's own dropout between activation and `down`, where it is active.
+        output_dropout: The block's own dropout behind `down`, where it is active.
     """
 
     kind: str
@@ -47,123 +56,234 @@ class FeedForwardExperts:
     Attributes:
         up, down, gate: The pairs; None for a linear without experts.
         scaling: LoRA's scaling.
-        dropout: LoRA dropout, applied to the input of each A.
+        dropout: LoRA dropout, applied to the input of each A; None where it is not active.
+        weights_sum_to_one: Whether a token's weights always do, so that the bias of `down` needs no correction.
     """
 
     up: tuple[Tensor, Tensor] | None
     down: tuple[Tensor, Tensor] | None
     gate: tuple[Tensor, Tensor] | None
     scaling: float
-    dropout: Callable[[Tensor], Tensor]
+    dropout: Callable[[Tensor], Tensor] | None = None
+    weights_sum_to_one: bool = False
 
 
-class _Selected:
-    """The LoRA of whichever expert a token's k-th choice is, for one linear.
+def choose_form(num_tokens: int, routing: Routing, block: FrozenFeedForward, device: torch.device) -> Form:
+    """How to compute a mixture of this shape.
 
-    `A_cat x` is computed once for all experts; choice k then keeps the R rows of its expert (a mask, no gather) and one
-    product with `B_cat` gives the deltas of all tokens. With dense routing choice k is expert k for every token.
+    - "gathered": a handful of choices (decoding): gather each choice's own matrices.
+    - "segments": sorted by expert, in tiles that stay in cache, with a backward pass of its own. Training on the CPU.
+      Its cost hardly grows with the number of experts.
+    - "masked": the low-rank products of all experts, masked, in plain autograd; no sorting and nothing read back from
+      the device, so it is what accelerators and `torch.compile` get, where it fuses. Its cost grows with E * R.
     """
-
-    def __init__(self, pair: tuple[Tensor, Tensor], masks_KTE: Tensor | None) -> None:
-        self.a_ERD, self.b_EOR = pair
-        self.masks_KTE = masks_KTE
-
-    def inner(self, x_TD: Tensor) -> Tensor:
-        E, R, D = self.a_ERD.shape
-        return F.linear(x_TD, self.a_ERD.view(E * R, D)).unflatten(-1, (E, R))
-
-    def inner_of_choice(self, inner_TER: Tensor, k: int) -> Tensor:
-        """Rows of the k-th choice: [T, M] masked, or [T, R] with dense routing."""
-        if self.masks_KTE is None:
-            return inner_TER[:, k]
-        return (inner_TER * self.masks_KTE[k].to(inner_TER.dtype).unsqueeze(-1)).flatten(-2)
-
-    def outer(self, inner: Tensor, k: int) -> Tensor:
-        E, O, R = self.b_EOR.shape
-        if self.masks_KTE is None:
-            return F.linear(inner, self.b_EOR[k])
-        return F.linear(inner, self.b_EOR.transpose(0, 1).reshape(O, E * R))
+    if torch.compiler.is_compiling() or block.hidden_dropout is not None or routing.ids_TK is None:
+        return "masked"
+    if num_tokens * routing.num_choices <= GATHER_AT_MOST:
+        return "gathered"
+    return "segments" if device.type == "cpu" else "masked"
 
 
 def mixture_feed_forward(
-    x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    x_TD: Tensor,
+    routing: Routing,
+    block: FrozenFeedForward,
+    experts: FeedForwardExperts,
+    form: Form | None = None,
 ) -> Tensor:
     """`sum_k w_k E_{e_k}(x)`, MixLoRA's mixture (arXiv 2404.15159), with every frozen linear evaluated once.
 
     `gate` and `up` are shared by all experts (as in the paper), and so is `down`: it is linear, so `sum_k w_k W2 a_k =
-    W2 (sum_k w_k a_k)` (identity I3). Only the low-rank parts, the activation and the products are done per choice. The
-    bias of `down` is scaled by the sum of the weights. Equal to `reference.mixture_feed_forward`.
+    W2 (sum_k w_k a_k)` (the paper says that this cost cannot be reduced). Only the low-rank parts, the activation and
+    the products are done per choice. The bias of `down` is scaled by the sum of the weights. Equal to
+    `reference.mixture_feed_forward`.
 
     Args:
         x_TD: Tokens.
         routing: Who computes them.
         block: The frozen block.
         experts: The experts.
+        form: How to compute it; chosen by `choose_form` if None.
 
     Returns:
         y_TD in the dtype that the block's `down` gives.
     """
-    masks_KTE = None
-    if routing.ids_TK is not None:
-        # [K, T, E], scaled: LoRA's factor rides on the masks for free
-        masks_KTE = F.one_hot(routing.ids_TK.t(), routing.num_experts) * experts.scaling
-    up_base, gate_base = block.up(x_TD), block.gate(x_TD) if block.gate is not None else None
-    x_dropped = _cast(experts.dropout(x_TD), experts)
-    up = _Selected(experts.up, masks_KTE) if experts.up is not None else None
-    gate = _Selected(experts.gate, masks_KTE) if experts.gate is not None else None
-    down = _Selected(experts.down, masks_KTE) if experts.down is not None else None
-    up_inner = up.inner(x_dropped) if up is not None else None
-    gate_inner = gate.inner(x_dropped) if gate is not None else None
-
-    hidden_TF: Tensor | None = None
-    down_delta: Tensor | None = None
-    for k in range(routing.num_choices):
-        weight_T1 = routing.weights_TK[:, k : k + 1]
-        up_k = _add_choice(up_base, up, up_inner, k, experts.scaling)
-        if block.kind == "gated":
-            assert gate_base is not None
-            act_k = block.activation(_add_choice(gate_base, gate, gate_inner, k, experts.scaling)) * up_k
-        elif block.kind == "fused":
-            gate_half, up_half = up_k.chunk(2, dim=-1)
-            act_k = block.activation(gate_half) * up_half
-        else:
-            act_k = block.activation(up_k)
-        if block.hidden_dropout is not None:
-            act_k = block.hidden_dropout(act_k)
-        weighted = act_k * weight_T1.to(act_k.dtype)
-        hidden_TF = weighted if hidden_TF is None else hidden_TF + weighted
-        if down is not None:
-            inner_k = down.inner_of_choice(down.inner(_cast(experts.dropout(act_k), experts)), k)
-            inner_k = inner_k * weight_T1.to(inner_k.dtype)
-            if masks_KTE is None:
-                delta_k = down.outer(inner_k * experts.scaling, k)
-            else:
-                delta_k = inner_k
-            down_delta = delta_k if down_delta is None else down_delta + delta_k
-    assert hidden_TF is not None
+    form = form or choose_form(x_TD.shape[0], routing, block, x_TD.device)
+    up_TF = block.up(x_TD)
+    gate_TF = block.gate(x_TD) if block.gate is not None else None
+    pairs = _in_compute_dtype(experts, up_TF)
+    x_lora = x_TD if experts.dropout is None else experts.dropout(x_TD)
+    up_inner, gate_inner = _inner(x_lora, pairs["up"]), _inner(x_lora, pairs["gate"])
+    compute = {"gathered": _gathered, "segments": _segments, "masked": _masked}[form]
+    hidden_TF, down_inner_TER = compute(up_TF, gate_TF, up_inner, gate_inner, pairs, routing, block, experts)
     y_TD = block.down(hidden_TF)
-    if down is not None:
-        assert down_delta is not None
-        delta = down_delta if masks_KTE is None else down.outer(down_delta, 0)
-        y_TD = y_TD + delta.to(y_TD.dtype)
-    if block.down_bias is not None:
+    if pairs["down"] is not None and down_inner_TER is not None:
+        b_EDR = pairs["down"][1]
+        E, D, R = b_EDR.shape
+        weight_MD = b_EDR.transpose(1, 2).reshape(E * R, D)
+        inner_TM = down_inner_TER.flatten(1)
+        if y_TD.dtype == inner_TM.dtype == weight_MD.dtype:
+            y_TD = torch.addmm(y_TD, inner_TM, weight_MD)
+        else:
+            y_TD = y_TD + (inner_TM @ weight_MD).to(y_TD.dtype)
+    if block.down_bias is not None and not experts.weights_sum_to_one:
         excess_T1 = routing.weights_TK.sum(-1, keepdim=True) - 1
         y_TD = y_TD + (excess_T1 * block.down_bias.float()).to(y_TD.dtype)
     return y_TD if block.output_dropout is None else block.output_dropout(y_TD)
 
 
-def _cast(x: Tensor, experts: FeedForwardExperts) -> Tensor:
-    """To the experts' dtype, as PEFT's LoRA does; autocast overrides it inside the products."""
-    for pair in (experts.up, experts.gate, experts.down):
-        if pair is not None:
-            return x.to(pair[0].dtype)
-    return x
+Pair = tuple[Tensor, Tensor]
 
 
-def _add_choice(base: Tensor, lora: _Selected | None, inner: Tensor | None, k: int, scaling: float) -> Tensor:
-    if lora is None or inner is None:
-        return base
-    chosen = lora.inner_of_choice(inner, k)
-    if lora.masks_KTE is None:
-        chosen = chosen * scaling
-    return base + lora.outer(chosen, k).to(base.dtype)
+def _in_compute_dtype(experts: FeedForwardExperts, up_TF: Tensor) -> dict[str, Pair | None]:
+    """The experts in the dtype to compute in: their own, as PEFT's LoRA does, or autocast's, as it would."""
+    pairs = {"up": experts.up, "gate": experts.gate, "down": experts.down}
+    device = up_TF.device.type
+    if not torch.is_autocast_enabled(device):
+        return pairs
+    dtype = torch.get_autocast_dtype(device)
+    return {role: None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for role, pair in pairs.items()}
+
+
+def _inner(x_TD: Tensor, pair: Pair | None) -> Tensor | None:
+    """`A_e x` of all experts: [T, E, R]."""
+    if pair is None:
+        return None
+    E, R, D = pair[0].shape
+    return F.linear(x_TD.to(pair[0].dtype), pair[0].view(E * R, D)).unflatten(-1, (E, R))
+
+
+def _segments(
+    up_TF: Tensor,
+    gate_TF: Tensor | None,
+    up_inner: Tensor | None,
+    gate_inner: Tensor | None,
+    pairs: dict[str, Pair | None],
+    routing: Routing,
+    block: FrozenFeedForward,
+    experts: FeedForwardExperts,
+) -> tuple[Tensor, Tensor | None]:
+    assert routing.ids_TK is not None
+    T = len(routing.ids_TK)
+    width = up_TF.shape[1] // 2 if block.kind == "fused" else up_TF.shape[1]
+    keep = None
+    if experts.dropout is not None and pairs["down"] is not None:
+        keep = experts.dropout(torch.ones(T, width, dtype=up_TF.dtype))
+    plan = SegmentPlan(
+        Segments.of(routing.ids_TK, routing.num_experts),
+        T,
+        width,
+        block.kind,
+        activation_vjp(block.activation),
+        experts.scaling,
+        keep,
+    )
+    up, gate, down = pairs["up"], pairs["gate"], pairs["down"]
+    with torch.autocast(up_TF.device.type, enabled=False):
+        return expert_segments(
+            up_TF,
+            gate_TF,
+            up_inner,
+            gate_inner,
+            up[1] if up is not None else None,
+            gate[1] if gate is not None else None,
+            down[0] if down is not None else None,
+            routing.weights_TK,
+            plan,
+        )
+
+
+def _activate(up: Tensor, gate: Tensor | None, block: FrozenFeedForward) -> Tensor:
+    if block.kind == "fused":
+        gate, up = up.chunk(2, dim=-1)
+    return block.activation(up) if gate is None else block.activation(gate) * up
+
+
+def _gathered(
+    up_TF: Tensor,
+    gate_TF: Tensor | None,
+    up_inner: Tensor | None,
+    gate_inner: Tensor | None,
+    pairs: dict[str, Pair | None],
+    routing: Routing,
+    block: FrozenFeedForward,
+    experts: FeedForwardExperts,
+) -> tuple[Tensor, Tensor | None]:
+    assert routing.ids_TK is not None
+    T, K = routing.ids_TK.shape
+    ids_N = routing.ids_TK.reshape(-1)
+
+    def pre(base_TF: Tensor, inner_TER: Tensor | None, pair: Pair | None) -> Tensor:
+        base_NF = base_TF.unsqueeze(1).expand(-1, K, -1).reshape(T * K, -1)
+        if inner_TER is None or pair is None:
+            return base_NF
+        index_TKR = routing.ids_TK.unsqueeze(-1).expand(-1, -1, inner_TER.shape[-1])  # type: ignore[union-attr]
+        inner_NR1 = inner_TER.gather(1, index_TKR).reshape(T * K, -1, 1) * experts.scaling
+        return base_NF + torch.bmm(pair[1].index_select(0, ids_N), inner_NR1).squeeze(-1).to(base_NF.dtype)
+
+    up_NF = pre(up_TF, up_inner, pairs["up"])
+    gate_NF = None if gate_TF is None else pre(gate_TF, gate_inner, pairs["gate"])
+    act_NF = _activate(up_NF, gate_NF, block)
+    weights_TK1 = routing.weights_TK.unsqueeze(-1)
+    hidden_TF = (act_NF.view(T, K, -1) * weights_TK1.to(act_NF.dtype)).sum(1)
+    down = pairs["down"]
+    if down is None:
+        return hidden_TF, None
+    dropped_NF = act_NF if experts.dropout is None else experts.dropout(act_NF)
+    inner_NR = torch.bmm(down[0].index_select(0, ids_N), dropped_NF.to(down[0].dtype).unsqueeze(-1)).squeeze(-1)
+    inner_TKR = inner_NR.view(T, K, -1) * (weights_TK1 * experts.scaling).to(inner_NR.dtype)
+    index_TKR = routing.ids_TK.unsqueeze(-1).expand_as(inner_TKR)
+    empty_TER = inner_TKR.new_zeros(T, routing.num_experts, inner_TKR.shape[-1])
+    return hidden_TF, empty_TER.scatter(1, index_TKR, inner_TKR)
+
+
+def _masked(
+    up_TF: Tensor,
+    gate_TF: Tensor | None,
+    up_inner: Tensor | None,
+    gate_inner: Tensor | None,
+    pairs: dict[str, Pair | None],
+    routing: Routing,
+    block: FrozenFeedForward,
+    experts: FeedForwardExperts,
+) -> tuple[Tensor, Tensor | None]:
+    masks_KTE = None
+    if routing.ids_TK is not None:
+        masks_KTE = F.one_hot(routing.ids_TK.t(), routing.num_experts) * experts.scaling
+
+    def pre(base_TF: Tensor, inner_TER: Tensor | None, pair: Pair | None, k: int) -> Tensor:
+        if inner_TER is None or pair is None:
+            return base_TF
+        if masks_KTE is None:
+            delta = F.linear(inner_TER[:, k] * experts.scaling, pair[1][k])
+        else:
+            E, out, R = pair[1].shape
+            masked_TM = (inner_TER * masks_KTE[k].to(inner_TER.dtype).unsqueeze(-1)).flatten(1)
+            delta = masked_TM @ pair[1].transpose(1, 2).reshape(E * R, out)
+        return base_TF + delta.to(base_TF.dtype)
+
+    hidden_TF: Tensor | None = None
+    inners: list[Tensor] = []
+    down = pairs["down"]
+    for k in range(routing.num_choices):
+        weight_T1 = routing.weights_TK[:, k : k + 1]
+        up_k = pre(up_TF, up_inner, pairs["up"], k)
+        gate_k = None if gate_TF is None else pre(gate_TF, gate_inner, pairs["gate"], k)
+        act_k = _activate(up_k, gate_k, block)
+        if block.hidden_dropout is not None:
+            act_k = block.hidden_dropout(act_k)
+        weighted = act_k * weight_T1.to(act_k.dtype)
+        hidden_TF = weighted if hidden_TF is None else hidden_TF + weighted
+        if down is None:
+            continue
+        dropped = (act_k if experts.dropout is None else experts.dropout(act_k)).to(down[0].dtype)
+        if masks_KTE is None:
+            inners.append(F.linear(dropped, down[0][k]) * (weight_T1 * experts.scaling).to(dropped.dtype))
+        else:
+            E, R, width = down[0].shape
+            inner_TER = F.linear(dropped, down[0].view(E * R, width)).unflatten(-1, (E, R))
+            inners.append(inner_TER * (masks_KTE[k] * weight_T1).to(inner_TER.dtype).unsqueeze(-1))
+    assert hidden_TF is not None
+    if not inners:
+        return hidden_TF, None
+    return hidden_TF, torch.stack(inners, 1) if masks_KTE is None else torch.stack(inners).sum(0)

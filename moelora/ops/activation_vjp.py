@@ -1,0 +1,70 @@
+"""Activations with their derivative as plain functions, for operations that write their own backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ActivationVjp:
+    """An element-wise activation and its vector-Jacobian product.
+
+    Attributes:
+        forward: `act(x)`, a new tensor.
+        backward: `grad * act'(x)` of (grad, x), a new tensor.
+    """
+
+    forward: Activation
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _autograd_vjp(activation: Activation) -> ActivationVjp:
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = activation(leaf)
+        return torch.autograd.grad(y, leaf, grad)[0]
+
+    return ActivationVjp(activation, backward)
+
+
+_SILU = ActivationVjp(nn.functional.silu, torch.ops.aten.silu_backward)
+_RELU = ActivationVjp(nn.functional.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0))
+
+
+def _gelu(approximate: str) -> ActivationVjp:
+    return ActivationVjp(
+        lambda x: nn.functional.gelu(x, approximate=approximate),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
+    )
+
+
+_KNOWN: dict[str, ActivationVjp] = {
+    "SiLU": _SILU,
+    "SiLUActivation": _SILU,
+    "ReLU": _RELU,
+    "GELUTanh": _gelu("tanh"),
+    "PytorchGELUTanh": _gelu("tanh"),
+}
+
+
+def activation_vjp(activation: Any) -> ActivationVjp:
+    """The derivative of an activation module: ATen's own for the common ones, autograd's for any other.
+
+    Args:
+        activation: An element-wise activation without parameters.
+    """
+    if isinstance(activation, nn.GELU):
+        return _gelu(activation.approximate)
+    name = type(activation).__name__
+    origin = type(activation).__module__
+    if name in _KNOWN and (origin.startswith("torch.nn") or origin == "transformers.activations"):
+        return _KNOWN[name]
+    return _autograd_vjp(activation)
