@@ -12,23 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, HfApi, constants, errors, hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from moelora.adapter_info import AdapterInfo, TensorHeader
 from moelora.config import MoeLoraConfig
 from moelora.errors import HubError
-from moelora.model_card import render_card
+from moelora.model_card import Evaluation, render_card
 from moelora.peft_plugin import PEFT_TYPE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# What `python -m train` and `python -m eval` leave in an adapter's folder, and the run's configuration above it. The
+# card is made from them; they themselves stay here, since they may name files of this machine.
+TRAINING_FILE = "training.json"
+RUN_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 # A checkpoint folder also holds optimizer states and pickles, which nobody who loads the adapter needs.
 UPLOADED = (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    METRICS_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -72,7 +76,8 @@ def push_to_hub(
         base_model: The base model's name on the Hub; None takes the one recorded in the adapter. A recorded name that
             is not on the Hub (a local folder) is left out of everything uploaded.
         license: License of the adapter as the Hub abbreviates it ("apache-2.0"); None states none.
-        datasets: Names on the Hub of the data it was trained on; None states none.
+        datasets: Names on the Hub of the data it was trained on; None takes what the run's
+            configuration says.
         metrics: The metrics.json of an evaluation; None takes the one in the adapter's folder, if any.
 
     Returns:
@@ -85,12 +90,16 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staging:
         folder = Path(staging)
-        _stage(adapter, adapter_name, folder)
+        records = _stage(adapter, adapter_name, folder)
         if metrics is not None:
             if not Path(metrics).is_file():
                 raise HubError(f"there is no file {str(metrics)!r} to read metrics from.")
-            shutil.copyfile(metrics, folder / METRICS_FILE)
+            records[METRICS_FILE] = _read_json(Path(metrics))
+        evaluation = Evaluation.parse(records.get(METRICS_FILE))
         info = read_adapter(folder)
+        # Whatever can be refused is refused before anything is made on the Hub.
+        base_model = _base_on_hub(api, base_model, info.config.base_model_name_or_path)
+        _record_base(folder / CONFIG_FILE, base_model)
         with hub_errors(repo_id, "write"):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if private is not None and api.model_info(repo_id).private != private:
@@ -100,16 +109,15 @@ def push_to_hub(
                 )
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        base_model = _base_on_hub(api, base_model, info.config.base_model_name_or_path)
-        _record_base(folder / CONFIG_FILE, base_model)
-        scores = folder / METRICS_FILE
         card = render_card(
             info,
             repo_id=repo_id,
             base_model=base_model,
             license=license,
             datasets=datasets,
-            metrics=_read_json(scores) if scores.exists() else None,
+            training=records.get(TRAINING_FILE),
+            run=records.get(RUN_FILE),
+            evaluation=evaluation,
         )
         (folder / "README.md").write_text(card)
         with hub_errors(repo_id, "write"):
@@ -122,8 +130,8 @@ def push_to_hub(
             )
 
 
-def _stage(adapter: Any, adapter_name: str, folder: Path) -> None:
-    """Put the files to upload into `folder`."""
+def _stage(adapter: Any, adapter_name: str, folder: Path) -> dict[str, Any]:
+    """Put the files to upload into `folder`; what lies beside them on training and evaluation, by file name."""
     if isinstance(adapter, (str, os.PathLike)):
         source = Path(adapter)
         if not source.is_dir():
@@ -153,7 +161,12 @@ def _stage(adapter: Any, adapter_name: str, folder: Path) -> None:
     for name in UPLOADED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    records = {name: _read_json(source / name) for name in (TRAINING_FILE, METRICS_FILE) if (source / name).is_file()}
+    # Without a record of training the folder above is not known to be the run that made this adapter.
+    if TRAINING_FILE in records and (source.resolve().parent / RUN_FILE).is_file():
+        records[RUN_FILE] = yaml.safe_load((source.resolve().parent / RUN_FILE).read_text())
     shutil.rmtree(folder / ".saved", ignore_errors=True)
+    return records
 
 
 def _base_on_hub(api: HfApi, given: str | None, recorded: str | None) -> str | None:

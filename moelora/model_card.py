@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -20,6 +21,37 @@ TASKS: dict[str | None, tuple[str, str | None]] = {
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
     None: ("AutoModel", None),
 }
+_ROW = {"task", "metric", "value"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a metrics.json says.
+
+    Attributes:
+        scores: Rows of task, metric, value and, where known, stderr, n and model.
+        receipt: The circumstances: commit, seeds, versions.
+    """
+
+    scores: Sequence[Mapping[str, Any]]
+    receipt: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, metrics: Any) -> Evaluation | None:
+        """Read the content of a metrics.json; None if there is none.
+
+        Raises:
+            HubError: If it holds no scores.
+        """
+        if metrics is None:
+            return None
+        scores = metrics.get("scores") if isinstance(metrics, dict) else metrics
+        if isinstance(scores, list) and scores and all(isinstance(r, dict) and r.keys() >= _ROW for r in scores):
+            return cls(scores=scores, receipt=metrics.get("receipt", {}) if isinstance(metrics, dict) else {})
+        raise HubError(
+            f"the metrics hold no scores: expected a list of rows with {', '.join(sorted(_ROW))}, or a mapping with "
+            "such a list as 'scores'. Leave metrics out, or remove metrics.json from the adapter's folder."
+        )
 
 
 def render_card(
@@ -29,7 +61,9 @@ def render_card(
     base_model: str | None,
     license: str | None,
     datasets: Sequence[str] | None,
-    metrics: Any,
+    training: Mapping[str, Any] | None,
+    run: Mapping[str, Any] | None,
+    evaluation: Evaluation | None,
 ) -> str:
     """Write the card, front matter included.
 
@@ -38,10 +72,14 @@ def render_card(
         repo_id: The repository it goes to.
         base_model: The base model's name on the Hub, if it has one.
         license: License of the adapter.
-        datasets: Names on the Hub of its training data.
-        metrics: Content of the metrics.json of an evaluation.
+        datasets: Names on the Hub of its training data; None takes what the run's configuration says.
+        training: What `python -m train` noted: steps, seconds, log.
+        run: The configuration of that run.
+        evaluation: Its scores.
     """
     config = info.config
+    if datasets is None and (trained_on := ((run or {}).get("dataset") or {}).get("hub")):
+        datasets = [trained_on]
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",
@@ -56,7 +94,8 @@ def render_card(
         _introduction(info, base_model),
         _loading(info, repo_id, base_model),
         _adapter(info),
-        *_scores(metrics),
+        *_training(training, run or {}),
+        *([_scores(evaluation)] if evaluation else []),
         _versions(info),
     ]
     return "\n\n".join(sections) + "\n"
@@ -142,36 +181,42 @@ def _versions(info: AdapterInfo) -> str:
     return "## Versions\n\nWritten by " + ", ".join(versions) + "."
 
 
-def _scores(metrics: Any) -> list[str]:
+def _training(training: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
+    """The section on training: what the run noted of it, and its configuration."""
+    facts = []
+    data = run.get("dataset") or {}
+    if tasks := data.get("tasks"):
+        rows = f", {data['rows_per_task']} problems each" if data.get("rows_per_task") else ""
+        facts.append(f"data: reasoning-gym {', '.join(f'`{task}`' for task in tasks)}{rows}")
+    if data.get("hub"):
+        facts.append(f"data: [{data['hub']}](https://huggingface.co/datasets/{data['hub']}), split `{data['split']}`")
+    if words := run.get("training"):
+        facts.append("settings: " + ", ".join(f"`{key}={value}`" for key, value in words.items()))
+    if training:
+        facts.append(f"{training['steps']} optimizer steps in {training['seconds']:.0f} seconds")
+        losses = [entry["loss"] for entry in training.get("log", []) if "loss" in entry]
+        if losses:
+            facts.append(f"training loss: {losses[0]:.3f} at the first log, {losses[-1]:.3f} at the last")
+    return ["## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)] if facts else []
+
+
+def _scores(evaluation: Evaluation) -> str:
     """The section of scores: a line a task and metric, a column a model."""
-    if metrics is None:
-        return []
-    rows = _score_rows(metrics)
-    models = list(dict.fromkeys(str(row.get("model", "value")) for row in rows))
+    models = list(dict.fromkeys(str(row.get("model", "value")) for row in evaluation.scores))
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows:
+    for row in evaluation.scores:
         line = (str(row["task"]), str(row["metric"]), str(row.get("n", "")))
-        lines.setdefault(line, {})[str(row.get("model", "value"))] = _score(row)
+        stderr = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
+        lines.setdefault(line, {})[str(row.get("model", "value"))] = f"{row['value']:.3f}{stderr}"
     body = [(*line, *(cells.get(model, "") for model in models)) for line, cells in lines.items()]
-    return ["## Scores\n\n" + table(("task", "metric", "n", *models), body)]
-
-
-def _score_rows(metrics: Any) -> list[dict[str, Any]]:
-    """The rows {task, metric, value, stderr, n, model}: the file itself, or the first list of them in it."""
-    lists = [metrics, *metrics.values()] if isinstance(metrics, dict) else [metrics]
-    for rows in lists:
-        if (
-            isinstance(rows, list)
-            and rows
-            and all(isinstance(r, dict) and {"task", "metric", "value"} <= set(r) for r in rows)
-        ):
-            return rows
-    raise HubError(
-        "the metrics hold no scores: expected a list of {task, metric, value, ...}, or a mapping with such a list in "
-        "it. Leave metrics out, or remove metrics.json from the adapter's folder."
-    )
-
-
-def _score(row: dict[str, Any]) -> str:
-    stderr = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
-    return f"{row['value']:.3f}{stderr}"
+    sections = ["## Scores", table(("task", "metric", "n", *models), body)]
+    receipt = evaluation.receipt
+    facts = []
+    if git := receipt.get("git"):
+        facts.append(f"commit {git['commit']}{' with local changes' if git.get('dirty') else ''}")
+    facts += [f"seed of {name}: {seed}" for name, seed in receipt.get("seeds", {}).items()]
+    if packages := receipt.get("packages"):
+        facts.append("with " + ", ".join(f"{name} {version}" for name, version in packages.items()))
+    if facts:
+        sections.append("\n".join(f"- {fact}" for fact in facts))
+    return "\n\n".join(sections)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -108,23 +109,57 @@ def test_card_states_what_is_known(hub: HubServer, base_on_hub: str, saved: Path
     assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] == base_on_hub
 
 
-def test_card_shows_scores(hub: HubServer, saved: Path, tmp_path: Path) -> None:
+def test_card_tells_of_training_and_scores(hub: HubServer, saved: Path) -> None:
     rows = [
         {"task": "gcd", "metric": "exact", "value": 0.25, "stderr": 0.0433, "n": 100, "model": "base"},
         {"task": "gcd", "metric": "exact", "value": 0.5, "stderr": 0.05, "n": 100, "model": "mixlora"},
         {"task": "tally", "metric": "exact", "value": 0.125, "n": 80, "model": "mixlora"},
     ]
-    (tmp_path / "metrics.json").write_text(json.dumps({"receipt": {"seed": 0}, "results": rows}))
-    push_to_hub(saved, REPO, metrics=tmp_path / "metrics.json")
-    card = hub.files(REPO)["README.md"].decode()
-    assert "| task | metric | n | base | mixlora |\n" in card
-    assert "| gcd | exact | 100 | 0.250 ± 0.043 | 0.500 ± 0.050 |\n" in card
-    assert "| tally | exact | 80 |  | 0.125 |\n" in card
-    (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(HubError, match="the metrics hold no scores"):
-        push_to_hub(saved, REPO, metrics=tmp_path / "metrics.json")
+    run = {
+        "model": "/secret/model",
+        "dataset": {"hub": "tester/data", "split": "train[:50]", "tasks": None},
+        "training": {"learning_rate": 0.001},
+    }
+    receipt = {
+        "git": {"commit": "abc123", "dirty": True},
+        "seeds": {"training": 42},
+        "packages": {"torch": "2.13.0"},
+        "config": {"training": {"learning_rate": "of another run"}},
+    }
+    training = {"steps": 150, "seconds": 61.2, "log": [{"loss": 2.5}, {"loss": 0.75}]}
+    (saved / "metrics.json").write_text(json.dumps({"receipt": receipt, "scores": rows}))
+    (saved / "training.json").write_text(json.dumps(training))
+    (saved.parent / "config.yaml").write_text(yaml.safe_dump(run))
+    push_to_hub(saved, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    for line in (
+        "| task | metric | n | base | mixlora |",
+        "| gcd | exact | 100 | 0.250 ± 0.043 | 0.500 ± 0.050 |",
+        "| tally | exact | 80 |  | 0.125 |",
+        "- data: [tester/data](https://huggingface.co/datasets/tester/data), split `train[:50]`",
+        "- settings: `learning_rate=0.001`",
+        "- 150 optimizer steps in 61 seconds",
+        "- training loss: 2.500 at the first log, 0.750 at the last",
+        "- commit abc123 with local changes",
+        "- seed of training: 42",
+        "- with torch 2.13.0",
+    ):
+        assert line in card.text.splitlines(), line
+    assert card.data.to_dict()["datasets"] == ["tester/data"]
+    assert not [name for name, data in hub.files(REPO).items() if b"/secret" in data or b"another run" in data]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "hold no scores"), ('{"scores": [{"task": "gcd"}]}', "hold no scores"), ("{", "not valid JSON")],
+)
+def test_metrics_that_are_none_are_refused(hub: HubServer, saved: Path, content: str, message: str) -> None:
+    (saved / "other.json").write_text(content)
+    with pytest.raises(HubError, match=message):
+        push_to_hub(saved, REPO, metrics=saved / "other.json")
     with pytest.raises(HubError, match="no file .*none.json"):
-        push_to_hub(saved, REPO, metrics=tmp_path / "none.json")
+        push_to_hub(saved, REPO, metrics=saved / "none.json")
+    assert not hub.repos
 
 
 def test_card_leaves_out_what_is_unknown(hub: HubServer, saved: Path) -> None:
@@ -172,7 +207,7 @@ def test_a_relative_path_that_looks_like_a_hub_name_is_not_taken_for_one(
 def test_a_given_base_must_exist(hub: HubServer, saved: Path) -> None:
     with pytest.raises(HubError, match="base_model 'tester/none' is not on the Hub"):
         push_to_hub(saved, REPO, base_model="tester/none")
-    assert hub.files(REPO) == {}
+    assert REPO not in hub.repos
 
 
 def test_push_twice_replaces(hub: HubServer) -> None:
