@@ -166,7 +166,7 @@ def test_card_leaves_out_what_is_unknown(hub: HubServer, saved: Path) -> None:
     push_to_hub(saved, REPO)
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
-    assert "its name was not recorded" in card.text
+    assert "its name on the Hub is not known" in card.text
     assert not re.search("more information needed|license|## scores", card.text, re.IGNORECASE)
 
 
