@@ -7,12 +7,14 @@ micro-batch and process adds its share of them, so value and gradient do not dep
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.utils import TransformersKwargs
 
 from moelora.errors import ConfigError
 from moelora.losses import RoutingTotals
@@ -124,7 +126,13 @@ class MoeLoraTrainerMixin(_Base):
         model.train()
         totals: RoutingTotals | None = None
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), recorder.listening(frozen=True) as listener:
+        with (
+            torch.random.fork_rng(devices=devices),
+            recorder.listening(frozen=True) as listener,
+            warnings.catch_warnings(),
+        ):
+            # reentrant checkpointing warns of what is meant here
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             for batch in batches:
                 listener.clear()
                 model(**self._prepare_inputs(self._counting_inputs(batch)))
@@ -143,10 +151,15 @@ class MoeLoraTrainerMixin(_Base):
                 "inputs of the model, so the load of a step cannot be counted beforehand; allowed: 'micro_batch'. Set "
                 "balance_scope='micro_batch' in the preset."
             )
-        accepted = set(inspect.signature(base.forward).parameters)
-        if not base.config.is_encoder_decoder:
-            accepted.discard("labels")
-        return {key: value for key, value in batch.items() if key in accepted}
+        parameters = inspect.signature(base.forward).parameters
+        accepted = set(parameters)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            accepted |= set(TransformersKwargs.__annotations__)
+        accepted -= {"num_items_in_batch"} if base.config.is_encoder_decoder else {"num_items_in_batch", "labels"}
+        inputs = {key: value for key, value in batch.items() if key in accepted}
+        # nobody reads the logits or the cache of this forward
+        unread = {"use_cache": False, "logits_to_keep": 1}
+        return inputs | {key: value for key, value in unread.items() if key in parameters}
 
 
 class MoeLoraTrainer(MoeLoraTrainerMixin, Trainer):
