@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moelora.ops import reference
-from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
+from moelora.ops import segments as segments_module
+from moelora.ops.mixture_feed_forward import FeedForwardExperts, Form, FrozenFeedForward, mixture_feed_forward
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, assert_near, gradients
 
@@ -68,7 +70,10 @@ class Case:
     def routing(self) -> Routing:
         return Routing(self.scores_TE, self.scores_TE, self.leaves["weights"] * self.kept_TK, self.ids_TK)
 
-    def fast(self) -> Tensor:
+    def forms(self) -> tuple[Form, ...]:
+        return ("masked",) if self.ids_TK is None else ("gathered", "segments", "masked")
+
+    def fast(self, form: Form | None = None) -> Tensor:
         block = FrozenFeedForward(
             kind=self.kind,
             up=self.linears["up"],
@@ -84,7 +89,7 @@ class Case:
             scaling=SCALING,
             dropout=self.dropout,
         )
-        return mixture_feed_forward(self.leaves["x"], self.routing(), block, experts)
+        return mixture_feed_forward(self.leaves["x"], self.routing(), block, experts, form)
 
     def naive(self) -> Tensor:
         linears = {role: (linear.weight, linear.bias) for role, linear in self.linears.items()}
@@ -93,9 +98,12 @@ class Case:
         )
 
     def check(self, rtol: float = 1e-5) -> None:
-        fast, naive = gradients(self.fast, self.leaves), gradients(self.naive, self.leaves)
-        for name, expected in naive.items():
-            assert_close(name, fast[name], expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+        naive = gradients(self.naive, self.leaves)
+        for form in self.forms():
+            fast = gradients(partial(self.fast, form), self.leaves)
+            for name, expected in naive.items():
+                atol = rtol * float(expected.abs().max())
+                assert_close(f"{form}: {name}", fast[name], expected, rtol=rtol, atol=atol)
 
 
 def case_id(value: Any) -> str | None:
@@ -119,6 +127,13 @@ def case_id(value: Any) -> str | None:
 )
 def test_mixture_feed_forward(kind: str, sizes: dict[str, Any]) -> None:
     Case(kind, **sizes).check()
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_segments_longer_than_a_tile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments_module, "ALIGNMENT", 4)
+    monkeypatch.setattr(segments_module, "MAX_ROWS", 8)
+    Case(kind, T=63, E=3, K=2).check()
 
 
 @pytest.mark.parametrize(
