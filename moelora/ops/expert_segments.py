@@ -111,7 +111,8 @@ class _ExpertSegments(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         plan: SegmentPlan = ctx.plan
         segments = plan.segments
-        up_TF, gate_TF, up_inner, gate_inner, up_b, gate_b, down_a, weights_TK = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing lets saved tensors be unpacked a single time
+        up_TF, gate_TF, up_inner, gate_inner, up_b, gate_b, down_a, weights_TK = saved
         weights_P = segments.spread(weights_TK)
         grad_weights_P = torch.zeros_like(weights_P)
         down = _Factor(down_a, _take(grad_down_inner_TER, plan), weights_P, segments)
@@ -120,7 +121,7 @@ class _ExpertSegments(torch.autograd.Function):
         grad_up_PF = scratch("grad_up", len(weights_P), up_TF.shape[1], up_TF.dtype)
         grad_gate_PF = None if gate_TF is None else scratch("grad_gate", len(weights_P), up_TF.shape[1], up_TF.dtype)
         for expert, start, stop in segments.tiles:
-            up, gate = _pre_activations(ctx.saved_tensors, plan, expert, start, stop)
+            up, gate = _pre_activations(saved, plan, expert, start, stop)
             act = plan.activation.forward(up if gate is None else gate)
             hidden = act if gate is None else act * up
             grad = _load("grad_hidden", grad_hidden_TF, segments.token_P[start:stop])

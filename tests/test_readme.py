@@ -1,0 +1,63 @@
+"""The README's code runs as it stands, on a tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import moelora
+from tests.conftest import tiny_model
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _tiny_checkpoint(folder: Path) -> None:
+    vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+
+
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _tiny_checkpoint(tmp_path / "tiny")
+    rows = [{"prompt": "abc", "completion": "def"}, {"prompt": "gh", "completion": "ijk"}] * 4
+    (tmp_path / "my_tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    pushed: list[Any] = []
+    monkeypatch.setattr(moelora, "push_to_hub", lambda *args: pushed.append(args), raising=False)
+
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = "\n".join(blocks[1:])  # the first only shows the idea; the guide repeats it with a model
+    assert "from_preset" in blocks[0]
+    small = {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(tmp_path / "tiny")),
+        "max_steps=100": "max_steps=2, report_to=[], use_cpu=True",
+        "logging_steps=10": "logging_steps=1",
+    }
+    for original, replacement in small.items():
+        assert original in code
+        code = code.replace(original, replacement)
+
+    namespace: dict[str, Any] = {}
+    exec(compile(code, str(README), "exec"), namespace)
+
+    assert pushed == [(namespace["model"], "me/my-adapter")]
+    assert (tmp_path / "my-adapter" / "adapter_config.json").exists()
+    logged = [entry for entry in namespace["trainer"].state.log_history if "balance_loss" in entry]
+    assert len(logged) == 2
+    assert len(namespace["recorder"].records) == tiny_model("llama").config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", moelora.presets.available())
+def test_every_preset_is_in_the_table(name: str) -> None:
+    assert f"| `{name}` |" in README.read_text()
