@@ -1,8 +1,9 @@
 """Balance losses: pure functions of routing records.
 
 One convention (rule 4 of the design): a balance loss is `E * sum_e f_e P_e` a layer, 1.0 at perfect balance, then the
-mean over the layers, over valid tokens only. f is the share of choices that fell on an expert (no gradient), P the mean
-router probability. The pooled form of Mixtral's code is the alternative (`BalanceConfig.loss`).
+mean over the layers (each counted once for every active adapter), over valid tokens only. f is the share of choices
+that fell on an expert (no gradient), P the mean router probability. The pooled form of Mixtral's code is the
+alternative (`BalanceConfig.loss`).
 
 Both losses are linear in sums of per-token terms once the totals (f and the number of tokens) are known. So the totals
 are taken over everything that belongs to one optimizer step, and each micro-batch and process adds its own linear
@@ -23,41 +24,42 @@ from torch import Tensor
 from moelora.config import BalanceConfig
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
-from moelora.routing.recorder import LayerLoss, RoutingRecord
+from moelora.routing.recorder import LayerLoss, Mixture, RoutingRecord
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingTotals:
-    """What one balance is taken over: for each layer the choices of each expert and the number of valid tokens.
+    """What one balance is taken over: for each mixture the choices of each expert and the number of valid tokens.
 
     Attributes:
-        layers: Names of the layers, in order.
-        counts: Choices that fell on each expert [E], a layer.
-        tokens: Number of valid tokens, a layer.
+        mixtures: Layer and adapter of each mixture, in order.
+        counts: Choices that fell on each expert [E], a mixture.
+        tokens: Number of valid tokens, a mixture.
     """
 
-    layers: tuple[str, ...]
+    mixtures: tuple[Mixture, ...]
     counts: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, records: Sequence[RoutingRecord]) -> RoutingTotals:
-        """Sum up records; several of one layer (several forwards) are added."""
-        counts: dict[str, Tensor] = {}
-        tokens: dict[str, Tensor] = {}
+        """Sum up records; several of one mixture (several forwards) are added."""
+        counts: dict[Mixture, Tensor] = {}
+        tokens: dict[Mixture, Tensor] = {}
         for record in records:
             device = records[0].valid_T.device  # layers may be spread over devices
             valid = record.valid_T.sum().float().to(device)
             counts_E = record.counts_E().to(device)
-            counts[record.layer] = counts[record.layer] + counts_E if record.layer in counts else counts_E
-            tokens[record.layer] = tokens[record.layer] + valid if record.layer in tokens else valid
+            seen = record.mixture in counts
+            counts[record.mixture] = counts[record.mixture] + counts_E if seen else counts_E
+            tokens[record.mixture] = tokens[record.mixture] + valid if seen else valid
         return cls(tuple(counts), tuple(counts.values()), tuple(tokens.values()))
 
     def __add__(self, other: RoutingTotals) -> RoutingTotals:
-        if self.layers != other.layers:
-            raise ConfigError(f"routing totals of different layers: {self.layers} and {other.layers}.")
+        if self.mixtures != other.mixtures:
+            raise ConfigError(f"routing totals of different layers: {self.mixtures} and {other.mixtures}.")
         return RoutingTotals(
-            self.layers,
+            self.mixtures,
             tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)),
             tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
         )
@@ -68,11 +70,11 @@ class RoutingTotals:
         dist.all_reduce(flat)
         sizes = [len(counts_E) for counts_E in self.counts]
         *counts, tokens = flat.split([*sizes, len(self.tokens)])
-        return RoutingTotals(self.layers, tuple(counts), tuple(tokens.unbind()))
+        return RoutingTotals(self.mixtures, tuple(counts), tuple(tokens.unbind()))
 
 
-def layer_losses(totals: RoutingTotals, config: BalanceConfig) -> dict[str, tuple[LayerLoss, LayerLoss]]:
-    """For each layer two functions of (routing, valid_T): its share of the balance loss and of the z-loss.
+def layer_losses(totals: RoutingTotals, config: BalanceConfig) -> dict[Mixture, tuple[LayerLoss, LayerLoss]]:
+    """For each mixture two functions of (routing, valid_T): its share of the balance loss and of the z-loss.
 
     A share is linear in the tokens given, so shares of disjoint sets of tokens add up to the loss of their union. The
     coefficients are not applied.
@@ -84,7 +86,7 @@ def layer_losses(totals: RoutingTotals, config: BalanceConfig) -> dict[str, tupl
     Raises:
         ConfigError: For the pooled form with layers of different numbers of experts.
     """
-    num_layers = len(totals.layers)
+    num_layers = len(totals.mixtures)
     shares_E: list[Tensor]
     if config.loss == "mixtral":
         sizes = sorted({len(counts_E) for counts_E in totals.counts})
@@ -100,8 +102,8 @@ def layer_losses(totals: RoutingTotals, config: BalanceConfig) -> dict[str, tupl
         ]
     z_shares = [1 / tokens.clamp_min(1) / num_layers for tokens in totals.tokens]
     return {
-        layer: (_balance_share(share_E), _z_share(z_share))
-        for layer, share_E, z_share in zip(totals.layers, shares_E, z_shares, strict=True)
+        mixture: (_balance_share(share_E), _z_share(z_share))
+        for mixture, share_E, z_share in zip(totals.mixtures, shares_E, z_shares, strict=True)
     }
 
 
@@ -140,7 +142,7 @@ def balance_losses(
     if not records:
         raise ConfigError("no routing records; allowed: at least one. Was the forward run inside `record_routing`?")
     losses = layer_losses(totals or RoutingTotals.of(records), config or BalanceConfig())
-    terms = [[loss(record.routing, record.valid_T) for loss in losses[record.layer]] for record in records]
+    terms = [[loss(record.routing, record.valid_T) for loss in losses[record.mixture]] for record in records]
     device = terms[0][0].device
     balance, z = (torch.stack([term[i].to(device) for term in terms]).sum() for i in (0, 1))
     return balance, z

@@ -237,7 +237,7 @@ def test_several_forwards_of_a_layer_are_one_set_of_tokens() -> None:
 def test_totals_count_the_choices_of_valid_tokens() -> None:
     layers = Layers()
     totals = RoutingTotals.of(layers.records())
-    assert totals.layers == ("layers.0", "layers.1", "layers.2")
+    assert totals.mixtures == tuple((f"layers.{i}", "default") for i in range(3))
     for counts_E, tokens, found in zip(totals.counts, totals.tokens, layers.records(), strict=True):
         assert found.routing.ids_TK is not None
         chosen = found.routing.ids_TK[layers.valid_T].flatten()
@@ -308,4 +308,4 @@ def test_totals_of_different_layers_do_not_add() -> None:
 
 def test_layer_losses_are_given_for_every_layer() -> None:
     totals = RoutingTotals.of(Layers().records())
-    assert list(layer_losses(totals, BalanceConfig())) == ["layers.0", "layers.1", "layers.2"]
+    assert list(layer_losses(totals, BalanceConfig())) == list(totals.mixtures)

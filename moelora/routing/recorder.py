@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 LayerLoss = Callable[[Routing, Tensor], Tensor]
 """A share of a loss, of one layer's decision and valid_T."""
 
+Mixture = tuple[str, str]
+"""Name of a layer and of an adapter."""
+
 _ATTRIBUTE = "_moelora_recorder"
 
 
@@ -55,6 +58,11 @@ class RoutingRecord:
     routing: Routing
     valid_T: Tensor
     grad_enabled: bool = True
+
+    @property
+    def mixture(self) -> Mixture:
+        """What tells this mixture from the others: layer and adapter."""
+        return self.layer, self.adapter
 
     @property
     def num_experts(self) -> int:
@@ -112,11 +120,11 @@ class RoutingRecorder:
         self._grad_enabled = False
         self._running: PaddingMasks | None = None
         self._last = PaddingMasks()
-        self._armed: dict[tuple[str, str], LayerLoss] = {}
+        self._armed: dict[Mixture, LayerLoss] = {}
         self._backward_scale: Tensor | None = None
         self._pending: list[tuple[Router, Tensor]] = []
         self._moved: list[Router] = []
-        self._recomputed: set[tuple[str, str]] = set()
+        self._recomputed: set[Mixture] = set()
         self._earlier_forward = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecorder:
@@ -243,13 +251,12 @@ class RoutingRecorder:
         Raises:
             MoeLoraError: If the layer ran more than once in this step; its runs could not be told apart.
         """
-        key = (record.layer, record.adapter)
-        if key in self._armed:
+        if record.mixture in self._armed:
             raise MoeLoraError(
                 f"layer {record.layer!r} ran more than once before the backward pass, under reentrant gradient "
                 "checkpointing; allowed: once. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        self._armed[key] = loss
+        self._armed[record.mixture] = loss
 
     def scale_armed(self, scale: Tensor) -> None:
         """Give the factor by which the total loss is multiplied (accumulation, loss scaling), before the backward."""

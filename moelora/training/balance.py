@@ -81,7 +81,7 @@ class MicroBatchBalance:
         values = torch.zeros(2, device=loss.device)
         armed = False
         for record in self.records:
-            share, z_share = losses[record.layer]
+            share, z_share = losses[record.mixture]
             terms = share(record.routing, record.valid_T), z_share(record.routing, record.valid_T)
             values = values + torch.stack([term.detach().to(loss.device) for term in terms])
             total = factor * (self.config.coef * terms[0] + self.config.z_loss_coef * terms[1])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moelora.routing.recorder import Mixture
 from moelora.training.balance import MicroBatchBalance, world_size
 
 
@@ -34,7 +35,7 @@ class RoutingMetrics:
     """Sums of the experts' load and of the balance losses since the last log."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Tensor] = {}
+        self._counts: dict[Mixture, Tensor] = {}
         self._losses: Tensor | None = None
         self._steps = 0.0
 
@@ -47,8 +48,8 @@ class RoutingMetrics:
         """Add one micro-batch."""
         for record in step.records:
             counts_E = record.counts_E()
-            seen = self._counts.get(record.layer)
-            self._counts[record.layer] = counts_E if seen is None else seen + counts_E
+            seen = self._counts.get(record.mixture)
+            self._counts[record.mixture] = counts_E if seen is None else seen + counts_E
         if step.balance_loss is not None and step.z_loss is not None:
             losses = torch.stack([step.balance_loss, step.z_loss]) * step.value_weight
             self._losses = losses if self._losses is None else self._losses + losses
@@ -59,7 +60,8 @@ class RoutingMetrics:
 
         Returns:
             A summary for the log (`balance_loss`, `z_loss`, `expert_load/busiest`, `expert_load/entropy`: means over
-            the layers; `expert_load/dead`: the sum), and the same for each layer (`expert_load/<layer>/busiest`, ...).
+            the layers; `expert_load/dead`: the sum), and the same for each layer (`expert_load/<layer>/busiest`, ...;
+            with several active adapters `expert_load/<layer>/<adapter>/busiest`, ...).
         """
         device = next(iter(self._counts.values())).device
         losses = torch.zeros(2, device=device) if self._losses is None else self._losses.to(device)
@@ -69,7 +71,9 @@ class RoutingMetrics:
         flat = flat.cpu()
         sizes = [len(counts) for counts in self._counts.values()]
         losses, *counts = flat.split([2, *sizes])
-        by_layer = {layer: load_metrics(c) for layer, c in zip(self._counts, counts, strict=True)}
+        one_adapter = len({adapter for _, adapter in self._counts}) == 1
+        names = [layer if one_adapter else f"{layer}/{adapter}" for layer, adapter in self._counts]
+        by_layer = {name: load_metrics(counts_E) for name, counts_E in zip(names, counts, strict=True)}
         summary: dict[str, float] = {}
         if self._losses is not None:
             summary["balance_loss"], summary["z_loss"] = (losses / self._steps).tolist()

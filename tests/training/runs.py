@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,7 @@ def train(
     accumulate: int = 1,
     arguments_class: type[TrainingArguments] = TrainingArguments,
     trainer_words: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **words: Any,
 ) -> Run:
     """Train `model` on `rows`, by default one step with learning rate 0."""
@@ -110,7 +112,7 @@ def train(
         model=model,
         args=arguments(arguments_class, **{**settings, **words}),
         train_dataset=rows,
-        callbacks=[probe],
+        callbacks=[probe, *callbacks],
         **(trainer_words or {}),
     )
     trainer.train()
