@@ -306,6 +306,7 @@ class MoeLoraConfig(PeftConfig):
             raise ConfigError(str(error)) from error
         from moelora.peft_plugin import PEFT_TYPE
 
+        check(self.peft_type in (None, PEFT_TYPE), "peft_type", self.peft_type, f"{PEFT_TYPE.value!r}, or None")
         self.peft_type = PEFT_TYPE
         for name, part in _PARTS.items():
             setattr(self, name, _build_part(name, part, getattr(self, name)))
@@ -379,7 +380,22 @@ class MoeLoraConfig(PeftConfig):
             "The router is not trained, so a balance loss changes nothing.",
         )
 
-    # PEFT and transformers read these of every config that can be hot-swapped or resized; a mixture has none.
+    # What PEFT and transformers read of every config that can be hot-swapped or resized.
+    @property
+    def r(self) -> int:
+        """Rank of one expert."""
+        return self.experts.r
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA's alpha, for one expert."""
+        return self.experts.lora_alpha
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling is `lora_alpha / sqrt(r)`."""
+        return self.experts.use_rslora
+
     @property
     def rank_pattern(self) -> dict[str, int]:
         """Empty: every expert has the same rank."""

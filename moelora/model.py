@@ -138,6 +138,13 @@ class MoeLoraModel(BaseTuner):
             for name in _block_bias_names(model):
                 model.get_parameter(name).requires_grad = True
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer in _layers(self.model) if autocast_adapter_dtype else ():
+            if adapter_name in layer.moelora_router:
+                # PEFT raises parameters to fp32 only; a fixed router is a buffer, and rounded it would route otherwise
+                layer.moelora_router[adapter_name].float()
+
     @classmethod
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: MoeLoraConfig
@@ -154,8 +161,12 @@ class MoeLoraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters and hooks."""
-        model = super().unload()
+        model: nn.Module = super().unload()
         detach_recorder(model)
+        tags: list[str] | None = getattr(model, "model_tags", None)
+        for tag in TAGS if tags is not None else ():
+            if tag in tags:
+                tags.remove(tag)
         return model
 
     def _check_merge_allowed(self) -> NoReturn:

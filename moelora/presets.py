@@ -8,6 +8,7 @@ balance, the mean over the layers.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -260,6 +261,9 @@ _PEFT_WORDS = frozenset(inspect.signature(MoeLoraConfig.__init__).parameters) - 
     "self",
     "args",
     "kwargs",
+    "auto_mapping",
+    "peft_type",
+    "peft_version",
     "experts",
     "placement",
     "routing",
@@ -288,7 +292,8 @@ def words(name: str) -> list[str]:
 
 def _signature(name: str) -> dict[str, inspect.Parameter]:
     if name not in _PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; allowed: {', '.join(_PRESETS)}.")
+        guess = "".join(f" Did you mean {match!r}?" for match in difflib.get_close_matches(str(name), _PRESETS, n=1))
+        raise ConfigError(f"unknown preset {name!r}; allowed: {', '.join(_PRESETS)}.{guess}")
     return dict(inspect.signature(_PRESETS[name]).parameters)
 
 

@@ -208,6 +208,7 @@ def test_other_formats_are_refused(version: object, tmp_path: Path) -> None:
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; allowed: a list of names"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; allowed: 'none', 'all', 'moelora_only'"),
         ({"task_type": "CLASSIFY"}, "CLASSIFY"),
+        ({"peft_type": "LORA"}, "peft_type is 'LORA'; allowed: 'MOELORA'"),
     ],
 )
 def test_values_out_of_range_and_contradictions_are_refused(words: dict[str, Any], message: str) -> None:
