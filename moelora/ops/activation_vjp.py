@@ -18,31 +18,35 @@ class ActivationVjp:
 
     Attributes:
         forward: `act(x)`, a new tensor.
-        backward: `grad * act'(x)` of (grad, x), a new tensor.
+        backward: Writes `grad * act'(x)` of (grad, x) into its third argument.
     """
 
     forward: Activation
-    backward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def _autograd_vjp(activation: Activation) -> ActivationVjp:
-    def backward(grad: Tensor, x: Tensor) -> Tensor:
+    def backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             y = activation(leaf)
-        return torch.autograd.grad(y, leaf, grad)[0]
+        out.copy_(torch.autograd.grad(y, leaf, grad)[0])
 
     return ActivationVjp(activation, backward)
 
 
-_SILU = ActivationVjp(nn.functional.silu, torch.ops.aten.silu_backward)
-_RELU = ActivationVjp(nn.functional.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0))
+_aten = torch.ops.aten
+
+_SILU = ActivationVjp(nn.functional.silu, lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out))
+_RELU = ActivationVjp(
+    nn.functional.relu, lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+)
 
 
 def _gelu(approximate: str) -> ActivationVjp:
     return ActivationVjp(
         lambda x: nn.functional.gelu(x, approximate=approximate),
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
+        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
     )
 
 

@@ -24,6 +24,9 @@ Form = Literal["gathered", "segments", "masked"]
 GATHER_AT_MOST = 16
 """Choices up to which each one's own B and A2 are gathered: copying K small matrices beats everything else there."""
 
+KEEP_AT_MOST = 2
+"""Choices a token up to which the pre-activations are kept for the backward pass; see `SegmentPlan`."""
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenFeedForward:
@@ -176,6 +179,7 @@ def _segments(
         block.kind,
         activation_vjp(block.activation),
         experts.scaling,
+        routing.num_choices <= KEEP_AT_MOST,
         keep,
     )
     up, gate, down = pairs["up"], pairs["gate"], pairs["down"]

@@ -31,6 +31,7 @@ class Segments:
         place_N: The place of each choice.
         place_TK: The same by token.
         tiles: (expert, start, stop) of each tile, in order.
+        experts: The expert of each tile.
         idle: Experts that nobody chose.
     """
 
@@ -40,6 +41,7 @@ class Segments:
     place_N: Tensor
     place_TK: Tensor
     tiles: tuple[tuple[int, int, int], ...]
+    experts: tuple[int, ...]
     idle: tuple[int, ...]
 
     @classmethod
@@ -74,7 +76,12 @@ class Segments:
         place_N = torch.empty_like(order_N)
         place_N[order_N] = place_of_sorted_N
         idle = tuple(expert for expert, count in enumerate(counts) if not count)
-        return cls(token_P, row_P, row_N, place_N, place_N.view(T, K), tuple(tiles), idle)
+        experts = tuple(expert for expert, _, _ in tiles)
+        return cls(token_P, row_P, row_N, place_N, place_N.view(T, K), tuple(tiles), experts, idle)
+
+    def split(self, rows_P: Tensor) -> tuple[Tensor, ...]:
+        """Views of the tiles."""
+        return rows_P.split([stop - start for _, start, stop in self.tiles])
 
     def spread(self, values_TK: Tensor) -> Tensor:
         """A value for each choice, at its place; 0 at padding: [P]."""
