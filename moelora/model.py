@@ -18,6 +18,7 @@ from moelora.errors import AdapterNameError, MergeError, TargetError
 from moelora.layers.base import MERGE_REASON, MoeLoraLayer
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
+from moelora.loading import check_weights
 from moelora.peft_plugin import PREFIX
 from moelora.placement import Site, base_modules, plan_sites
 from moelora.routing.recorder import RoutingRecorder, attach_recorder, detach_recorder, own_recorder
@@ -153,6 +154,16 @@ class MoeLoraModel(BaseTuner):
         if config.bias == "moelora_only":
             biases.update({name: state_dict[name] for name in _block_bias_names(model) if name in state_dict})
         return biases
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        weights: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_weights(model, adapter_name, config, weights)
+        return weights
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version reads `.weight` of what it replaces, which a block does not have; the adapter has been

@@ -23,6 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 PRESETS = tuple(SMALL)
 BLOCK_PRESETS = ("mixlora", "random_router")
+ROUTED = tuple(preset for preset in PRESETS if preset != "lora")
 
 
 def task_type(model: str) -> str:
@@ -86,3 +87,32 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, BaseTunerLayer):
             found[name.removeprefix("base_model.model.")] = module
     return found
+
+
+def two_adapters() -> Any:
+    """A model with a small and a larger MixLoRA adapter on different targets; "first" is active."""
+    model = adapted("mixlora", adapter_name="first")
+    model.add_adapter(
+        "second", small_config("mixlora", num_experts=6, r=2, top_k=3, target_modules=["up_proj", "q_proj"])
+    )
+    shake(model, seed=7)
+    return model.eval()
+
+
+def train_steps(model: Any, name: str = "llama", steps: int = 2) -> None:
+    """A few optimizer steps, which also move smora's biases."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**tiny_batch(name, seed=step)).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def assert_equal_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype, key
+        assert torch.equal(actual[key], tensor), key

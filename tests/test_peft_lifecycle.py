@@ -1,484 +1,38 @@
-"""An adapter's life in PEFT: save and load, several adapters, switching, unloading, copying, refusing to merge."""
+"""The rest of an adapter's life in PEFT: unloading, refusing to merge, status, copies, dtypes, registration."""
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    mapping,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, mapping
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import moelora
 from moelora import record_routing
-from moelora.errors import AdapterNameError, MergeError, RegistrationError
+from moelora.errors import MergeError, RegistrationError
 from moelora.routing.recorder import find_recorder, own_recorder
 from tests.adapters import (
     PRESETS,
+    ROUTED,
     adapted,
     adapter_tensors,
+    assert_equal_tensors,
     outputs,
     shake,
     small_config,
     snapshot,
+    train_steps,
     tuner_layers,
+    two_adapters,
 )
 from tests.conftest import tiny_batch, tiny_model
-
-ROUTED = tuple(preset for preset in PRESETS if preset != "lora")
-
-
-def train_steps(model: Any, name: str = "llama", steps: int = 2) -> None:
-    """A few optimizer steps, which also move smora's biases."""
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(**tiny_batch(name, seed=step)).loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-def assert_equal_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert actual[key].dtype == tensor.dtype, key
-        assert torch.equal(actual[key], tensor), key
-
-
-# ---- saving and loading
-
-
-@pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["llama", "phi3"])
-def test_save_and_load_bit_for_bit(preset: str, name: str, low_memory: bool, tmp_path: Path) -> None:
-    model = adapted(preset, name, **({"bias_update_rate": 1e-2} if preset == "smora" else {}))
-    train_steps(model, name)
-    if preset == "smora":
-        biases = [tensor for key, tensor in adapter_tensors(model).items() if key.endswith(".bias")]
-        assert biases
-        assert all(bias.any() for bias in biases)
-    model.save_pretrained(str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft's own
-        loaded = PeftModel.from_pretrained(tiny_model(name), str(tmp_path), low_cpu_mem_usage=low_memory)
-    assert_equal_tensors(adapter_tensors(loaded), adapter_tensors(model))
-    assert torch.equal(outputs(loaded, name), outputs(model, name))
-    assert not any(p.requires_grad for p in loaded.parameters())
-    assert not any(p.is_meta for p in loaded.parameters())
-    assert loaded.peft_config["default"].inference_mode
-    config = copy.deepcopy(model.peft_config["default"])
-    config.inference_mode = True
-    assert loaded.peft_config["default"] == config
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_keys_of_the_file(preset: str, tmp_path: Path) -> None:
-    model = adapted(preset)
-    model.save_pretrained(str(tmp_path))
-    keys = set(load_file(str(tmp_path / "adapter_model.safetensors")))
-    expected = set()
-    for path, layer in tuner_layers(model).items():
-        roles = [f"{role}_" if role else "" for role in layer.linears()]
-        expected |= {f"{path}.moelora_{role}{factor}.weight" for role in roles for factor in "AB"}
-        if layer.moelora_router:
-            expected.add(f"{path}.moelora_router.weight")
-            if preset == "smora":
-                expected.add(f"{path}.moelora_router.bias")
-    assert keys == {f"base_model.model.{key}" for key in expected}
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
-    tags = (tmp_path / "README.md").read_text()
-    assert "- moelora" in tags
-    assert "library_name: peft" in tags
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., str]:
-    """Save a base model once and adapters on it."""
-    base_path = tmp_path / "base"
-    tiny_model().save_pretrained(base_path)
-
-    def save(preset: str, folder: str = "adapter", seed: int = 0, **words: Any) -> str:
-        model = adapted(preset, seed=seed, base_model_name_or_path=str(base_path), **words)
-        model.save_pretrained(str(tmp_path / folder))
-        config = tmp_path / folder / "adapter_config.json"
-        content = json.loads(config.read_text())
-        content["base_model_name_or_path"] = str(base_path)  # PEFT puts the name of the model that it was given
-        config.write_text(json.dumps(content))
-        return str(tmp_path / folder)
-
-    return save
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_auto_classes(preset: str, saved: Callable[..., str]) -> None:
-    expected = outputs(adapted(preset))
-    loaded = AutoPeftModelForCausalLM.from_pretrained(saved(preset))
-    assert isinstance(loaded, PeftModel)
-    assert torch.equal(outputs(loaded), expected)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_transformers_loads_an_adapter_folder(preset: str, saved: Callable[..., str]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(saved(preset))
-    assert torch.equal(outputs(model), outputs(adapted(preset)))
-    assert_equal_tensors(
-        adapter_tensors(model),
-        {key.removeprefix("base_model.model."): value for key, value in adapter_tensors(adapted(preset)).items()},
-    )
-
-
-def test_is_trainable_continues_training(tmp_path: Path) -> None:
-    model = adapted("mixlora")
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path), is_trainable=True)
-    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
-    assert not loaded.peft_config["default"].inference_mode
-    train_steps(loaded)
-    assert not torch.equal(outputs(loaded), outputs(model))
-
-
-@pytest.mark.parametrize("bias", ["all", "moelora_only"])
-@pytest.mark.parametrize("preset", ["mixlora", "smora"])
-def test_trained_biases_are_saved(bias: str, preset: str, tmp_path: Path) -> None:
-    model = adapted(preset, "phi", bias=bias)
-    biases = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")]
-    assert any("fc1" in name for name in biases)
-    before = {name: model.get_parameter(name).clone() for name in biases}
-    train_steps(model, "phi")
-    # the keys' bias cancels in the softmax
-    assert all(not torch.equal(model.get_parameter(name), old) for name, old in before.items() if "k_proj" not in name)
-    model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(tiny_model("phi"), str(tmp_path))
-    assert torch.equal(outputs(loaded, "phi"), outputs(model, "phi"))
-
-
-@pytest.mark.parametrize("preset", ["mixlora", "smora"])
-def test_modules_to_save_and_trained_tokens(preset: str, tmp_path: Path) -> None:
-    model = adapted(preset, modules_to_save=["lm_head"], trainable_token_indices=[3, 5])
-    train_steps(model)
-    model.save_pretrained(str(tmp_path))
-    keys = load_file(str(tmp_path / "adapter_model.safetensors"))
-    assert "base_model.model.lm_head.weight" in keys
-    assert any("trainable_tokens_delta" in key for key in keys)
-    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
-    assert torch.equal(outputs(loaded), outputs(model))
-    with model.disable_adapter():
-        assert torch.equal(outputs(model), outputs(tiny_model()))
-
-
-def test_auto_class_without_a_task(saved: Callable[..., str]) -> None:
-    from transformers import AutoConfig
-
-    path = saved("mixlora", task_type=None)
-    config = json.loads((Path(path) / "adapter_config.json").read_text())
-    config["auto_mapping"] = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}
-    assert AutoConfig.from_pretrained(config["base_model_name_or_path"]).model_type == "llama"
-    (Path(path) / "adapter_config.json").write_text(json.dumps(config))
-    assert torch.equal(outputs(AutoPeftModel.from_pretrained(path)), outputs(adapted("mixlora")))
-
-
-def test_classification_head_is_trained_and_saved(tmp_path: Path) -> None:
-    model = adapted("sira", "bert")
-    assert any(p.requires_grad for name, p in model.named_parameters() if "classifier.modules_to_save" in name)
-    train_steps(model, "bert")
-    model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path))
-    assert torch.equal(outputs(loaded, "bert"), outputs(model, "bert"))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_state_dict_functions(preset: str) -> None:
-    model, other = adapted(preset), adapted(preset, seed=1)
-    state_dict = get_peft_model_state_dict(model)
-    assert not any(".default" in key for key in state_dict)
-    result = set_peft_model_state_dict(other, state_dict)
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if "moelora_" in key]
-    assert_equal_tensors(adapter_tensors(other), adapter_tensors(model))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_injection_without_a_peft_model(preset: str) -> None:
-    expected = adapted(preset)
-    state_dict = {key.removeprefix("base_model.model."): v for key, v in get_peft_model_state_dict(expected).items()}
-    for given in (None, state_dict):
-        model = inject_adapter_in_model(small_config(preset), tiny_model(), state_dict=given)
-        set_peft_model_state_dict(model, state_dict)
-        assert torch.equal(outputs(model.eval()), outputs(expected))
-    assert record_routing(model) is not None
-
-
-def test_injection_by_a_state_dict_of_fewer_modules() -> None:
-    full = get_peft_model_state_dict(adapted("sira"))
-    some = {key.removeprefix("base_model.model."): v for key, v in full.items() if ".layers.1." in key}
-    with pytest.warns(RuntimeWarning, match="an inconsistency was discovered"):
-        model = inject_adapter_in_model(small_config("sira"), tiny_model(), state_dict=some)
-    assert {name.split(".")[2] for name in tuner_layers(model)} == {"1"}
-
-
-@pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_hotswap(preset: str, low_memory: bool, saved: Callable[..., str]) -> None:
-    first, second = saved(preset, "first", seed=1), saved(preset, "second", seed=2)
-    expected = outputs(adapted(preset, seed=2))
-    model = PeftModel.from_pretrained(tiny_model(), first, low_cpu_mem_usage=low_memory)
-    assert not torch.equal(outputs(model), expected)
-    hotswap_adapter(model, second, adapter_name="default", torch_device="cpu")
-    assert torch.equal(outputs(model), expected)
-    assert_equal_tensors(adapter_tensors(model), adapter_tensors(adapted(preset, seed=2)))
-
-
-@pytest.mark.parametrize(
-    ("words", "key"),
-    [
-        ({"r": 2}, "experts"),
-        ({"lora_alpha": 5}, "experts"),
-        ({"num_experts": 3}, "experts"),
-        ({"top_k": 1}, "routing"),
-        ({"renormalize": True}, "routing"),
-    ],
-)
-def test_hotswap_of_another_shape_or_meaning_is_refused(
-    words: dict[str, Any], key: str, saved: Callable[..., str]
-) -> None:
-    first, second = saved("sira", "first"), saved("sira", "second", **words)
-    model = PeftModel.from_pretrained(tiny_model(), first)
-    before = outputs(model)
-    with pytest.raises(ValueError, match=f"incompatible: for {key}"):
-        hotswap_adapter(model, second, adapter_name="default", torch_device="cpu")
-    assert torch.equal(outputs(model), before)
-
-
-# ---- several adapters
-
-
-def two_adapters() -> Any:
-    """A model with a small and a larger MixLoRA adapter on different targets; "first" is active."""
-    model = adapted("mixlora", adapter_name="first")
-    model.add_adapter(
-        "second", small_config("mixlora", num_experts=6, r=2, top_k=3, target_modules=["up_proj", "q_proj"])
-    )
-    shake(model, seed=7)
-    return model.eval()
-
-
-def alone(model: Any, name: str) -> Tensor:
-    """Outputs of one of several adapters, from a model that has no other."""
-    config = copy.deepcopy(model.peft_config[name])
-    only = get_peft_model(tiny_model(), config, adapter_name=name).eval()
-    set_peft_model_state_dict(only, get_peft_model_state_dict(model, adapter_name=name), adapter_name=name)
-    return outputs(only)
-
-
-def test_adding_an_adapter_leaves_the_active_one_alone() -> None:
-    model = adapted("mixlora", adapter_name="first")
-    before, trainable = outputs(model), {name for name, p in model.named_parameters() if p.requires_grad}
-    model.add_adapter("second", small_config("mixlora", num_experts=6, r=2))
-    assert model.active_adapters == ["first"]
-    assert torch.equal(outputs(model), before)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-
-
-def test_an_adapter_takes_the_mode_of_the_model() -> None:
-    # PEFT's layers start in training mode whatever the model is in; expert dropout and capacity would be on
-    model = get_peft_model(tiny_model(), small_config("sira", lora_dropout=0.5))
-    assert torch.equal(outputs(model), outputs(model))
-    assert not any(
-        module.training for module in model.get_base_model().modules() if not isinstance(module, nn.ModuleDict)
-    )
-    model.train()
-    model.add_adapter("second", small_config("sira"))
-    assert all(layer.moelora_router["second"].training for layer in tuner_layers(model).values())
-
-
-def test_switching() -> None:
-    model = two_adapters()
-    expected = {name: alone(model, name) for name in ("first", "second")}
-    assert not torch.equal(expected["first"], expected["second"])
-    for name in ("second", "first"):
-        model.set_adapter(name)
-        assert torch.equal(outputs(model), expected[name])
-        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert trainable
-        assert all(f".{name}." in parameter for parameter in trainable)
-    with pytest.raises(ValueError, match="third"):
-        model.set_adapter("third")
-
-
-def test_several_active_adapters_add_their_changes() -> None:
-    model = adapted("sira", adapter_name="first", target_modules=["v_proj"], layers_to_transform=[1])
-    model.add_adapter("second", small_config("sira", num_experts=3, target_modules=["v_proj"], layers_to_transform=[1]))
-    shake(model, seed=2)
-    model.eval().base_model.set_adapter(["first", "second"])
-    path = "model.layers.1.self_attn.v_proj"
-    layer, x = tuner_layers(model)[path], torch.randn(2, 3, 36)
-    base = layer.base_layer(x)
-    both = layer(x) - base
-    parts = []
-    for name in ("first", "second"):
-        model.base_model.set_adapter(name)
-        parts.append(layer(x) - base)
-    torch.testing.assert_close(both, parts[0] + parts[1], atol=1e-5, rtol=1e-5)
-
-
-def test_several_active_feed_forward_adapters_add_their_changes() -> None:
-    model = two_adapters()
-    model.base_model.set_adapter(["first", "second"])
-    layer, x = tuner_layers(model)["model.layers.1.mlp"], torch.randn(2, 3, 36)
-    base, both = layer.base_layer(x), layer(x)
-    parts = []
-    for name in ("first", "second"):
-        model.base_model.set_adapter(name)
-        parts.append(layer(x) - base)
-    torch.testing.assert_close(both - base, parts[0] + parts[1], atol=1e-4, rtol=1e-4)
-    trained = {"first", "second"}
-    model.base_model.set_adapter(["first", "second"])
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == trained
-
-
-def test_deleting() -> None:
-    model = two_adapters()
-    expected = alone(model, "second")
-    with pytest.warns(UserWarning, match="Setting active adapter to second"):
-        model.delete_adapter("first")
-    assert torch.equal(outputs(model), expected)
-    assert set(model.peft_config) == {"second"}
-    assert not any(".first." in key for key in model.state_dict())
-    assert not any("first" in layer.experts or "first" in layer.scaling for layer in tuner_layers(model).values())
-    model.delete_adapter("second")
-    assert torch.equal(outputs(model.base_model.model), outputs(tiny_model()))  # a PeftModel without any does not run
-    assert not adapter_tensors(model)
-    with pytest.raises(ValueError, match="second"):
-        model.delete_adapter("second")
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_disabling_gives_the_base_model_bit_for_bit(preset: str, name: str) -> None:
-    model, base = adapted(preset, name), outputs(tiny_model(name), name)
-    before = outputs(model, name)
-    assert not torch.equal(before, base)
-    with model.disable_adapter():
-        assert torch.equal(outputs(model, name), base)
-    assert torch.equal(outputs(model, name), before)
-    model.base_model.disable_adapter_layers()
-    assert torch.equal(outputs(model, name), base)
-    assert not any(p.requires_grad for p in model.parameters())
-    model.base_model.enable_adapter_layers()
-    assert torch.equal(outputs(model, name), before)
-
-
-@pytest.mark.parametrize("preset", ["mixlora", "sira capacity", "smora", "molora"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_an_adapter_for_each_sample(preset: str, side: str) -> None:
-    preset, _, capacity = preset.partition(" ")
-    words = {"capacity_in_eval": True, "capacity_factor": 0.7} if capacity else {}
-    model = adapted(preset, adapter_name="first", **words)
-    second = {"r": 7} if preset == "smora" else {"num_experts": 5}
-    model.add_adapter("second", small_config(preset, **{**second, **words}))
-    shake(model, seed=4)
-    model.eval()
-    batch = tiny_batch(batch_size=5, length=12)
-    if side == "left":
-        batch = {key: value.flip(1) for key, value in batch.items()}
-    names = ["second", "__base__", "first", "second", "__base__"]
-    together = outputs(model, **batch, adapter_names=names)
-    for row, name in enumerate(names):
-        one = {key: value[row : row + 1] for key, value in batch.items()}
-        if name == "__base__":
-            with model.disable_adapter():
-                expected = outputs(model, **one)
-        else:
-            model.set_adapter(name)
-            expected = outputs(model, **one)
-        torch.testing.assert_close(together[row], expected[0], atol=5e-6, rtol=1e-5)
-    assert not any(module._forward_pre_hooks for module in tuner_layers(model).values())
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_an_adapter_for_each_sample_in_generation(beams: int) -> None:
-    model = two_adapters()
-    ids = tiny_batch(batch_size=3, length=6)["input_ids"].clamp_min(3)
-    words = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "eos_token_id": None}
-    names = ["first", "__base__", "second"]
-    together = model.generate(input_ids=ids, adapter_names=names, **words)
-    for row, name in enumerate(names):
-        one = model.generate(input_ids=ids[row : row + 1], adapter_names=[name], **words)
-        assert torch.equal(together[row], one[0])
-
-
-def test_an_adapter_for_each_sample_with_heads_saved_whole() -> None:
-    model = adapted("sira", "bert", adapter_name="first")
-    model.add_adapter("second", small_config("sira", "bert"))
-    shake(model)
-    for adapter, value in (("first", 1.0), ("second", 2.0)):
-        model.base_model.model.classifier.modules_to_save[adapter].bias.data.fill_(value)
-    model.eval()
-    names = ["second", "first", "second"]
-    together = outputs(model, "bert", adapter_names=names)
-    for row, name in enumerate(names):
-        model.set_adapter(name)
-        torch.testing.assert_close(together[row], outputs(model, "bert")[row], atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["first", "third", "first"], r"unknown adapter\(s\) \['third'\]; allowed: __base__, first, second"),
-        (["first", "second"], "2 names for a batch of 3; allowed: one for each sample"),
-    ],
-)
-def test_names_that_do_not_fit_the_batch_are_refused(names: list[str], message: str) -> None:
-    model = two_adapters()
-    with pytest.raises(AdapterNameError, match=message):
-        outputs(model, adapter_names=names)
-    outputs(model)
-    with pytest.raises(AdapterNameError, match="eval mode only"):
-        model.train()(**tiny_batch(), adapter_names=["first"] * 3)
-
-
-def test_set_scale() -> None:
-    model = adapted("mixlora")
-    base, full = outputs(tiny_model()), outputs(model)
-    for layer in tuner_layers(model).values():
-        layer.set_scale("default", 0.0)
-    torch.testing.assert_close(outputs(model), base, atol=2e-6, rtol=1e-5)
-    for layer in tuner_layers(model).values():
-        layer.set_scale("default", 1.0)
-        layer.set_scale("unknown", 3.0)
-    assert torch.equal(outputs(model), full)
-
-
-# ---- leaving
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -529,9 +83,6 @@ def test_merging_is_refused_with_the_model_untouched(preset: str, way: str) -> N
     assert torch.equal(outputs(model), logits)
     assert_equal_tensors(adapter_tensors(model), tensors)
     assert set(model.peft_config) == {"default"}
-
-
-# ---- status, copies
 
 
 def test_status() -> None:
@@ -594,9 +145,6 @@ def test_a_whole_model_survives_torch_save(preset: str) -> None:
         assert listener.records
 
 
-# ---- dtypes
-
-
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_adapters_on_a_bf16_base(preset: str, autocast: bool) -> None:
@@ -629,9 +177,6 @@ def test_autocast_leaves_the_router_in_fp32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = router(x, torch.ones(1, 4, dtype=torch.bool)).logits_TE
     assert torch.equal(logits, x @ router.weight.T)
-
-
-# ---- what belongs to one preset
 
 
 def test_the_bias_of_smora_moves_only_in_training_and_once_a_forward() -> None:
@@ -700,9 +245,6 @@ def test_a_random_router_is_never_trained_and_saved_exactly(tmp_path: Path) -> N
     assert not any(torch.equal(fresh[key], value) for key, value in before.items())
 
 
-# ---- registration
-
-
 def test_registering_twice_is_harmless() -> None:
     from moelora.peft_plugin import register
 
@@ -725,10 +267,8 @@ def test_a_name_taken_by_another_package_is_refused(table: str, monkeypatch: pyt
     message = f"PEFT type 'MOELORA' with prefix 'moelora_' is already taken by '{owner}'.*import only one of them"
     with pytest.raises(RegistrationError, match=message):
         register(moelora.MoeLoraConfig, moelora.MoeLoraModel)
-    assert (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_PREFIX_MAPPING) == before
-
-
-# ---- transformers' own adapter API
+    assert before[0] == mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    assert before[1] == mapping.PEFT_TYPE_TO_PREFIX_MAPPING
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
