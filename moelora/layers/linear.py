@@ -65,17 +65,17 @@ class MixtureLinear(MoeLoraLayer):
         pair = self.pair("", adapter)
         assert pair is not None
         a_ERD, b_EOR = pair
-        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, a_ERD.dtype))
-        op = mixture_linear if self.compute[adapter].implementation == "fast" else reference.mixture_linear
-        if adapter not in self.moelora_router:
-            if op is reference.mixture_linear:
-                x_lora = x_lora.reshape(-1, self.in_features)
-            delta = op(x_lora, a_ERD, b_EOR, None, self.scaling[adapter])
-            return result + delta.view(result.shape)
-        routing = self.route(adapter, x, valid_BS)
-        delta = op(x_lora.reshape(-1, self.in_features), a_ERD, b_EOR, routing.gates_TE(), self.scaling[adapter])
-        delta = self.recorder.observe(self, adapter, routing, valid_BS, delta)
-        return result + delta.view(result.shape)
+        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, a_ERD.dtype)).reshape(-1, self.in_features)
+        result_TO = result.reshape(-1, self.out_features)
+        routing = self.route(adapter, x, valid_BS) if adapter in self.moelora_router else None
+        gates_TE = None if routing is None else routing.gates_TE()
+        if self.compute[adapter].implementation == "fast":
+            y_TO = mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter], result_TO)
+        else:
+            y_TO = result_TO + reference.mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter])
+        if routing is not None:
+            y_TO = self.recorder.observe(self, adapter, routing, valid_BS, y_TO)
+        return y_TO.view(result.shape)
 
     def extra_repr(self) -> str:
         """Quantisation, if any."""
