@@ -44,10 +44,34 @@ class MoeLoraTrainerMixin(_Base):
             batches are not inputs of the model (some reinforcement-learning trainers), so that they cannot be counted.
     """
 
+    _moelora_adapters: set[str]
     _moelora_batches: list[dict[str, Any]] | None = None
     _moelora_totals: RoutingTotals | None = None
     _moelora_micro_batch: MicroBatchBalance | None = None
     _moelora_metrics: RoutingMetrics | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        self._moelora_adapters = set(getattr(model, "peft_config", {}))
+        super().__init__(*args, **kwargs)
+        self._moelora_complete_reference()
+
+    def _moelora_complete_reference(self) -> None:
+        """Copy frozen routers and biases to the adapter "ref" that TRL adds as the reference of an adapter.
+
+        TRL copies parameters only, and these are buffers.
+        """
+        if "ref" in self._moelora_adapters or "ref" not in getattr(self.model, "peft_config", {}):
+            return
+        buffers = dict(self.model.named_buffers())
+        for name, buffer in buffers.items():
+            if ".moelora_router.default." in name:
+                buffers[name.replace(".default.", ".ref.")].copy_(buffer)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's DPO trainer may run the reference while it is being made."""
+        self._moelora_complete_reference()
+        return super()._precompute_ref_logps(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Note the micro-batches of the coming optimizer step; see `Trainer.get_batch_samples`."""
