@@ -1,0 +1,162 @@
+"""The suite over reasoning-gym: fresh problems of a run's tasks, scored by reasoning-gym's own verifiers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval.generation import RoutingCounts, answer, shared_tokens
+from eval.sources import Contestant
+from train.data import chat_prompt, load_rows
+from train.errors import RunError
+from train.models import load_tokenizer
+from train.schema import RunConfig
+from train.tasks import Problem, fresh_problems, task_data_set
+
+
+@dataclass
+class TaskResult:
+    """What the models answered to the problems of a task.
+
+    Args:
+        task: Name of the task.
+        problems: The problems.
+        dropped: Problems left out because a training row has the same prompt.
+        majority: Share of the most frequent reference answer: what a model scores that always says the same.
+        prompts: Token ids of the prompts.
+        answers: Model to its answers.
+        scores: Model to the verifier's scores from 0 to 1.
+    """
+
+    task: str
+    problems: list[Problem]
+    dropped: int
+    majority: float
+    prompts: list[list[int]]
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    def exact(self, model: str) -> list[float]:
+        """1 for each problem that the verifier gives its full score, else 0."""
+        return [float(score >= 1.0) for score in self.scores[model]]
+
+
+@dataclass
+class ReasoningResults:
+    """Results of the suite.
+
+    Args:
+        tasks: One for each task.
+        models: Names in the order of the tables; the last is the adapter that the evaluation is about.
+        routing: Task to the routing of its questions' tokens, in two halves; empty if nothing was routed.
+        seconds: Model to the wall time of loading it and answering.
+    """
+
+    tasks: list[TaskResult]
+    models: list[str]
+    routing: dict[str, list[RoutingCounts]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -> list[TaskResult]:
+    """Fresh problems of every task of the run, none of which is among the training rows.
+
+    Args:
+        config: The run.
+        tokenizer: Makes the prompts, as in training.
+        limit: Problems a task; None takes `evaluation.rows_per_task`.
+
+    Raises:
+        RunError: If the run was not trained on reasoning-gym tasks, or a task has no fresh problems.
+    """
+    data, wish = config.dataset, limit or config.evaluation.rows_per_task
+    if not data.tasks:
+        raise RunError("suite 'reasoning' needs `dataset.tasks`; this run was trained on other data.")
+    seen = {_question(row["prompt"]) for row in load_rows(data, tokenizer)}
+    results = []
+    for task, options in data.tasks.items():
+        problems, dropped = fresh_problems(task, options, seed=config.evaluation.seed, size=wish, seen=seen)
+        if not problems:
+            raise RunError(
+                f"task {task!r} has no problem that is not among the training rows: it has too few for its options "
+                f"{options}. Give it options with more variety, or lower dataset.rows_per_task."
+            )
+        (_, most), *_ = Counter(problem.answer for problem in problems).most_common(1)
+        prompts = [_encode(tokenizer, problem.prompt, config) for problem in problems]
+        results.append(TaskResult(task, problems, dropped, most / len(problems), prompts))
+    return results
+
+
+def _question(prompt: Any) -> str:
+    """The text of a row's prompt, which may be a chat."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _encode(tokenizer: Any, question: str, config: RunConfig) -> list[int]:
+    """A prompt's tokens, made as TRL made those of the training rows."""
+    chat = tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
+    if not chat:
+        return list(tokenizer(question)["input_ids"])
+    messages = chat_prompt(question, config.dataset.system)
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def run(config: RunConfig, contestants: Sequence[Contestant], limit: int | None = None) -> ReasoningResults:
+    """Let every contestant answer the same problems.
+
+    Args:
+        config: The run.
+        contestants: The models; the routing of those with routers is recorded, the last one's is kept.
+        limit: Problems a task; None takes `evaluation.rows_per_task`.
+    """
+    tokenizer = load_tokenizer(config)
+    results = ReasoningResults(make_problems(config, tokenizer, limit), [contestant.name for contestant in contestants])
+    for task in results.tasks:
+        note = f", {task.dropped} dropped because they occur in training" if task.dropped else ""
+        print(f"{task.task}: {len(task.problems)} fresh problems{note}", flush=True)
+    shared = shared_tokens([prompt for task in results.tasks for prompt in task.prompts])
+    for contestant in contestants:
+        started = time.monotonic()
+        model = contestant.load(config)
+        routed = contestant.role == "adapter" and has_routers(model)
+        for task in results.tasks:
+            began = time.monotonic()
+            answers, halves = answer(
+                model,
+                tokenizer,
+                task.prompts,
+                batch_size=config.evaluation.batch_size,
+                max_new_tokens=config.evaluation.max_new_tokens or _room(task, tokenizer),
+                shared=shared if routed else None,
+            )
+            task.answers[contestant.name] = answers
+            task.scores[contestant.name] = verify(task, config, answers)
+            if routed:
+                results.routing[task.task] = halves
+            exact = sum(task.exact(contestant.name)) / len(answers)
+            print(f"{contestant.name}  {task.task}  {exact:.0%} exact  {time.monotonic() - began:.1f} s", flush=True)
+        results.seconds[contestant.name] = time.monotonic() - started
+        del model
+    return results
+
+
+def has_routers(model: Any) -> bool:
+    """Whether some layer of the model chooses between experts."""
+    return any("moelora_router" in name for name, _ in model.named_parameters())
+
+
+def _room(task: TaskResult, tokenizer: Any) -> int:
+    """Tokens for an answer: those of the longest reference, its end, and a little talk that must not cut it off."""
+    return max(len(tokenizer(problem.answer)["input_ids"]) for problem in task.problems) + 4
+
+
+def verify(task: TaskResult, config: RunConfig, answers: Sequence[str]) -> list[float]:
+    """Scores of the answers by reasoning-gym's verifier of the task."""
+    options = (config.dataset.tasks or {})[task.task]
+    verifier = task_data_set(task.task, options, seed=0, size=1)
+    return [
+        float(verifier.score_answer(text, problem.entry)) for text, problem in zip(answers, task.problems, strict=True)
+    ]

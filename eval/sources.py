@@ -1,0 +1,107 @@
+"""What is evaluated: the base model, and adapters of a run, a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import load_config
+from train.errors import RunError
+from train.models import load_model
+from train.run_dir import ADAPTER, BASELINE, RunDir
+from train.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the models that are compared.
+
+    Args:
+        name: Its name in tables.
+        role: "base", "baseline" or "adapter".
+        adapter: Folder or Hub name of its adapter; None for the base model.
+        training: What the run noted of its training, if it was trained by one.
+    """
+
+    name: str
+    role: str
+    adapter: str | None = None
+    training: dict[str, Any] | None = None
+
+    def load(self, config: RunConfig) -> Any:
+        """The model, in the data type of the base throughout."""
+        base = load_model(config)
+        if self.adapter is None:
+            return base.eval()
+        from peft import PeftModel
+
+        import moelora  # noqa: F401 - registers the adapter type
+
+        return PeftModel.from_pretrained(base, self.adapter, autocast_adapter_dtype=False).to(base.dtype).eval()
+
+
+def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, list[Contestant], Path]:
+    """What to evaluate, by which configuration, and where the results go.
+
+    Args:
+        source: Folder of a run, folder of an adapter, or an adapter's name on the Hub.
+        config_file: The run's YAML where `source` is an adapter.
+
+    Raises:
+        RunError: If there is nothing to evaluate, or no configuration that says on what.
+    """
+    run = RunDir(source)
+    if run.config_file.is_file():
+        if config_file is not None:
+            raise RunError(f"{source!r} is a run and has its own config.yaml; leave --config out.")
+        if not run.is_finished(ADAPTER):
+            raise RunError(
+                f"the run {source!r} has no finished adapter; `python -m train {run.config_file}` goes on with it."
+            )
+        config = load_config(run.config_file)
+        contestants = [Contestant("base", "base")]
+        if run.is_finished(BASELINE):
+            contestants.append(_of_run(run, BASELINE))
+        return config, [*contestants, _of_run(run, ADAPTER)], run.root
+    folder = Path(source)
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    if config_file is None:
+        raise RunError(
+            f"{source!r} is an adapter, and nothing says what to evaluate it on: pass --config with the YAML of a run, "
+            "such as --config configs/quickstart.yaml."
+        )
+    config = load_config(config_file)
+    results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
+    return config, [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def _of_run(run: RunDir, stage: str) -> Contestant:
+    folder = run.stage(stage)
+    record = json.loads((folder / "training.json").read_text()) if (folder / "training.json").is_file() else None
+    return Contestant(_name(str(folder)), stage, str(folder), record)
+
+
+def _name(adapter: str) -> str:
+    """What a table calls an adapter: its preset, or LoRA with its rank."""
+    from peft import PeftConfig
+
+    import moelora  # noqa: F401 - registers the adapter type
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise RunError(f"adapter {adapter!r} cannot be read: {error}") from error
+    preset = getattr(config, "preset", None)
+    if preset:
+        titles = {
+            "mixlora": "MixLoRA",
+            "sira": "SiRA",
+            "smora": "SMoRA",
+            "molora": "MoLoRA",
+            "random_router": "random router",
+        }
+        return titles.get(preset, preset)
+    return f"LoRA r={config.r}" if hasattr(config, "r") else str(config.peft_type)

@@ -1,0 +1,1 @@
+"""Training programs: `python -m train CONFIG.yaml [key=value ...]`."""

@@ -1,0 +1,51 @@
+"""Train an adapter from a YAML configuration.
+
+For example `python -m train configs/quickstart.yaml`, or with changes
+`python -m train configs/quickstart.yaml adapter.r=8 training.max_steps=20 output_dir=runs/short`.
+Run the same command again to go on with a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from train.errors import RunError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change a value of the file; dots for nesting"
+    )
+    parser.add_argument("--restart", action="store_true", help="throw away what this run has trained so far")
+    options = parser.parse_intermixed_args(arguments)
+
+    from train.console import quiet_libraries
+
+    quiet_libraries()
+    from moelora.errors import MoeLoraError
+    from train.config import load_config
+
+    try:
+        config = load_config(options.config, options.overrides)
+        from train import sft
+
+        recipes = {"sft": sft.run}
+        recipes[config.recipe](config, restart=options.restart)
+    except (RunError, MoeLoraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Read a run's YAML with `key=value` overrides, and build what PEFT and TRL take from it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from train.errors import RunError, one_line
+from train.schema import RunConfig, build, check_keys
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number: PyYAML reads `1e-3` as a text because YAML 1.1 wants a dot in it."""
+
+
+_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML as the programs here understand it.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` each, with dots for nested keys; the value is parsed as YAML.
+
+    Raises:
+        RunError: If the file cannot be read, or a key or value in it is not allowed.
+    """
+    path = Path(path)
+    try:
+        words = parse_yaml(path.read_text())
+    except OSError as error:
+        raise RunError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RunError(f"{str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(words, dict):
+        raise RunError(f"{str(path)!r} holds {type(words).__name__}; it must hold a mapping of keys to values.")
+    for override in overrides:
+        apply_override(words, override)
+    config = build(RunConfig, words, "the configuration")
+    # Everything that can be refused is refused here, before a model is loaded or a file written.
+    sft_config(config, Path(config.output_dir))
+    adapter_config(config)
+    return config
+
+
+def apply_override(words: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in the nested mapping `words`.
+
+    Raises:
+        RunError: If it has no "=", the value is not YAML, or the key leads through something that is not a mapping.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RunError(f"override {override!r} is not key=value, such as adapter.r=8 or training.max_steps=20.")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise RunError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    place = words
+    for depth, parent in enumerate(parents):
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise RunError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is {place!r}, which has no keys.")
+    place[last] = value
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the whole configuration, defaults included, so that `python -m train` runs it again."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
+
+
+def adapter_config(config: RunConfig) -> Any:
+    """The `MoeLoraConfig` of the section `adapter`.
+
+    Raises:
+        RunError: If the section names no preset.
+        moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
+    """
+    from moelora import MoeLoraConfig, presets
+
+    words = dict(config.adapter)
+    preset = words.pop("preset", None)
+    if not isinstance(preset, str):
+        raise RunError(f"adapter.preset is {preset!r}; it must be one of {', '.join(presets.available())}.")
+    return MoeLoraConfig.from_preset(preset, **{"task_type": "CAUSAL_LM", **words})
+
+
+def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | None = None) -> Any:
+    """The `SFTConfig` of the section `training`, with defaults that suit these programs.
+
+    Args:
+        config: The run.
+        output_dir: Folder of the checkpoints.
+        changes: Fields to set over those of the run.
+
+    Raises:
+        RunError: If a field is unknown or its value is refused.
+    """
+    import torch
+    from trl import SFTConfig, TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:  # argparse would print its whole usage and exit
+            raise RunError(f"training: {one_line(message.removeprefix('argument --'))}")
+
+    ours = {
+        "output_dir": "it is the run's output_dir",
+        "model_init_kwargs": "use model_kwargs at the top level",
+        "push_to_hub": "use `moelora push` once the run is done",
+    }
+    words = {**config.training, **(changes or {})}
+    for key, reason in ours.items():
+        if key in words:
+            raise RunError(f"training.{key} cannot be set: {reason}.")
+    fields = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
+    check_keys("training", words, fields - set(ours))
+    # transformers 5.23 warns at the old name, which TRL's own default still uses.
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in fields and old in words:
+            words.setdefault(new, words.pop(old))
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    defaults = {
+        "report_to": "none",
+        # TRL recomputes activations by default, which costs a third of the speed.
+        checkpointing: False,
+        # TRL turns autocast on by default; here `dtype` and `adapter_dtype` say what is computed in what.
+        "bf16": False,
+        # transformers refuses bf16 on CPU unless told that CPU is meant.
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_steps": 5,
+        "save_total_limit": 2,
+    }
+    parser = Parser((SFTConfig,))
+    parser.set_defaults_with_config(**{**defaults, **words}, output_dir=str(output_dir))
+    try:
+        (parsed,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, RunError) else RunError(f"training: {one_line(error)}") from error
+    return parsed

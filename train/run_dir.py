@@ -1,0 +1,149 @@
+"""The folder of a run: what is in it, and whether it may be gone on with.
+
+- config.yaml: the whole configuration
+- adapter/: the trained adapter, with training.json (steps, seconds, losses)
+- baseline/: the plain LoRA, if the run has one
+- checkpoints/<stage>/: what a stopped run goes on from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train.config import parse_yaml, save_config
+from train.errors import RunError
+from train.schema import RunConfig
+
+ADAPTER = "adapter"
+BASELINE = "baseline"
+# Keys that change neither the rows nor the weights.
+_HARMLESS = (
+    "output_dir",
+    "evaluation",
+    "training.logging_steps",
+    "training.logging_strategy",
+    "training.save_steps",
+    "training.save_strategy",
+    "training.save_total_limit",
+    "training.report_to",
+    "training.run_name",
+    "training.disable_tqdm",
+)
+
+
+class RunDir:
+    """The folder of a run.
+
+    Args:
+        root: The folder; it need not exist.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration that the run was started with."""
+        return self.root / "config.yaml"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished adapter."""
+        return self.root / name
+
+    def checkpoints(self, name: str) -> Path:
+        """Folder of the checkpoints of a stage."""
+        return self.root / "checkpoints" / name
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage is trained; its folder appears in one piece."""
+        return (self.stage(name) / "adapter_config.json").is_file()
+
+    def last_checkpoint(self, name: str) -> Path | None:
+        """The latest checkpoint of a stage that was written to its end; the trainer writes its state last."""
+        folders = sorted(self.checkpoints(name).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        for folder in reversed(folders):
+            try:
+                json.loads((folder / "trainer_state.json").read_text())
+            except (OSError, json.JSONDecodeError):
+                continue
+            return folder
+        return None
+
+    def open(self, config: RunConfig, *, restart: bool = False) -> None:
+        """Start the run in this folder, or go on with it.
+
+        Args:
+            config: What is to be run.
+            restart: Throw away what the folder has of this run.
+
+        Raises:
+            RunError: If the folder has something trained by a configuration that differs in a way that matters, or the
+                place is taken by something else.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise RunError(f"output_dir {str(self.root)!r} is a file; give the name of a folder.")
+        if restart:
+            for path in (self.root / "checkpoints", self.stage(ADAPTER), self.stage(BASELINE)):
+                shutil.rmtree(path, ignore_errors=True)
+        elif self._has_work():
+            self._check_unchanged(config)
+        self.root.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.config_file)
+
+    def check_rows(self, rows: Any) -> None:
+        """Note what the training rows are, and refuse to go on if they are no longer what they were.
+
+        Raises:
+            RunError: If a stage is under way or finished with other rows.
+        """
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        file = self.root / "rows.json"
+        found = {"rows": len(rows), "sha256": digest.hexdigest()}
+        if self._has_work() and file.is_file() and (before := json.loads(file.read_text())) != found:
+            raise RunError(
+                f"the training rows are not those that {str(self.root)!r} was started with ({before['rows']} then, "
+                f"{len(rows)} now, or other content). Give another output_dir, or --restart to throw the old run away."
+            )
+        file.write_text(json.dumps(found, indent=2) + "\n")
+
+    def _has_work(self) -> bool:
+        return any(self.is_finished(name) or self.last_checkpoint(name) for name in (ADAPTER, BASELINE))
+
+    def _check_unchanged(self, config: RunConfig) -> None:
+        if not self.config_file.is_file():
+            raise RunError(
+                f"output_dir {str(self.root)!r} has a trained adapter but no config.yaml, so it cannot be told whether "
+                "this is the same run. Give another output_dir, or --restart to throw the old run away."
+            )
+        before = dict(_flat(parse_yaml(self.config_file.read_text())))
+        now = dict(_flat(dataclasses.asdict(config)))
+        ignored: tuple[str, ...] = _HARMLESS
+        if not self.is_finished(BASELINE) and self.last_checkpoint(BASELINE) is None:
+            ignored = (*_HARMLESS, "baseline")
+        changed = [
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in ignored)
+        ]
+        if changed:
+            raise RunError(
+                f"output_dir {str(self.root)!r} holds a run of another configuration: {'; '.join(changed)}. Give "
+                "another output_dir, undo the change, or --restart to throw the old run away."
+            )
+
+
+def _flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys; empty ones vanish."""
+    if isinstance(words, dict):
+        for key, value in words.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif words is not None:
+        yield prefix, words

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: train an adapter, and the plain LoRA to compare it with if the run asks for one."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import ProgressCallback, set_seed
+
+from moelora import MoeLoraTrainerMixin
+from train.baseline import baseline_config
+from train.completion_loss import CompletionLossTrainer
+from train.config import adapter_config, sft_config
+from train.console import LiveProgress, minutes
+from train.data import load_rows
+from train.models import load_model, load_tokenizer
+from train.run_dir import ADAPTER, BASELINE, RunDir
+from train.schema import RunConfig
+
+
+class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
+    """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
+
+
+def run(config: RunConfig, *, restart: bool = False) -> None:
+    """Train what `config` says into `config.output_dir`, from where an earlier call stopped.
+
+    Args:
+        config: The run.
+        restart: Throw away what an earlier call has trained.
+
+    Raises:
+        RunError: If the run cannot start or go on.
+    """
+    folder = RunDir(config.output_dir)
+    folder.open(config, restart=restart)
+    tokenizer = load_tokenizer(config)
+    rows = load_rows(config.dataset, tokenizer)
+    folder.check_rows(rows)
+    _show_rows(rows, config)
+    # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
+    adapter = adapter_config(config)
+    stages = {ADAPTER: (adapter, dict[str, Any]())}
+    if config.baseline is not None:
+        stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
+    for stage, (peft_config, changes) in stages.items():
+        args = sft_config(config, folder.checkpoints(stage), changes)
+        _train(stage, config, peft_config, args, folder, tokenizer, rows)
+    print(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}", flush=True)
+
+
+def _show_rows(rows: Any, config: RunConfig) -> None:
+    print(f"Model     {config.model} in {config.dtype}")
+    tasks = Counter(rows["task"]) if "task" in rows.column_names else {}
+    print(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
+    row = {key: value for key, value in rows[0].items() if key != "task"}
+    print(f"A row     {json.dumps(row, ensure_ascii=False)[:400]}", flush=True)
+
+
+def _train(
+    stage: str, config: RunConfig, peft_config: Any, args: Any, folder: RunDir, tokenizer: Any, rows: Any
+) -> None:
+    """Train one adapter, unless that is done."""
+    if folder.is_finished(stage):
+        print(f"\nThe {stage} is trained already: {folder.stage(stage)} (--restart trains it again)", flush=True)
+        return
+    set_seed(args.seed)
+    model = get_peft_model(load_model(config), peft_config, autocast_adapter_dtype=config.adapter_dtype != "bfloat16")
+    trainable, total = model.get_nb_trainable_parameters()
+    name = getattr(peft_config, "preset", None) or "plain LoRA"
+    print(f"\nTraining  {stage}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})", flush=True)
+    trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LiveProgress(stage))
+    checkpoint = folder.last_checkpoint(stage)
+    if checkpoint is not None:
+        print(f"Resuming  from {checkpoint}", flush=True)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+    if trainer.is_world_process_zero():
+        record = {
+            "preset": getattr(peft_config, "preset", None),
+            "trainable_parameters": trainable,
+            "base_parameters": total - trainable,
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 1),
+            "resumed_from": checkpoint.name if checkpoint else None,
+            "log": [_compact(entry) for entry in trainer.state.log_history if "loss" in entry],
+        }
+        _save(model, tokenizer, record, folder.stage(stage))
+        print(f"Saved     {folder.stage(stage)} after {minutes(seconds)}", flush=True)
+
+
+def _compact(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log without its lines for each layer, which stay in the checkpoint's trainer_state.json."""
+    return {key: value for key, value in entry.items() if key.count("/") <= 1}
+
+
+def _save(model: Any, tokenizer: Any, record: dict[str, Any], folder: Path) -> None:
+    """Write the finished adapter; the folder appears with everything in it, or not at all."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        ready = Path(temporary) / folder.name
+        model.save_pretrained(str(ready))
+        tokenizer.save_pretrained(str(ready))
+        (ready / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        ready.rename(folder)
