@@ -306,7 +306,8 @@ class MoeLoraConfig(PeftConfig):
             raise ConfigError(str(error)) from error
         from moelora.peft_plugin import PEFT_TYPE
 
-        check(self.peft_type in (None, PEFT_TYPE), "peft_type", self.peft_type, f"{PEFT_TYPE.value!r}, or None")
+        given: Any = getattr(self, "peft_type", None)
+        check(given in (None, PEFT_TYPE), "peft_type", given, f"{PEFT_TYPE.value!r}, or None")
         self.peft_type = PEFT_TYPE
         for name, part in _PARTS.items():
             setattr(self, name, _build_part(name, part, getattr(self, name)))

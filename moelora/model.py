@@ -174,8 +174,8 @@ class MoeLoraModel(BaseTuner):
         """Return the base model without adapters and hooks."""
         model: nn.Module = super().unload()
         detach_recorder(model)
-        tags: list[str] | None = getattr(model, "model_tags", None)
-        for tag in TAGS if tags is not None else ():
+        tags: list[str] = getattr(model, "model_tags", None) or []
+        for tag in TAGS:
             if tag in tags:
                 tags.remove(tag)
         return model

@@ -29,7 +29,7 @@ def combinations(models: tuple[str, ...]) -> list[Any]:
 
 @pytest.mark.parametrize(("preset", "name"), combinations(MODEL_NAMES))
 def test_b_zero_gives_the_base_model(preset: str, name: str) -> None:
-    overrides = {"dropout_rate": 0.0} if name == "t5" else {}
+    overrides: dict[str, Any] = {"dropout_rate": 0.0} if name == "t5" else {}
     base = outputs(tiny_model(name), name)
     model = get_peft_model(tiny_model(name, **overrides), small_config(preset, name))
     # sira does not renormalise its weights and molora's sum to one: on a single linear neither touches the base
@@ -187,12 +187,12 @@ def test_one_expert_is_pefts_lora_with_rslora_and_dropout_of_the_same_draw() -> 
     for each in (model, lora):
         torch.manual_seed(3)
         drawn.append(outputs(each))
-    assert_same(*drawn)
+    assert_same(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("preset", ["mixlora", "sira", "smora", "molora"])
 def test_experts_start_as_lora_does(preset: str) -> None:
-    words = {"num_experts": 1, "r": 16, "top_k": 1} if preset in ("mixlora", "sira") else {}
+    words: dict[str, Any] = {"num_experts": 1, "r": 16, "top_k": 1} if preset in ("mixlora", "sira") else {}
     torch.manual_seed(5)
     model = get_peft_model(tiny_model("llama", hidden_size=192, num_hidden_layers=1), small_config(preset, **words))
     config = model.peft_config["default"].experts
@@ -218,7 +218,7 @@ def padded(ids: Tensor, length: int, side: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_padding_and_batch_mates_change_nothing(preset: str, name: str) -> None:
     preset, _, in_eval = preset.partition(" ")
-    words = {"capacity_in_eval": True, "capacity_factor": 0.7} if in_eval else {}
+    words: dict[str, Any] = {"capacity_in_eval": True, "capacity_factor": 0.7} if in_eval else {}
     model = adapted(preset, name, **words)
     ids = tiny_batch(name, batch_size=1, length=7)["input_ids"]
     others = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(9))
@@ -248,7 +248,7 @@ def test_padding_and_batch_mates_change_nothing_in_encoders(preset: str, name: s
     for row in range(3):
         length = int(batch["attention_mask"][row].sum())
         one = {key: None if value is None else value[row : row + 1] for key, value in batch.items()}
-        one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}  # type: ignore[index]
+        one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}
         torch.testing.assert_close(together[row], outputs(model, name, **one)[0], atol=5e-6, rtol=1e-5)
 
 

@@ -280,7 +280,7 @@ def test_transformers_adapter_api(preset: str, tmp_path: Path) -> None:
     shake(model)
     first = outputs(model.eval())
     assert torch.equal(first, outputs(adapted(preset)))
-    second_words = {"r": 4} if preset in ("lora", "smora") else {"num_experts": 3}
+    second_words: dict[str, Any] = {"r": 4} if preset in ("lora", "smora") else {"num_experts": 3}
     model.add_adapter(small_config(preset, **second_words), "second")
     assert model.active_adapters() == ["second"]
     torch.testing.assert_close(outputs(model), base, atol=2e-6, rtol=1e-5)

@@ -42,7 +42,8 @@ from tests.conftest import tiny_model
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_save_and_load_bit_for_bit(preset: str, name: str, low_memory: bool, tmp_path: Path) -> None:
-    model = adapted(preset, name, **({"bias_update_rate": 1e-2} if preset == "smora" else {}))
+    words: dict[str, Any] = {"bias_update_rate": 1e-2} if preset == "smora" else {}
+    model = adapted(preset, name, **words)
     train_steps(model, name)
     if preset == "smora":
         biases = [tensor for key, tensor in adapter_tensors(model).items() if key.endswith(".bias")]

@@ -125,19 +125,19 @@ def test_disabling_gives_the_base_model_bit_for_bit(preset: str, name: str) -> N
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_an_adapter_for_each_sample(preset: str, side: str) -> None:
     preset, _, capacity = preset.partition(" ")
-    words = {"capacity_in_eval": True, "capacity_factor": 0.7} if capacity else {}
+    words: dict[str, Any] = {"capacity_in_eval": True, "capacity_factor": 0.7} if capacity else {}
     model = adapted(preset, adapter_name="first", **words)
-    second = {"r": 7} if preset == "smora" else {"num_experts": 5}
+    second: dict[str, Any] = {"r": 7} if preset == "smora" else {"num_experts": 5}
     model.add_adapter("second", small_config(preset, **{**second, **words}))
     shake(model, seed=4)
     model.eval()
-    batch = tiny_batch(batch_size=5, length=12)
+    batch: dict[str, Any] = tiny_batch(batch_size=5, length=12)
     if side == "left":
         batch = {key: value.flip(1) for key, value in batch.items()}
     names = ["second", "__base__", "first", "second", "__base__"]
     together = outputs(model, **batch, adapter_names=names)
     for row, name in enumerate(names):
-        one = {key: value[row : row + 1] for key, value in batch.items()}
+        one: dict[str, Any] = {key: value[row : row + 1] for key, value in batch.items()}
         if name == "__base__":
             with model.disable_adapter():
                 expected = outputs(model, **one)

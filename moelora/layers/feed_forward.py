@@ -143,11 +143,14 @@ def _to_weight_dtype(x: Tensor, linear: nn.Module) -> Tensor:
 
 
 def _dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of a frozen linear, dequantised and in `nn.Linear`'s layout."""
+    """Weight [out, in] and bias of a frozen linear, in `nn.Linear`'s layout."""
     from transformers.pytorch_utils import Conv1D
 
-    backend = quantization_backend(linear)
-    weight: Tensor = linear.weight if backend is None else backend.get_base_weight(linear)  # type: ignore[assignment]
-    if isinstance(linear, Conv1D):
-        weight = weight.t()
-    return weight, getattr(linear, "bias", None)
+    bias: Tensor | None = getattr(linear, "bias", None)
+    if quantization_backend(linear) is not None:
+        # by its effect, since 4-bit weights may be packed for a kernel in a way that cannot be dequantised
+        with torch.no_grad():
+            columns: Tensor = linear(torch.eye(linear_size(linear)[0], device=next(linear.parameters()).device))
+        return (columns if bias is None else columns - bias).t(), bias
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return (weight.t() if isinstance(linear, Conv1D) else weight), bias
