@@ -31,7 +31,7 @@ SCHEMES: dict[str, BitsAndBytesConfig] = {
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
 # Without gradients the 4-bit kernels take another path, with other rounding.
-TOLERANCE = {"atol": 1e-2, "rtol": 1e-2}
+TOLERANCE: dict[str, Any] = {"atol": 1e-2, "rtol": 1e-2}
 
 Load = Callable[..., Any]
 
