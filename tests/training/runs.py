@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -29,6 +30,13 @@ def rows_of(batch: dict[str, Tensor]) -> Rows:
 def toy_rows(count: int = 4, **kwargs: Any) -> Rows:
     """Rows of unlike lengths, padded to one."""
     return rows_of(tiny_batch(batch_size=count, **kwargs))
+
+
+def sft_rows(count: int = 4) -> Dataset:
+    """The same rows without padding, as TRL takes them."""
+    batch = tiny_batch(batch_size=count)
+    rows = zip(batch["input_ids"], batch["attention_mask"].sum(1), strict=True)
+    return Dataset.from_list([{"input_ids": ids[:n].tolist()} for ids, n in rows])
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

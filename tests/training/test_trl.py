@@ -24,6 +24,7 @@ from tests.training.runs import (
     assert_same_step,
     checkpointing_words,
     one_step,
+    sft_rows,
     tiny_tokenizer,
     train,
 )
@@ -47,12 +48,6 @@ class MoeLoraKTOTrainer(MoeLoraTrainerMixin, KTOTrainer):
 # rows of one token less go through attention without a mask, which rounds differently
 TOLERANCE = 2e-4
 BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1}
-
-
-def sft_rows(count: int = 4) -> Dataset:
-    batch = tiny_batch(batch_size=count)
-    rows = zip(batch["input_ids"], batch["attention_mask"].sum(1), strict=True)
-    return Dataset.from_list([{"input_ids": ids[:n].tolist()} for ids, n in rows])
 
 
 def sft_step(preset: str = "mixlora", *, words: dict[str, Any] | None = None, **settings: Any) -> Run:
