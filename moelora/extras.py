@@ -75,13 +75,14 @@ def check_extras(
                 f"modules_to_save={config.modules_to_save!r}: {ending!r} match no module of {type(model).__name__}; "
                 f"allowed: endings of module names ({', '.join(children[:20])}, ...)."
             )
+    wrapped = {module for site in sites.values() for module in (site.name, *site.linears.values())}
     for name in saved:
-        for site in sites:
-            if f"{name}.".startswith(f"{site}.") or f"{site}.".startswith(f"{name}."):
+        for site_name in sorted(wrapped):
+            if f"{name}.".startswith(f"{site_name}.") or f"{site_name}.".startswith(f"{name}."):
                 ending = next(e for e in (*(config.modules_to_save or ()), *head_names(config)) if name.endswith(e))
                 raise TargetError(
                     f"modules_to_save={config.modules_to_save!r}: {ending!r} matches {name!r}, but the adapter wraps "
-                    f"{site!r}; allowed: modules that share nothing with the adapter's. Write longer names in "
+                    f"{site_name!r}; allowed: modules that share nothing with the adapter's. Write longer names in "
                     "modules_to_save, or leave the module out with exclude_modules."
                 )
     for ending, matched, tokens in _token_embeddings(model, modules, config):
@@ -112,7 +113,7 @@ def count_extras(
             module = module.original_module
         counted.update((id(parameter), parameter.numel()) for parameter in module.parameters())
     if config.bias != "none":
-        adapted = {site.linear_name(role) for site in sites.values() for role in site.roles}
+        adapted = {site.linears[role] for site in sites.values() for role in site.roles}
         for name, module in modules.items():
             bias = unwrapped(module)._parameters.get("bias")
             if bias is not None and (config.bias == "all" or name in adapted):

@@ -16,8 +16,10 @@ from torch import nn
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, TargetError
 from moelora.layers.base import MERGE_REASON, MoeLoraLayer
+from moelora.layers.block_form import unwrapped
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
+from moelora.layers.split_block import MixtureSplitFeedForward, PassThrough, wrap_down
 from moelora.loading import check_weights
 from moelora.peft_plugin import PREFIX
 from moelora.placement import Site, base_modules, plan_sites
@@ -123,6 +125,10 @@ class MoeLoraModel(BaseTuner):
             layer = target
         elif site.form is None:
             layer = MixtureLinear(target, current_key, self.__dict__["_recorder"])
+        elif site.split:
+            down = unwrapped(self.model.get_submodule(site.linears["down"]))
+            layer = MixtureSplitFeedForward(target, current_key, self.__dict__["_recorder"], site.form, down)
+            wrap_down(self.model, site.linears["down"], layer)
         else:
             layer = MixtureFeedForward(target, current_key, self.__dict__["_recorder"], site.form)
         if layer is not target:
@@ -214,7 +220,7 @@ class MoeLoraModel(BaseTuner):
                 partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
             )
             for module in self.modules()
-            if isinstance(module, (MixtureLinear, MixtureFeedForward, AuxiliaryTrainingWrapper))
+            if isinstance(module, (MixtureLinear, MixtureFeedForward, PassThrough, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -235,13 +241,14 @@ def _layers(model: nn.Module) -> list[MixtureLinear | MixtureFeedForward]:
 
 def _block_bias_names(model: nn.Module) -> list[str]:
     """Biases of the adapted linears in feed-forward blocks; PEFT sees those of single linears only."""
-    return [
-        f"{name}.base_layer.{layer.form.linears[role]}.bias"
-        for name, layer in model.named_modules()
+    biases = {
+        id(getattr(layer.linear(role), "bias", None))
+        for layer in _layers(model)
         if isinstance(layer, MixtureFeedForward)
         for role in layer.form.linears
-        if layer.factors(role)[0] and getattr(layer.linear(role), "bias", None) is not None
-    ]
+        if layer.factors(role)[0]
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) in biases]
 
 
 _RESERVED_NAMES = frozenset(

@@ -24,7 +24,7 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
     total = 0
     for site in sites.values():
         num_experts = experts.num_experts if site.routed else 1
-        sizes = {role: linear_size(modules[site.linear_name(role)]) for role in site.all_roles}
+        sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
         for role in site.roles:
             total += lora_parameter_count(num_experts, experts.r, *sizes[role])
         if site.routed and routing.trainable:

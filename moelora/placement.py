@@ -7,7 +7,7 @@ was.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
@@ -19,6 +19,7 @@ from moelora.extras import check_extras, head_names
 from moelora.layers.base import MoeLoraLayer
 from moelora.layers.block_form import FeedForwardForm, find_form, is_linear, looks_like_feed_forward, unwrapped
 from moelora.layers.feed_forward import MixtureFeedForward
+from moelora.layers.split_block import check_split_block, find_split_blocks
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,18 @@ class Site:
     Attributes:
         name: Its name in the base model, without any adapter's wrapping.
         roles: Linears that get experts: "" of a single linear; of a block "up", "down", "gate".
-        form: The form of the block; None for a single linear.
+        linears: Names of all its linears by role, with experts or without.
         routed: Whether it gets a router.
+        form: The form of the block; None for a single linear.
+        split: Whether the block's `down` is in a sibling of the module.
     """
 
     name: str
     roles: tuple[str, ...]
-    form: FeedForwardForm | None
+    linears: dict[str, str]
     routed: bool
-
-    @property
-    def all_roles(self) -> tuple[str, ...]:
-        """Roles of all its linears, with experts or without."""
-        return ("",) if self.form is None else tuple(self.form.linears)
-
-    def linear_name(self, role: str) -> str:
-        """Name of the linear of a role."""
-        return self.name if self.form is None else f"{self.name}.{self.form.linears[role]}"
+    form: FeedForwardForm | None = None
+    split: bool = False
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -59,8 +55,7 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     if isinstance(module, AuxiliaryTrainingWrapper):
         return
-    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    for child_name, child in inner.named_children():
+    for child_name, child in unwrapped(module).named_children():
         yield from _walk(child, f"{name}.{child_name}" if name else child_name)
 
 
@@ -133,28 +128,38 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, Site]:
 def _linear_site(name: str, config: MoeLoraConfig) -> Site:
     unrouted = config.placement.unrouted_modules
     routed = unrouted != "rest" and not _matches_explicitly(unrouted, name)
-    return Site(name, ("",), None, routed)
+    return Site(name, ("",), {"": name}, routed)
 
 
 def _plan_blocks(modules: dict[str, nn.Module], targeted: list[str], config: MoeLoraConfig) -> dict[str, Site]:
     sites: dict[str, Site] = {}
-    blocks: dict[str, dict[str, str]] = {}
-    forms: dict[str, FeedForwardForm] = {}
+    blocks: dict[str, Site] = {}
+    splits = find_split_blocks(modules)
     for name in targeted:
-        parent, _, child = name.rpartition(".")
-        block = unwrapped(modules[parent]) if parent else None
-        if block is None or not looks_like_feed_forward(block):
+        parent = name.rpartition(".")[0]
+        if name in splits:
+            block = splits[name].first
+            if block not in blocks:
+                check_split_block(modules, splits[name])
+                blocks[block] = Site(block, (), splits[name].linears, True, splits[name].form, split=True)
+        elif parent and looks_like_feed_forward(unwrapped(modules[parent])):
+            block = parent
+            if block not in blocks:
+                form = find_form(unwrapped(modules[parent]), parent)
+                linears = {role: f"{parent}.{child}" for role, child in form.linears.items()}
+                blocks[block] = Site(block, (), linears, True, form)
+        else:
+            sites[name] = _linear_site(name, config)
             continue
-        if parent not in forms:
-            forms[parent] = find_form(block, parent)
         if _matches_explicitly(config.placement.unrouted_modules, name):
             raise TargetError(
                 f"placement.unrouted_modules={config.placement.unrouted_modules!r} match {name!r}, which is in the "
-                f"feed-forward block {parent!r}; allowed: linears outside the blocks. With feed_forward=True a block "
+                f"feed-forward block {block!r}; allowed: linears outside the blocks. With feed_forward=True a block "
                 "is routed as a whole; leave the linear out with exclude_modules, or set feed_forward=False."
             )
-        roles = {linear: role for role, linear in forms[parent].linears.items()}
-        blocks.setdefault(parent, {})[name] = roles[child]
+        site = blocks[block]
+        role = next(role for role, linear in site.linears.items() if linear == name)
+        sites[block] = blocks[block] = replace(site, roles=tuple(sorted((*site.roles, role))))
     if not blocks:
         raise TargetError(
             "placement.feed_forward=True, but none of the targeted linears is in a feed-forward block, a module with "
@@ -162,12 +167,6 @@ def _plan_blocks(modules: dict[str, nn.Module], targeted: list[str], config: Moe
             "feed-forward linears to target_modules, or use a preset with a mixture on each linear (sira, smora, "
             "molora)."
         )
-    for name in targeted:
-        parent = name.rpartition(".")[0]
-        if name not in blocks.get(parent, {}):
-            sites[name] = _linear_site(name, config)
-        elif parent not in sites:
-            sites[parent] = Site(parent, tuple(sorted(blocks[parent].values())), forms[parent], routed=True)
     order = {name: index for index, name in enumerate(modules)}
     return dict(sorted(sites.items(), key=lambda item: order[item[0]]))
 
@@ -194,23 +193,26 @@ def _check_mamba(model: nn.Module, targeted: list[str]) -> None:
 
 
 def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, Site]) -> None:
-    wrapped = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    for name, site in sites.items():
-        module = wrapped.get(name)
-        if module is not None and not isinstance(module, MoeLoraLayer):
-            raise TargetError(
-                f"{name!r} already carries a {type(module).__name__} of another PEFT method; allowed: a plain module, "
-                "or one with moelora adapters. Unload the other adapter first."
-            )
-        inside = [other for other in wrapped if other.startswith(f"{name}.")]
-        around = [
-            other
-            for other, layer in wrapped.items()
-            if name.startswith(f"{other}.") and isinstance(layer, MixtureFeedForward)
-        ]
-        if inside or around:
-            raise TargetError(
-                f"this adapter wraps {name!r} {'as a whole block' if site.form else 'as a linear'}, another one on "
-                f"this model wraps {(inside or around)[0]!r}; allowed: adapters that treat a feed-forward block alike. "
-                "Load the two adapters on separate copies of the base model."
-            )
+    """Refuse what an adapter that is there already wraps in another way."""
+    owners: dict[int, str] = {}
+    for name, layer in modules.items():
+        if isinstance(layer, MixtureFeedForward):
+            owners |= {id(layer.linear(role)): name for role in layer.form.linears}
+        elif isinstance(layer, BaseTunerLayer):
+            owners[id(unwrapped(layer))] = name
+    for site in sites.values():
+        for linear in site.linears.values():
+            owner = owners.get(id(unwrapped(modules[linear])))
+            if owner is None:
+                continue
+            if not isinstance(modules[owner], MoeLoraLayer):
+                raise TargetError(
+                    f"{owner!r} already carries a {type(modules[owner]).__name__} of another PEFT method; allowed: a "
+                    "plain module, or one with moelora adapters. Unload the other adapter first."
+                )
+            if owner != site.name:
+                raise TargetError(
+                    f"this adapter wraps {site.name!r} {'as a whole block' if site.form else 'as a linear'}, another "
+                    f"one on this model wraps {owner!r}; allowed: adapters that treat a feed-forward block alike. Load "
+                    "the two adapters on separate copies of the base model."
+                )

@@ -89,6 +89,18 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def adapted_linears(model: nn.Module) -> dict[str, tuple[str, Any, str]]:
+    """The linears that a model's layers cover, by name: the layer's name, the layer, the role."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for path, layer in tuner_layers(model).items():
+        for role in layer.linears():
+            linear = layer.linear(role) if role else layer.get_base_layer()
+            name = names[id(linear)].replace(".base_layer", "").removeprefix("base_model.model.")
+            found[name] = path, layer, role
+    return found
+
+
 def two_adapters() -> Any:
     """A model with a small and a larger MixLoRA adapter on different targets; "first" is active."""
     model = adapted("mixlora", adapter_name="first")

@@ -21,7 +21,7 @@ from moelora import (
 )
 from moelora.errors import ConfigError, FormatVersionError, MoeLoraError
 from moelora.version import FORMAT_VERSION, __version__
-from tests.adapters import BLOCK_PRESETS, PRESETS, adapted, small_config, snapshot
+from tests.adapters import PRESETS, adapted, small_config, snapshot
 from tests.conftest import MODEL_NAMES, tiny_model
 
 EVERYTHING: dict[str, Any] = {
@@ -250,8 +250,6 @@ def trainable(model: Any) -> int:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_count_equals_the_real_one(preset: str, name: str) -> None:
-    if name == "bert" and preset in BLOCK_PRESETS:
-        pytest.skip("BERT's feed-forward block is refused; see test_placement")
     base, config = tiny_model(name), small_config(preset, name)
     before = snapshot(base)
     count = config.num_trainable_parameters(base)
@@ -278,8 +276,10 @@ def test_count_with_the_biases_of_a_plain_block(bias: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
-def test_count_with_a_classification_head(task: str) -> None:
-    config = small_config("sira", "bert", task_type=task, bias="all", modules_to_save=["pooler"])
+@pytest.mark.parametrize("bias", ["all", "moelora_only"])
+@pytest.mark.parametrize("preset", ["sira", "mixlora"])
+def test_count_with_a_classification_head(preset: str, bias: str, task: str) -> None:
+    config = small_config(preset, "bert", task_type=task, bias=bias, modules_to_save=["pooler"])
     base = tiny_model("bert")
     assert config.num_trainable_parameters(base) == trainable(get_peft_model(base, config))
 

@@ -9,9 +9,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from moelora.layers.base import MoeLoraLayer
-from moelora.layers.feed_forward import MixtureFeedForward
-from tests.adapters import BLOCK_PRESETS, PRESETS, adapted, outputs, shake, small_config, task_type, tuner_layers
+from moelora.layers.split_block import MixtureSplitFeedForward
+from tests.adapters import (
+    BLOCK_PRESETS,
+    PRESETS,
+    adapted,
+    adapted_linears,
+    outputs,
+    shake,
+    small_config,
+    task_type,
+    tuner_layers,
+)
 from tests.conftest import MODEL_NAMES, tiny_batch, tiny_model
 
 # One of each form of block, Conv1D, an encoder-decoder and an encoder.
@@ -19,12 +28,7 @@ FORMS = ("llama", "phi", "phi3", "gpt2", "t5", "bert")
 
 
 def combinations(models: tuple[str, ...]) -> list[Any]:
-    return [
-        pytest.param(preset, name, id=f"{preset}-{name}")
-        for name in models
-        for preset in PRESETS
-        if not (name == "bert" and preset in BLOCK_PRESETS)
-    ]
+    return [pytest.param(preset, name, id=f"{preset}-{name}") for name in models for preset in PRESETS]
 
 
 @pytest.mark.parametrize(("preset", "name"), combinations(MODEL_NAMES))
@@ -70,30 +74,21 @@ def one_expert(preset: str, name: str, **words: Any) -> Any:
 
 def as_peft_lora(model: Any, name: str, **overrides: Any) -> Any:
     """PEFT's own LoRA with the weights of the first expert of every layer."""
-    layers = tuner_layers(model)
-    config = model.peft_config["default"]
-    sources: dict[str, tuple[MoeLoraLayer, str]] = {}
-    for path, layer in layers.items():
-        if isinstance(layer, MixtureFeedForward):
-            sources |= {f"{path}.{child}": (layer, role) for role, child in layer.form.linears.items()}
-        else:
-            sources[path] = (layer, "")
-    lora = get_peft_model(
-        tiny_model(name, **overrides),
-        LoraConfig(
-            r=config.experts.r,
-            lora_alpha=config.experts.lora_alpha,
-            use_rslora=config.experts.use_rslora,
-            target_modules=list(sources),
-            task_type=task_type(name),
-        ),
+    config = model.peft_config["default"].experts
+    sources = adapted_linears(model)
+    lora_config = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        target_modules=list(sources),
+        task_type=task_type(name),
     )
+    lora = get_peft_model(tiny_model(name, **overrides), lora_config)
     for path, layer in tuner_layers(lora).items():
-        source, role = sources[path]
-        pair = source.pair(role, "default")
-        assert pair is not None
-        layer.lora_A["default"].weight.data = pair[0][0].detach().clone()
-        layer.lora_B["default"].weight.data = pair[1][0].detach().clone()
+        _, source, role = sources[path]
+        a, b = source.pair(role, "default")
+        layer.lora_A["default"].weight.data = a[0].detach().clone()
+        layer.lora_B["default"].weight.data = b[0].detach().clone()
     return lora
 
 
@@ -111,16 +106,6 @@ CALM: dict[str, dict[str, Any]] = {
 }
 
 
-def expert_key(layers: dict[str, Any], path: str, factor: str) -> str:
-    """Name of our parameter for factor "A" or "B" of the linear at `path`."""
-    parent, _, child = path.rpartition(".")
-    block = layers.get(parent)
-    if isinstance(block, MixtureFeedForward):
-        role = next(role for role, linear in block.form.linears.items() if linear == child)
-        return f"base_model.model.{parent}.moelora_{role}_{factor}.default.weight"
-    return f"base_model.model.{path}.moelora_{factor}.default.weight"
-
-
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("preset", "name"), combinations(FORMS))
 def test_one_expert_is_pefts_lora_in_a_model(preset: str, name: str, mode: str) -> None:
@@ -133,11 +118,11 @@ def test_one_expert_is_pefts_lora_in_a_model(preset: str, name: str, mode: str) 
     lora.train(mode == "train")
     assert_same(outputs(model, name), outputs(lora, name), ratio=1e-5)
     ours, theirs = gradients(model, tiny_batch(name)), gradients(lora, tiny_batch(name))
-    layers = tuner_layers(model)
-    for path in tuner_layers(lora):
+    for path, (layer_path, _, role) in adapted_linears(model).items():
         for factor in ("A", "B"):
-            expected = theirs.pop(f"base_model.model.{path}.lora_{factor}.default.weight")
-            assert_same(ours.pop(expert_key(layers, path, factor))[0], expected, ratio=1e-5)
+            infix = f"{role}_{factor}" if role else factor
+            found = ours.pop(f"base_model.model.{layer_path}.moelora_{infix}.default.weight")[0]
+            assert_same(found, theirs.pop(f"base_model.model.{path}.lora_{factor}.default.weight"), ratio=1e-5)
     for key, gradient in theirs.items():  # heads trained whole
         assert_same(ours.pop(key), gradient, ratio=1e-5)
     # what is left are routers: with one expert its weight is 1 whatever they say
@@ -151,12 +136,16 @@ def test_one_expert_is_pefts_lora_in_each_layer(preset: str, name: str) -> None:
     shake(model)
     lora = as_peft_lora(model, name).eval()
     seen = set()
+    linears = adapted_linears(model)
     for path, layer in tuner_layers(model).items():
         kind = path.rpartition(".")[-1]
         if kind in seen:
             continue
         seen.add(kind)
         other = lora.get_submodule(f"base_model.model.{path}")
+        if isinstance(layer, MixtureSplitFeedForward):
+            (second,) = (name for name, (_, owner, role) in linears.items() if owner is layer and role == "down")
+            other = nn.Sequential(other, lora.get_submodule(f"base_model.model.{second}"))
         x = torch.randn(2, 5, layer.router_features(), generator=torch.Generator().manual_seed(1))
         results = []
         for each in (layer, other):
@@ -167,10 +156,11 @@ def test_one_expert_is_pefts_lora_in_each_layer(preset: str, name: str) -> None:
             results.append((y.detach(), leaf.grad))
         for ours, theirs in zip(*results, strict=True):
             assert_same(ours, theirs)
-        for role, child in layer.form.linears.items() if isinstance(layer, MixtureFeedForward) else [("", "")]:
-            linear = other.get_submodule(child)
-            for stack, factor in zip(layer.factors(role), (linear.lora_A, linear.lora_B), strict=True):
-                assert_same(stack["default"].weight.grad[0], factor["default"].weight.grad)
+        for name, (_, owner, role) in linears.items():
+            if owner is layer:
+                linear = lora.get_submodule(f"base_model.model.{name}")
+                for stack, factor in zip(layer.factors(role), (linear.lora_A, linear.lora_B), strict=True):
+                    assert_same(stack["default"].weight.grad[0], factor["default"].weight.grad)
     assert len(seen) >= 3
 
 
@@ -236,8 +226,6 @@ def test_padding_and_batch_mates_change_nothing(preset: str, name: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["t5", "bert"])
 def test_padding_and_batch_mates_change_nothing_in_encoders(preset: str, name: str) -> None:
-    if name == "bert" and preset in BLOCK_PRESETS:
-        pytest.skip("refused on BERT")
     model = get_peft_model(tiny_model(name, **CALM[name]), small_config(preset, name)).eval()
     shake(model)
     batch = tiny_batch(name, batch_size=3, length=9)

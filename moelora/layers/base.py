@@ -147,11 +147,25 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The output with one adapter."""
         raise NotImplementedError
 
+    def base_output(self, x: Tensor) -> Tensor:
+        """The output without any adapter, of the same shape as with one."""
+        output: Tensor = self.base_layer(x)
+        return output
+
+    def at_work(self, adapter_names: list[str] | None) -> bool:
+        """Whether the next forward takes an adapter into account.
+
+        Args:
+            adapter_names: The adapter of each sample of the batch, if there is one for each.
+        """
+        if self.disable_adapters:
+            return False
+        return adapter_names is not None or any(map(self.has_adapter, self.active_adapters))
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped module with its active adapters; `adapter_names` picks one for each sample of the batch."""
         adapter_names = kwargs.pop("adapter_names", None)
-        mixed = adapter_names is not None and not self.disable_adapters
-        if not mixed and (self.disable_adapters or not any(map(self.has_adapter, self.active_adapters))):
+        if not self.at_work(adapter_names):
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise MoeLoraError(
@@ -159,7 +173,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 f"{sorted(kwargs)}); allowed: the input alone. Leave it out with exclude_modules."
             )
         valid_BS = self.recorder.valid_BS(self, x)
-        return self._forward_mixed(x, valid_BS, adapter_names) if mixed else self.forward_active(x, valid_BS)
+        if adapter_names is not None:
+            return self._forward_mixed(x, valid_BS, adapter_names)
+        return self.forward_active(x, valid_BS)
 
     def _forward_mixed(self, x: Tensor, valid_BS: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
@@ -172,7 +188,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         parts = []
         for name, rows in groups.items():
             if name == "__base__":
-                parts.append(self.base_layer(x[rows]))
+                parts.append(self.base_output(x[rows]))
             else:
                 parts.append(self.forward_one(name, x[rows], valid_BS[rows]))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from moelora.errors import TargetError
@@ -54,7 +54,8 @@ class FeedForwardForm:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module of the base model below any adapters' layers."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    get_base_layer = getattr(module, "get_base_layer", None)
+    return module if get_base_layer is None else get_base_layer()
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -88,7 +89,8 @@ def _never_merged() -> NoReturn:
     raise AssertionError("a mixture is never merged")
 
 
-def _is_activation(module: nn.Module) -> bool:
+def is_activation(module: nn.Module) -> bool:
+    """Whether `module` is an activation function of torch or transformers."""
     origin = type(module).__module__
     known = origin in ("torch.nn.modules.activation", "transformers.activations")
     return known and not isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.MultiheadAttention))
@@ -98,7 +100,7 @@ def looks_like_feed_forward(module: nn.Module) -> bool:
     """Whether `module` has what a feed-forward block has: two or three linears and one activation of its own."""
     children = list(module.children())
     linears = sum(is_linear(child) for child in children)
-    return linears in (2, 3) and sum(map(_is_activation, children)) == 1
+    return linears in (2, 3) and sum(map(is_activation, children)) == 1
 
 
 def find_form(block: nn.Module, name: str) -> FeedForwardForm:
@@ -113,8 +115,8 @@ def find_form(block: nn.Module, name: str) -> FeedForwardForm:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            shadow, widths = _shadow(block)
-            x, calls, expected = _trace(shadow, widths)
+            shadow, widths = shadow_of(block)
+            x, calls, expected = trace(shadow, widths)
             form = _form_of(shadow, calls)
         except Exception as error:
             raise TargetError(_refusal(block, name, f"{type(error).__name__}: {error}")) from error
@@ -147,7 +149,7 @@ def _refusal(block: nn.Module, name: str, reason: str) -> str:
     )
 
 
-def _shadow(block: nn.Module) -> tuple[nn.Module, list[int]]:
+def shadow_of(block: nn.Module) -> tuple[nn.Module, list[int]]:
     """A copy of the block that shares nothing writable with it, and the possible numbers of features of its input."""
     children = dict(block.named_children())
     sizes = {}
@@ -194,7 +196,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
         setattr(module, tensors, replaced)
 
 
-def _trace(shadow: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]], Tensor]:
+def trace(shadow: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]], Tensor]:
     """Run the shadow: its input, which parts were called with what and gave what, and its output."""
     calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -223,7 +225,7 @@ def _trace(shadow: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple[str
 
 def _form_of(shadow: nn.Module, calls: list[tuple[str, Tensor, Tensor]]) -> FeedForwardForm:
     linears = [call for call in calls if isinstance(shadow._modules[call[0]], nn.Linear)]
-    activations = [call for call in calls if _is_activation(shadow._modules[call[0]])]  # type: ignore[arg-type]
+    activations = [call for call in calls if is_activation(shadow._modules[call[0]])]  # type: ignore[arg-type]
     if len(activations) != 1 or len({call[0] for call in linears}) != len(linears) or len(linears) not in (2, 3):
         raise ValueError(f"it calls {[call[0] for call in calls]}")
     names = [call[0] for call in calls]

@@ -64,7 +64,7 @@ class MixtureFeedForward(MoeLoraLayer):
         outputs = [self.forward_one(adapter, x, valid_BS) for adapter in adapters]
         if len(outputs) == 1:
             return outputs[0]
-        base: Tensor = self.base_layer(x)
+        base = self.base_output(x)
         return base + torch.stack([output - base for output in outputs]).sum(0)
 
     def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
