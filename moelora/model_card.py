@@ -133,7 +133,7 @@ def _loading(info: AdapterInfo, repo_id: str, base_model: str | None) -> str:
         arguments.append(f"revision={config.revision!r}")
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(info)):
         arguments.append(f"num_labels={num_labels}")
-    base_line = "" if base_model else "BASE_MODEL = ...  # the model it was trained on; its name on the Hub is not known\n"
+    base_line = "" if base_model else "BASE_MODEL = ...  # what it was trained on; its name on the Hub is not known\n"
     merging = (
         " Routing depends on the input, so the adapter cannot be merged into the base weights."
         if info.is_routed
