@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit is {options.limit}; it must be at least 1")
 
-    from train.console import quiet_libraries
+    from train.quiet import quiet_libraries
 
     quiet_libraries()
     from moelora.errors import MoeLoraError

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="throw away what this run has trained so far")
     options = parser.parse_intermixed_args(arguments)
 
-    from train.console import quiet_libraries
+    from train.quiet import quiet_libraries
 
     quiet_libraries()
     from moelora.errors import MoeLoraError

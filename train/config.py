@@ -16,7 +16,14 @@ from train.schema import RunConfig, build, check_keys
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number: PyYAML reads `1e-3` as a text because YAML 1.1 wants a dot in it."""
+    """YAML 1.2's idea of a number (PyYAML reads `1e-3` as a text, YAML 1.1 wants a dot in it), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
@@ -52,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OSError as error:
         raise RunError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise RunError(f"{str(path)!r} is not valid YAML: {error}") from error
+        raise RunError(f"{str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(words, dict):
         raise RunError(f"{str(path)!r} holds {type(words).__name__}; it must hold a mapping of keys to values.")
     for override in overrides:
@@ -76,7 +83,7 @@ def apply_override(words: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RunError(f"the value of override {override!r} is not valid YAML: {error}") from error
+        raise RunError(f"the value of override {override!r} is not valid YAML: {one_line(error)}") from error
     *parents, last = key.split(".")
     place = words
     for depth, parent in enumerate(parents):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import time
-import warnings
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+# Under torchrun every process runs the program; one of them speaks and writes.
+IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 # Names in the trainers' logs, and how they are shown.
 _SHOWN = (
@@ -78,16 +80,7 @@ def minutes(seconds: float) -> str:
     return f"{whole} min {rest:02d} s" if whole else f"{rest} s"
 
 
-def quiet_libraries() -> None:
-    """Turn off other bars (there is one, and it shows the run) and messages that nobody who runs this can act on."""
-    import datasets
-    from transformers.utils.logging import disable_progress_bar
-
-    datasets.disable_progress_bars()
-    disable_progress_bar()
-    # peft 0.21 asks transformers 5.23 by the old name in every get_peft_model.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # Where file times are coarse, checkpoints are ordered by their numbers, as they should be.
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    # bitsandbytes, if installed, offers another package for CPU kernels at its import.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+def say(text: str) -> None:
+    """Print at once, in one of the processes."""
+    if IS_MAIN:
+        print(text, flush=True)

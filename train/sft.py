@@ -16,7 +16,7 @@ from moelora import MoeLoraTrainerMixin
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
 from train.config import adapter_config, sft_config
-from train.console import LiveProgress, minutes
+from train.console import IS_MAIN, LiveProgress, minutes, say
 from train.data import load_rows
 from train.models import load_model, load_tokenizer
 from train.run_dir import ADAPTER, BASELINE, RunDir
@@ -38,10 +38,12 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         RunError: If the run cannot start or go on.
     """
     folder = RunDir(config.output_dir)
-    folder.open(config, restart=restart)
+    if IS_MAIN:
+        folder.open(config, restart=restart)
     tokenizer = load_tokenizer(config)
     rows = load_rows(config.dataset, tokenizer)
-    folder.check_rows(rows)
+    if IS_MAIN:
+        folder.check_rows(rows)
     _show_rows(rows, config)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
@@ -51,15 +53,15 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     for stage, (peft_config, changes) in stages.items():
         args = sft_config(config, folder.checkpoints(stage), changes)
         _train(stage, config, peft_config, args, folder, tokenizer, rows)
-    print(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}", flush=True)
+    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
 
 
 def _show_rows(rows: Any, config: RunConfig) -> None:
-    print(f"Model     {config.model} in {config.dtype}")
+    say(f"Model     {config.model} in {config.dtype}")
     tasks = Counter(rows["task"]) if "task" in rows.column_names else {}
-    print(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
+    say(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
     row = {key: value for key, value in rows[0].items() if key != "task"}
-    print(f"A row     {json.dumps(row, ensure_ascii=False)[:400]}", flush=True)
+    say(f"A row     {json.dumps(row, ensure_ascii=False)[:400]}")
 
 
 def _train(
@@ -67,19 +69,19 @@ def _train(
 ) -> None:
     """Train one adapter, unless that is done."""
     if folder.is_finished(stage):
-        print(f"\nThe {stage} is trained already: {folder.stage(stage)} (--restart trains it again)", flush=True)
+        say(f"\nThe {stage} is trained already: {folder.stage(stage)} (--restart trains it again)")
         return
     set_seed(args.seed)
     model = get_peft_model(load_model(config), peft_config, autocast_adapter_dtype=config.adapter_dtype != "bfloat16")
     trainable, total = model.get_nb_trainable_parameters()
     name = getattr(peft_config, "preset", None) or "plain LoRA"
-    print(f"\nTraining  {stage}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})", flush=True)
+    say(f"\nTraining  {stage}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
     trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LiveProgress(stage))
     checkpoint = folder.last_checkpoint(stage)
     if checkpoint is not None:
-        print(f"Resuming  from {checkpoint}", flush=True)
+        say(f"Resuming  from {checkpoint}")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
@@ -94,7 +96,7 @@ def _train(
             "log": [_compact(entry) for entry in trainer.state.log_history if "loss" in entry],
         }
         _save(model, tokenizer, record, folder.stage(stage))
-        print(f"Saved     {folder.stage(stage)} after {minutes(seconds)}", flush=True)
+        say(f"Saved     {folder.stage(stage)} after {minutes(seconds)}")
 
 
 def _compact(entry: dict[str, Any]) -> dict[str, Any]:

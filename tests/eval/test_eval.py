@@ -55,7 +55,7 @@ def test_a_run_is_scored_beside_base_and_baseline(run: Path, capsys: pytest.Capt
 def test_an_adapter_alone_needs_a_configuration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = str(run / "baseline")
     assert main([adapter]) == 1
-    assert "pass --config with the YAML of a run" in capsys.readouterr().err
+    assert "say what to evaluate it on: pass --config" in capsys.readouterr().err
     assert main([adapter, "--config", str(run.parent / "run.yaml"), "--limit", "2"]) == 0
     found = json.loads((run / "baseline/metrics.json").read_text())
     assert {row["n"] for row in found["scores"] if row["metric"] == "verifier score"} == {2}

@@ -71,7 +71,13 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [1", "is not valid YAML"), ("- 1", "must hold a mapping"), (None, "cannot read")]
+    ("text", "message"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("model: a\nmodel: b", "key 'model' is given twice"),
+        ("- 1", "must hold a mapping"),
+        (None, "cannot read"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "run.yaml"

