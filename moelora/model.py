@@ -147,10 +147,13 @@ class MoeLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer in _layers(self.model) if autocast_adapter_dtype else ():
-            if adapter_name in layer.moelora_router:
-                # PEFT raises parameters to fp32 only; a fixed router is a buffer, and rounded it would route otherwise
-                layer.moelora_router[adapter_name].float()
+        if not autocast_adapter_dtype:
+            return
+        # PEFT raises parameters only; a fixed router is a buffer, and rounded it would route otherwise
+        for layer in _layers(self.model):
+            for name, tensor in layer.moelora_router.named_buffers():
+                if name.startswith(f"{adapter_name}.") and tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor.data = tensor.data.float()
 
     @classmethod
     def _get_learnable_bias_state_dict(

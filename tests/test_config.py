@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from moelora import (
@@ -21,7 +22,7 @@ from moelora import (
 )
 from moelora.errors import ConfigError, FormatVersionError, MoeLoraError
 from moelora.version import FORMAT_VERSION, __version__
-from tests.adapters import PRESETS, adapted, small_config, snapshot
+from tests.adapters import PRESETS, adapted, small_config, snapshot, tuner_layers
 from tests.conftest import MODEL_NAMES, tiny_model
 
 EVERYTHING: dict[str, Any] = {
@@ -282,6 +283,19 @@ def test_count_with_a_classification_head(preset: str, bias: str, task: str) -> 
     config = small_config(preset, "bert", task_type=task, bias=bias, modules_to_save=["pooler"])
     base = tiny_model("bert")
     assert config.num_trainable_parameters(base) == trainable(get_peft_model(base, config))
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("TOKEN_CLS", "BertForTokenClassification"), ("QUESTION_ANS", "BertForQuestionAnswering")]
+)
+def test_heads_of_other_tasks_are_trained_whole_and_not_adapted(task: str, head: str) -> None:
+    base = getattr(transformers, head)(tiny_model("bert").config)
+    config = small_config("sira", "bert", task_type=task)
+    count = config.num_trainable_parameters(base)
+    model = get_peft_model(base, config)
+    assert count == trainable(model)
+    assert not {"classifier", "qa_outputs"} & set(tuner_layers(model))
+    assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
 
 
 def test_count_of_a_second_adapter() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 import moelora
 from moelora import record_routing
-from moelora.errors import MergeError, RegistrationError
+from moelora.errors import MergeError, MoeLoraError, RegistrationError
 from moelora.routing.recorder import find_recorder, own_recorder
 from tests.adapters import (
     PRESETS,
@@ -304,6 +304,16 @@ def test_transformers_adapter_api(preset: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(model), base)
     assert not adapter_tensors(model)
     model.add_adapter(small_config(preset), "third")
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.mlp", "model.layers.0.self_attn.q_proj"])
+def test_a_layer_called_with_more_than_its_input_says_so(path: str) -> None:
+    model, x = adapted("mixlora"), torch.randn(1, 2, 36)
+    layer = tuner_layers(model)[path]
+    with pytest.raises(MoeLoraError, match=rf"'{path}' was called with more than its input \(1 further .*\['scale'\]"):
+        layer(x, x, scale=2)
+    with model.disable_adapter(), pytest.raises(TypeError):  # the module's own business
+        layer(x, x, scale=2)
 
 
 def test_peft_layers_are_what_peft_expects() -> None:

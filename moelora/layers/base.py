@@ -139,11 +139,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         router: Router = self.moelora_router[adapter]  # type: ignore[assignment]
         return router(x.reshape(-1, x.shape[-1]), valid_BS)
 
-    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
-        """The output with the active adapters."""
+    def forward_active(self, x: Tensor, valid_BS: Tensor | None) -> Tensor:
+        """The output with the active adapters; `valid_BS` is None if none of the layer's adapters has a router."""
         raise NotImplementedError
 
-    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor | None) -> Tensor:
         """The output with one adapter."""
         raise NotImplementedError
 
@@ -172,12 +172,12 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 f"{self.name!r} was called with more than its input ({len(args)} further arguments, keywords "
                 f"{sorted(kwargs)}); allowed: the input alone. Leave it out with exclude_modules."
             )
-        valid_BS = self.recorder.valid_BS(self, x)
+        valid_BS = self.recorder.valid_BS(self, x) if self.moelora_router else None
         if adapter_names is not None:
             return self._forward_mixed(x, valid_BS, adapter_names)
         return self.forward_active(x, valid_BS)
 
-    def _forward_mixed(self, x: Tensor, valid_BS: Tensor, adapter_names: list[str]) -> Tensor:
+    def _forward_mixed(self, x: Tensor, valid_BS: Tensor | None, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
             raise AdapterNameError(
                 f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}; allowed: one for each sample."
@@ -190,7 +190,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if name == "__base__":
                 parts.append(self.base_output(x[rows]))
             else:
-                parts.append(self.forward_one(name, x[rows], valid_BS[rows]))
+                parts.append(self.forward_one(name, x[rows], None if valid_BS is None else valid_BS[rows]))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(parts)[order.argsort()]
 

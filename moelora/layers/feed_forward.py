@@ -58,7 +58,7 @@ class MixtureFeedForward(MoeLoraLayer):
         """The router reads the block's input."""
         return self.linears()["up"][0]
 
-    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
+    def forward_active(self, x: Tensor, valid_BS: Tensor | None) -> Tensor:
         """The mixture of the active adapter; of several, the base and the sum of their changes."""
         adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
         outputs = [self.forward_one(adapter, x, valid_BS) for adapter in adapters]
@@ -67,8 +67,9 @@ class MixtureFeedForward(MoeLoraLayer):
         base = self.base_output(x)
         return base + torch.stack([output - base for output in outputs]).sum(0)
 
-    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor | None) -> Tensor:
         """The mixture of one adapter."""
+        assert valid_BS is not None
         routing = self.route(adapter, x, valid_BS)
         x_TD = x.reshape(-1, x.shape[-1])
         op = mixture_feed_forward if self.compute[adapter].implementation == "fast" else self._reference

@@ -41,7 +41,7 @@ class MixtureLinear(MoeLoraLayer):
         """The router reads the linear's input."""
         return self.in_features
 
-    def forward_active(self, x: Tensor, valid_BS: Tensor) -> Tensor:
+    def forward_active(self, x: Tensor, valid_BS: Tensor | None) -> Tensor:
         """The base output and the sum of the active adapters' deltas."""
         result = self._base(x)
         dtype = result.dtype
@@ -50,7 +50,7 @@ class MixtureLinear(MoeLoraLayer):
                 result = self._add(adapter, x, valid_BS, result)
         return result.to(dtype)
 
-    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor | None) -> Tensor:
         """The base output and one adapter's delta."""
         result = self._base(x)
         return self._add(adapter, x, valid_BS, result).to(result.dtype)
@@ -61,19 +61,22 @@ class MixtureLinear(MoeLoraLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         return result
 
-    def _add(self, adapter: str, x: Tensor, valid_BS: Tensor, result: Tensor) -> Tensor:
+    def _add(self, adapter: str, x: Tensor, valid_BS: Tensor | None, result: Tensor) -> Tensor:
         pair = self.pair("", adapter)
         assert pair is not None
         a_ERD, b_EOR = pair
         x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, a_ERD.dtype)).reshape(-1, self.in_features)
         result_TO = result.reshape(-1, self.out_features)
-        routing = self.route(adapter, x, valid_BS) if adapter in self.moelora_router else None
+        routing = None
+        if adapter in self.moelora_router:
+            assert valid_BS is not None
+            routing = self.route(adapter, x, valid_BS)
         gates_TE = None if routing is None else routing.gates_TE()
         if self.compute[adapter].implementation == "fast":
             y_TO = mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter], result_TO)
         else:
             y_TO = result_TO + reference.mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter])
-        if routing is not None:
+        if routing is not None and valid_BS is not None:
             y_TO = self.recorder.observe(self, adapter, routing, valid_BS, y_TO)
         return y_TO.view(result.shape)
 
