@@ -35,8 +35,8 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 quickstart: ## Train a mixture of LoRA experts on a real model and score it (about 10 minutes on 2 cores)
 	@start=$$SECONDS; \
 	$(MAKE) --no-print-directory $(VENV)/run.stamp; \
-	$(BIN)/python -m train configs/quickstart.yaml; \
-	$(BIN)/python -m eval runs/quickstart; \
+	$(BIN)/python -W ignore::SyntaxWarning -m train configs/quickstart.yaml; \
+	$(BIN)/python -W ignore::SyntaxWarning -m eval runs/quickstart; \
 	printf 'make quickstart took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
 
 test: $(VENV)/dev.stamp ## Run every test
