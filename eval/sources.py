@@ -70,8 +70,8 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
     if config_file is None:
         raise RunError(
-            f"{source!r} is not the folder of a run. If it is an adapter, say what to evaluate it on: pass --config with "
-            "the YAML of a run, such as --config configs/quickstart.yaml."
+            f"{source!r} is not the folder of a run. If it is an adapter, say what to evaluate it on: pass --config "
+            "with the YAML of a run, such as --config configs/quickstart.yaml."
         )
     config = load_config(config_file)
     results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
