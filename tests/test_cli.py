@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,8 +114,14 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert "usage: moelora" in capsys.readouterr().err
 
 
-def test_module_runs_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "moelora.cli", "--version"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, f"moelora {moelora.__version__}\n")
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"moelora {moelora.__version__}\n"
+
+
+def test_the_installed_command_is_main() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["moelora"].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
