@@ -170,10 +170,7 @@ class RoutingRecorder:
         self._recomputed = set()
         if self.expects_loss and module.training and not self._listeners:
             self.expects_loss = False
-            logger.warning(
-                "The adapter is configured with a balance loss, but nothing adds it: training goes on without. Use "
-                "MoeLoraTrainer, MoeLoraSFTTrainer or MoeLoraTrainerMixin, or add moelora.losses yourself."
-            )
+            _say_that_nobody_adds_the_loss()
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the base model, called after a failure too: close, and move the routers' biases."""
@@ -266,6 +263,16 @@ class RoutingRecorder:
         """Forget what `arm` and `scale_armed` were given; to be called after the backward pass."""
         self._armed = {}
         self._backward_scale = None
+
+
+# torch.compile runs it for real while tracing, instead of breaking the graph at a logger
+@torch.compiler.assume_constant_result
+def _say_that_nobody_adds_the_loss() -> bool:
+    logger.warning(
+        "The adapter is configured with a balance loss, but nothing adds it: training goes on without. Use "
+        "MoeLoraTrainer, MoeLoraSFTTrainer or MoeLoraTrainerMixin, or add moelora.losses yourself."
+    )
+    return True
 
 
 class _AttachGradient(torch.autograd.Function):

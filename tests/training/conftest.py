@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds on one core")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _frozen_imports() -> Iterator[None]:
     import trl  # noqa: F401
