@@ -60,6 +60,27 @@ def answer(
         halves show how much of a difference is chance); empty without `shared`.
     """
     model.eval()
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(_contiguous)
+    try:
+        return _answer(model, tokenizer, prompts, batch_size, max_new_tokens, shared)
+    finally:
+        hook.remove()
+
+
+def _contiguous(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last position of each prompt, cut out of all positions, makes torch copy a frozen head once for each row."""
+    return tuple(x.contiguous() for x in inputs)
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    shared: tuple[int, int] | None,
+) -> tuple[list[str], list[RoutingCounts]]:
     answers = [""] * len(prompts)
     halves = [RoutingCounts(), RoutingCounts()] if shared is not None else []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -171,7 +171,7 @@ def _percent(value: float, _: Any = None) -> str:
 
 
 def _points(value: float, _: Any = None) -> str:
-    return f"{100 * value:+.0f}"
+    return f"{100 * value:+.0f}" if round(100 * value) else "0"
 
 
 def _uniform(routing: RoutingMap) -> str:

@@ -17,5 +17,7 @@ def quiet_libraries() -> None:
 
     datasets.disable_progress_bars()
     disable_progress_bar()
+    # cellpylib, which reasoning-gym imports, compares texts with `is`.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     # peft 0.21 asks transformers 5.23 by the old name in every get_peft_model.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -45,6 +45,15 @@ def test_answers_do_not_depend_on_the_batch(model: Any) -> None:
         assert routing == []
 
 
+def test_the_head_gets_contiguous_rows(model: Any) -> None:
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: seen.append(inputs[0]))
+    answer(model, tiny_tokenizer(), prompts(), batch_size=5, max_new_tokens=2)
+    assert seen[0].shape[:2] == (5, 1)
+    assert all(rows.is_contiguous() for rows in seen)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
 def test_routing_counts_the_questions_alone(model: Any) -> None:
     given = prompts("<|user|>", "<|end|><|assistant|>")
     shared = shared_tokens(given)

@@ -137,7 +137,12 @@ def test_numbers_are_numbers(text: str, value: float) -> None:
     assert type(parsed) is type(value)
 
 
-@pytest.mark.parametrize("text", ["e3", "1e", "1e-3x", "v1.5"])
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("null", None), ("~", None)])
+def test_the_other_scalars(text: str, value: bool | None) -> None:
+    assert parse_yaml(f"a: {text}")["a"] is value
+
+
+@pytest.mark.parametrize("text", ["e3", "1e", "1e-3x", "v1.5", "no", "on", "off", "yes"])
 def test_texts_stay_texts(text: str) -> None:
     assert parse_yaml(f"a: {text}")["a"] == text
 
