@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from moelora import MoeLoraTrainer, record_routing
 from moelora.losses import RoutingTotals, balance_losses
-from tests.adapters import adapted
-from tests.conftest import tiny_batch
+from tests.adapters import adapted, shake, small_config
+from tests.conftest import tiny_batch, tiny_model
 from tests.ops.compare import assert_close
-from tests.training.runs import Run, assert_same_step, checkpointing_words, one_step, rows_of, toy_rows
+from tests.training.runs import Run, assert_same_step, checkpointing_words, one_step, rows_of, toy_rows, train
 
 TARGETS = ["q_proj", "down_proj"]
-# Coefficients of a size at which the balance losses matter to every gradient.
+# Coefficients at which the balance losses matter to every gradient, and an alpha at which the untrained adapters of the
+# tests do not amplify rounding errors.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixlora": ("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}),
     "mixlora-pooled": ("mixlora", {"balance_coef": 1.0, "balance_loss": "mixtral"}),
@@ -25,6 +27,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "smora": ("smora", {"balance_coef": 1.0, "bias_update_rate": 1e-12, "target_modules": TARGETS}),
     "molora": ("molora", {"balance_coef": 1.0, "z_loss_coef": 0.1, "target_modules": TARGETS}),
 }
+for _, _words in METHODS.values():
+    _words["lora_alpha"] = 0.3
 
 
 @cache
@@ -118,8 +122,8 @@ def test_a_short_last_step() -> None:
 
 
 DROPOUTS: dict[str, dict[str, Any]] = {
-    "mixlora": {"balance_coef": 1.0, "lora_dropout": 0.3},
-    "sira": {"balance_coef": 1.0, "expert_dropout": 0.5},
+    "mixlora": {"balance_coef": 1.0, "lora_dropout": 0.3, "lora_alpha": 0.3},
+    "sira": {"balance_coef": 1.0, "expert_dropout": 0.5, "lora_alpha": 0.3},
 }
 
 
@@ -179,3 +183,46 @@ def test_scope_micro_batch(reentrant: bool | None) -> None:
         if p.requires_grad:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             assert_close(name, found.gradients[0][name] - task.gradients[0][name], grad, rtol=1e-3, atol=1e-5)
+
+
+OTHERS: dict[str, tuple[str, str]] = {"t5": ("sira", "t5"), "t5-blocks": ("mixlora", "t5"), "bert": ("mixlora", "bert")}
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "t5": {"dropout_rate": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+
+class PerBatchMean(MoeLoraTrainer):
+    """For models that return the mean over their batch whatever `num_items_in_batch` says, as T5 and BERT do."""
+
+    loss_is_scaled_for_ga = False
+
+
+def other_step(name: str, **settings: Any) -> Run:
+    preset, architecture = OTHERS[name]
+    words: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1, "lora_alpha": 0.3}
+    if preset == "sira":
+        words |= {"expert_dropout": 0.0, "target_modules": ["k", "wo"]}
+    model = get_peft_model(
+        tiny_model(architecture, **NO_DROPOUT[architecture]), small_config(preset, architecture, **words)
+    )
+    shake(model)
+    batch = tiny_batch(architecture, batch_size=4)
+    if architecture == "t5":
+        # as many labels in every row, so that the mean of the means is the mean
+        batch["labels"] = torch.randint(3, 97, (4, 8), generator=torch.Generator().manual_seed(1))
+    return train(model, rows_of(batch), PerBatchMean, **settings)
+
+
+@cache
+def whole_other(name: str) -> Run:
+    return other_step(name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("case", ["2x2", "non-reentrant", "1x4-reentrant"])
+def test_other_architectures(name: str, case: str) -> None:
+    """Encoder and decoder with masks of their own; a classifier, whose loss the trainer divides by itself."""
+    batch, accumulate, reentrant = CASES[case]
+    run = other_step(name, batch=batch, accumulate=accumulate, **checkpointing_words(reentrant))
+    assert_same_step(run, whole_other(name))

@@ -45,9 +45,7 @@ class MoeLoraKTOTrainer(MoeLoraTrainerMixin, KTOTrainer):
     """As a user would write it."""
 
 
-# rows of one token less go through attention without a mask, which rounds differently
-TOLERANCE = 2e-4
-BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1}
+BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1, "lora_alpha": 0.3}
 
 
 def sft_step(preset: str = "mixlora", *, words: dict[str, Any] | None = None, **settings: Any) -> Run:
@@ -103,7 +101,7 @@ def whole_dpo() -> Run:
 
 
 def test_sft_is_the_gradient_of_the_sum_of_the_losses() -> None:
-    model = adapted("mixlora").train()
+    model = adapted("mixlora", **BALANCED).train()
     with record_routing(model) as recorder:
         task = model(**tiny_batch(batch_size=4)).loss
     balance, z = balance_losses(recorder.records)
@@ -112,21 +110,21 @@ def test_sft_is_the_gradient_of_the_sum_of_the_losses() -> None:
     assert run.logs[0]["loss"] == pytest.approx((task + balance + 0.1 * z).item(), rel=1e-5)
     assert run.logs[0]["balance_loss"] == pytest.approx(balance.item(), rel=1e-5)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert_same_gradients(run.gradients[0], expected, TOLERANCE)
+    assert_same_gradients(run.gradients[0], expected)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (2, 2), (1, 4)], ids=["4x1", "2x2", "1x4"])
 def test_sft_cuts_and_checkpointing(reentrant: bool | None, batch: int, accumulate: int) -> None:
     run = sft_step(batch=batch, accumulate=accumulate, **checkpointing_words(reentrant))
-    assert_same_step(run, whole_sft(), TOLERANCE)
+    assert_same_step(run, whole_sft())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_sft_padding_free_equals_padded(accumulate: int) -> None:
     """One row of concatenated sequences without any mask: every token counts, and counting sees the same boundaries."""
     run = sft_step(padding_free=True, max_length=None, batch=4 // accumulate, accumulate=accumulate)
-    assert_same_step(run, whole_sft(), TOLERANCE)
+    assert_same_step(run, whole_sft())
 
 
 def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -153,7 +151,7 @@ def test_sft_that_runs_two_forwards_counts_one(kind: str, accumulate: int) -> No
         if key in ("balance_loss", "z_loss") or key.startswith("expert_load"):
             assert run.logs[0][key] == pytest.approx(value, rel=1e-5), key
     if kind == "own-loss":
-        assert_same_gradients(run.gradients[0], expected.gradients[0], TOLERANCE)
+        assert_same_gradients(run.gradients[0], expected.gradients[0])
 
 
 @DEPRECATED
@@ -236,18 +234,21 @@ def test_sft_resumes_bit_exactly(preset: str, tmp_path: Path) -> None:
 def test_dpo(reentrant: bool | None, accumulate: int) -> None:
     """The reference is the base model, run inside the same loss; only the policy's forward counts."""
     run = preference_step(batch=4 // accumulate, accumulate=accumulate, **checkpointing_words(reentrant))
-    assert_same_step(run, whole_dpo(), TOLERANCE)
+    assert_same_step(run, whole_dpo())
 
 
 def test_the_balance_loss_is_added_to_the_dpo_loss() -> None:
-    log, pure = whole_dpo().logs[0], preference_step(adapted("mixlora", balance_coef=0.0)).logs[0]
+    log, pure = (
+        whole_dpo().logs[0],
+        preference_step(adapted("mixlora", **BALANCED | {"balance_coef": 0.0, "z_loss_coef": 0.0})).logs[0],
+    )
     assert log["loss"] == pytest.approx(pure["loss"] + log["balance_loss"] + 0.1 * log["z_loss"], rel=1e-5)
 
 
 def test_dpo_values() -> None:
     rows = preference_rows(1)
     run = preference_step(rows=rows, batch=1)
-    tokenizer, model = tiny_tokenizer(), adapted("mixlora")
+    tokenizer, model = tiny_tokenizer(), adapted("mixlora", **BALANCED)
     texts = [rows[0]["prompt"] + rows[0][key] + " w2" for key in ("chosen", "rejected")]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with record_routing(model) as recorder:
@@ -289,4 +290,4 @@ def test_kto(reentrant: bool | None) -> None:
 
     run = step(**checkpointing_words(reentrant))
     assert run.logs[0]["balance_loss"] > 0
-    assert_same_step(run, step(), TOLERANCE)
+    assert_same_step(run, step())

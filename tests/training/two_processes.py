@@ -20,8 +20,8 @@ from moelora import MoeLoraSFTTrainer
 from tests.adapters import adapted, adapter_tensors
 from tests.training.runs import checkpointing_words, sft_rows, tiny_tokenizer, toy_rows, train
 
-BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1}
-SMORA: dict[str, Any] = {"bias_update_rate": 0.05, "balance_coef": 1.0}
+BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1, "lora_alpha": 0.3}
+SMORA: dict[str, Any] = {"bias_update_rate": 0.05, "balance_coef": 1.0, "lora_alpha": 0.3}
 
 
 # Every expert is in every graph, so DDP need not look for unused parameters (with reentrant checkpointing it cannot).
@@ -66,10 +66,12 @@ def case(
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "mixlora": case("mixlora", BALANCED),
     "mixlora-accumulate": case("mixlora", BALANCED, accumulate=2, ddp_find_unused_parameters=None),
-    "mixlora-pooled": case("mixlora", {"balance_coef": 1.0, "balance_loss": "mixtral"}, accumulate=2),
+    "mixlora-pooled": case(
+        "mixlora", {"balance_coef": 1.0, "balance_loss": "mixtral", "lora_alpha": 0.3}, accumulate=2
+    ),
     "mixlora-non-reentrant": case("mixlora", BALANCED, accumulate=2, **checkpointing_words(False)),
     "mixlora-reentrant": case("mixlora", BALANCED, accumulate=2, **checkpointing_words(True)),
-    "sira": case("sira", {"balance_coef": 1.0, "expert_dropout": 0.0}),
+    "sira": case("sira", {"balance_coef": 1.0, "expert_dropout": 0.0, "lora_alpha": 0.3}),
     "smora": case("smora", SMORA),
     "smora-accumulate": case("smora", SMORA, accumulate=2),
     "smora-non-reentrant": case("smora", SMORA, **checkpointing_words(False)),
