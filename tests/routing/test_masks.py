@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora import record_routing
 from moelora.routing.masks import PaddingMasks
@@ -171,3 +171,19 @@ def test_shapes_without_sequences() -> None:
     assert masks.valid_BS("main", torch.zeros(5, 4)).shape == (5, 1)
     assert masks.valid_BS("main", torch.zeros(4, 3, 4)).all()
     assert masks.valid_BS("main", torch.zeros(2, 5, 7, 4)).shape == (2, 35)
+
+
+def test_a_longer_mask_is_cut_only_with_a_cache() -> None:
+    """Speech encoders take masks of samples but compute on far fewer frames, which the mask's end does not describe."""
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    plain = PaddingMasks.of_forward(nn.Module(), (), {"attention_mask": mask})
+    assert plain.valid_BS("main", torch.zeros(1, 3, 4)).tolist() == [[True, True, True]]
+    cached = PaddingMasks.of_forward(nn.Module(), (), {"attention_mask": mask, "past_key_values": object()})
+    assert cached.valid_BS("main", torch.zeros(1, 3, 4)).tolist() == [[True, False, False]]
+
+
+def test_masks_of_attention_are_no_padding_masks() -> None:
+    four_dimensional = torch.zeros(2, 1, 3, 3)
+    masks = PaddingMasks.of_forward(nn.Module(), (), {"attention_mask": four_dimensional})
+    assert masks.main is None
+    assert masks.valid_BS("main", torch.zeros(2, 3, 4)).all()

@@ -130,11 +130,11 @@ def test_recomputing_records_nothing(reentrant: bool) -> None:
         assert len(recorder.records) == 2
 
 
-@pytest.mark.parametrize("preset", ["mixlora", "sira", "smora"])
+@pytest.mark.parametrize("preset", ["mixlora", "smora"])
 def test_training_without_a_listener_keeps_nothing(preset: str) -> None:
     model = adapted(preset).train()
     before = living_routings()
-    for _ in range(3):
+    for _ in range(2):
         loss = model(**tiny_batch()).loss
         assert living_routings() == before
         loss.backward()
