@@ -104,7 +104,8 @@ def write_report(
     sections = [
         f"# {ours.name} on {receipt['config']['model']}",
         "Share of fresh problems that reasoning-gym's verifier accepts, in percent, ± standard error. `majority` is "
-        "what a model scores that always gives the most frequent answer; no problem occurs in the training rows.",
+        "what a model scores that always gives the most frequent answer; no problem occurs in the training rows. "
+        "The verifiers want the bare answer that the prompt asks for, so a part of what training gains is the form.",
         markdown(*score_rows(results)),
         verdict(results),
         at_floor(results),
