@@ -2,8 +2,8 @@
 
 A preset is a function of keyword words that returns a configuration; it is never a code path of its own. Every preset
 takes PEFT's words as well (`target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`,
-`modules_to_save`, `bias`, `task_type`, ...). Balance coefficients are in the library's convention: 1.0 at perfect
-balance, the mean over the layers.
+`modules_to_save`, `bias`, `task_type`, ...) and `compute`, how it is computed. Balance coefficients are in the
+library's convention: 1.0 at perfect balance, the mean over the layers.
 """
 
 from __future__ import annotations
@@ -268,7 +268,6 @@ _PEFT_WORDS = frozenset(inspect.signature(MoeLoraConfig.__init__).parameters) - 
     "placement",
     "routing",
     "balance",
-    "compute",
     "preset",
     "moelora_version",
     "format_version",

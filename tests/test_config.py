@@ -194,7 +194,7 @@ def test_other_formats_are_refused(version: object, tmp_path: Path) -> None:
         ({"balance": {"z_loss_coef": None}}, "z_loss_coef is None"),
         ({"balance": {"scope": "batch"}}, "scope is 'batch'; allowed: 'global', 'micro_batch'"),
         ({"balance": {"coef": 0.1}, "routing": {"trainable": False}}, "router.*not trained|not trained.*router"),
-        ({"compute": {"implementation": "cuda"}}, "implementation is 'cuda'; allowed: 'fast', 'reference'"),
+        ({"compute": {"implementation": "cuda"}}, "implementation is 'cuda'; allowed: 'fast', 'compiled', 'reference'"),
         ({"target_modules": []}, "target_modules is .*would adapt nothing"),
         ({"target_modules": None}, "target_modules is None; allowed: name endings, a regex, or 'all-linear'"),
         ({"target_modules": "("}, r"target_modules is '\('; .*regular expression"),

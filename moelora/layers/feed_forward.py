@@ -72,8 +72,12 @@ class MixtureFeedForward(MoeLoraLayer):
         assert valid_BS is not None
         routing = self.route(adapter, x, valid_BS)
         x_TD = x.reshape(-1, x.shape[-1])
-        op = mixture_feed_forward if self.compute[adapter].implementation == "fast" else self._reference
-        y_TD = op(x_TD, routing, self._frozen(), self._experts(adapter))
+        implementation = self.compute[adapter].implementation
+        if implementation == "reference":
+            y_TD = self._reference(x_TD, routing, self._frozen(), self._experts(adapter))
+        else:
+            compiled = implementation == "compiled"
+            y_TD = mixture_feed_forward(x_TD, routing, self._frozen(), self._experts(adapter), compiled=compiled)
         y_TD = self.recorder.observe(self, adapter, routing, valid_BS, y_TD)
         return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
 

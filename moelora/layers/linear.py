@@ -72,10 +72,10 @@ class MixtureLinear(MoeLoraLayer):
             assert valid_BS is not None
             routing = self.route(adapter, x, valid_BS)
         gates_TE = None if routing is None else routing.gates_TE()
-        if self.compute[adapter].implementation == "fast":
-            y_TO = mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter], result_TO)
-        else:
+        if self.compute[adapter].implementation == "reference":
             y_TO = result_TO + reference.mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter])
+        else:
+            y_TO = mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter], result_TO)
         if routing is not None and valid_BS is not None:
             y_TO = self.recorder.observe(self, adapter, routing, valid_BS, y_TO)
         return y_TO.view(result.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ class ActivationVjp:
     Attributes:
         forward: `act(x)`, a new tensor.
         backward: Writes `grad * act'(x)` of (grad, x) into its third argument.
+        vjp: The same as a new tensor, for code that is compiled; None where only autograd knows it.
     """
 
     forward: Activation
     backward: Callable[[Tensor, Tensor, Tensor], Any]
+    vjp: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _autograd_vjp(activation: Activation) -> ActivationVjp:
@@ -37,16 +40,24 @@ def _autograd_vjp(activation: Activation) -> ActivationVjp:
 
 _aten = torch.ops.aten
 
-_SILU = ActivationVjp(nn.functional.silu, lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out))
+_SILU = ActivationVjp(
+    nn.functional.silu,
+    lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
+    lambda grad, x: _aten.silu_backward(grad, x),
+)
 _RELU = ActivationVjp(
-    nn.functional.relu, lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+    nn.functional.relu,
+    lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
+    lambda grad, x: _aten.threshold_backward(grad, x, 0),
 )
 
 
+@cache
 def _gelu(approximate: str) -> ActivationVjp:
     return ActivationVjp(
         lambda x: nn.functional.gelu(x, approximate=approximate),
         lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate=approximate),
     )
 
 

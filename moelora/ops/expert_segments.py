@@ -49,6 +49,10 @@ class SegmentPlan:
     keeps_pre_activations: bool
     down_keep_TF: Tensor | None
 
+    def take(self, table_TER: Tensor | None) -> Tensor | None:
+        """The scaled row of each place in a table of inner activations: [P, R]."""
+        return None if table_TER is None else self.segments.take(table_TER).mul_(self.scaling)
+
 
 def _load(name: str, base_TF: Tensor, rows_N: Tensor) -> Tensor:
     """Rows of a frozen product's output, in scratch memory."""
@@ -85,7 +89,7 @@ class _ExpertSegments(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         segments = plan.segments
         num_places = len(segments.token_P)
-        up_inner, gate_inner = _take(up_inner_TER, plan), _take(gate_inner_TER, plan)
+        up_inner, gate_inner = plan.take(up_inner_TER), plan.take(gate_inner_TER)
         saved = (up_TF, gate_TF, up_inner, gate_inner, up_b_EFR, gate_b_EFR, down_a_ERF, weights_TK)
         ctx.plan = plan
         hidden_PF = scratch("hidden", num_places, plan.inner_features, up_TF.dtype)
@@ -125,7 +129,7 @@ class _ExpertSegments(torch.autograd.Function):
         weights_P = segments.spread(weights_TK)
         grad_weights_P = torch.empty_like(weights_P)
         grad_weights = segments.split(grad_weights_P)
-        down = _Factor(down_a, _take(grad_down_inner_TER, plan), weights_P, segments)
+        down = _Factor(down_a, plan.take(grad_down_inner_TER), weights_P, segments)
         up_factor = _Factor(up_b, up_inner, weights_P, segments)
         gate_factor = _Factor(gate_b, gate_inner, weights_P, segments)
         width, dtype = up_base.shape[1], up_base.dtype
@@ -226,10 +230,6 @@ class _Factor:
         rows_PR = self.inner_grad_PR.mul_(self.weights_P1).mul_(plan.scaling)
         shape = torch.Size((plan.num_tokens, len(self.weights), rows_PR.shape[1]))
         return plan.segments.put(rows_PR, shape)
-
-
-def _take(table_TER: Tensor | None, plan: SegmentPlan) -> Tensor | None:
-    return None if table_TER is None else plan.segments.take(table_TER).mul_(plan.scaling)
 
 
 class _PreActivations:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 
 from moelora.ops.activation_vjp import activation_vjp
 from moelora.ops.expert_segments import SegmentPlan, expert_segments
+from moelora.ops.fused_kernels import compiler_works
+from moelora.ops.fused_segments import fused_segments
 from moelora.ops.segments import Segments
 from moelora.routing.decision import Routing
 
-Form = Literal["gathered", "segments", "masked"]
+Form = Literal["gathered", "segments", "fused", "masked"]
 
 GATHER_AT_MOST = 16
 """Choices up to which each one's own B and A2 are gathered: copying K small matrices beats everything else there."""
@@ -71,12 +74,15 @@ class FeedForwardExperts:
     weights_sum_to_one: bool = False
 
 
-def choose_form(num_tokens: int, routing: Routing, block: FrozenFeedForward, device: torch.device) -> Form:
+def choose_form(
+    num_tokens: int, routing: Routing, block: FrozenFeedForward, device: torch.device, compiled: bool = False
+) -> Form:
     """How to compute a mixture of this shape.
 
     - "gathered": a handful of choices (decoding): gather each choice's own matrices.
     - "segments": sorted by expert, in tiles that stay in cache, with a backward pass of its own. Training on the CPU.
       Its cost hardly grows with the number of experts.
+    - "fused": the same with its element-wise work compiled into single loops, where that is asked for.
     - "masked": the low-rank products of all experts, masked, in plain autograd; no sorting and nothing read back from
       the device, so it is what accelerators and `torch.compile` get, where it fuses. Its cost grows with E * R.
     """
@@ -84,7 +90,11 @@ def choose_form(num_tokens: int, routing: Routing, block: FrozenFeedForward, dev
         return "masked"
     if num_tokens * routing.num_choices <= GATHER_AT_MOST:
         return "gathered"
-    return "segments" if device.type == "cpu" else "masked"
+    if device.type != "cpu":
+        return "masked"
+    if compiled and activation_vjp(block.activation).vjp is not None and compiler_works():
+        return "fused"
+    return "segments"
 
 
 def mixture_feed_forward(
@@ -93,6 +103,7 @@ def mixture_feed_forward(
     block: FrozenFeedForward,
     experts: FeedForwardExperts,
     form: Form | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """`sum_k w_k E_{e_k}(x)`, MixLoRA's mixture (arXiv 2404.15159), with every frozen linear evaluated once.
 
@@ -107,18 +118,24 @@ def mixture_feed_forward(
         block: The frozen block.
         experts: The experts.
         form: How to compute it; chosen by `choose_form` if None.
+        compiled: Whether `choose_form` may choose compiled operations.
 
     Returns:
         y_TD in the dtype that the block's `down` gives.
     """
-    form = form or choose_form(x_TD.shape[0], routing, block, x_TD.device)
+    form = form or choose_form(x_TD.shape[0], routing, block, x_TD.device, compiled)
     up_TF = block.up(x_TD)
     gate_TF = block.gate(x_TD) if block.gate is not None else None
     pairs = _in_compute_dtype(experts, up_TF)
     x_lora = x_TD if experts.dropout is None else experts.dropout(x_TD)
     up_inner, gate_inner = _inner(x_lora, pairs["up"]), _inner(x_lora, pairs["gate"])
-    compute = {"gathered": _gathered, "segments": _segments, "masked": _masked}[form]
-    hidden_TF, down_inner_TER = compute(up_TF, gate_TF, up_inner, gate_inner, pairs, routing, block, experts)
+    forms: dict[Form, Callable[..., tuple[Tensor, Tensor | None]]] = {
+        "gathered": _gathered,
+        "segments": partial(_segments, expert_segments),
+        "fused": partial(_segments, fused_segments),
+        "masked": _masked,
+    }
+    hidden_TF, down_inner_TER = forms[form](up_TF, gate_TF, up_inner, gate_inner, pairs, routing, block, experts)
     y_TD = block.down(hidden_TF)
     if pairs["down"] is not None and down_inner_TER is not None:
         b_EDR = pairs["down"][1]
@@ -157,6 +174,7 @@ def _inner(x_TD: Tensor, pair: Pair | None) -> Tensor | None:
 
 
 def _segments(
+    compute: Callable[..., tuple[Tensor, Tensor | None]],
     up_TF: Tensor,
     gate_TF: Tensor | None,
     up_inner: Tensor | None,
@@ -184,7 +202,7 @@ def _segments(
     )
     up, gate, down = pairs["up"], pairs["gate"], pairs["down"]
     with torch.autocast(up_TF.device.type, enabled=False):
-        return expert_segments(
+        return compute(
             up_TF,
             gate_TF,
             up_inner,

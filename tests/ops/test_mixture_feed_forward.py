@@ -14,13 +14,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moelora.ops import fused_kernels as fused_kernels_module
 from moelora.ops import reference
 from moelora.ops import segments as segments_module
-from moelora.ops.mixture_feed_forward import FeedForwardExperts, Form, FrozenFeedForward, mixture_feed_forward
+from moelora.ops.activation_vjp import activation_vjp
+from moelora.ops.mixture_feed_forward import (
+    FeedForwardExperts,
+    Form,
+    FrozenFeedForward,
+    choose_form,
+    mixture_feed_forward,
+)
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, assert_near, gradients
 
 SCALING = 1.3
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The loops of the fused form run as they are, but in the tests of the compiler."""
+    if "compiler" not in request.node.name:
+        monkeypatch.setattr(fused_kernels_module._Fused, "failure", "not in this test")
+
+
 ROLES = {"gated": ("gate", "up", "down"), "plain": ("up", "down"), "fused": ("up", "down")}
 
 
@@ -71,10 +88,13 @@ class Case:
         return Routing(self.scores_TE, self.scores_TE, self.leaves["weights"] * self.kept_TK, self.ids_TK)
 
     def forms(self) -> tuple[Form, ...]:
-        return ("masked",) if self.ids_TK is None else ("gathered", "segments", "masked")
+        if self.ids_TK is None:
+            return ("masked",)
+        known = activation_vjp(self.activation).vjp is not None
+        return ("gathered", "segments", "masked", *(("fused",) if known else ()))
 
-    def fast(self, form: Form | None = None) -> Tensor:
-        block = FrozenFeedForward(
+    def block(self) -> FrozenFeedForward:
+        return FrozenFeedForward(
             kind=self.kind,
             up=self.linears["up"],
             down=self.linears["down"],
@@ -82,6 +102,8 @@ class Case:
             gate=self.linears.get("gate"),
             down_bias=self.linears["down"].bias,
         )
+
+    def fast(self, form: Form | None = None) -> Tensor:
         experts = FeedForwardExperts(
             up=self.pairs.get("up"),
             down=self.pairs.get("down"),
@@ -89,7 +111,7 @@ class Case:
             scaling=SCALING,
             dropout=self.dropout,
         )
-        return mixture_feed_forward(self.leaves["x"], self.routing(), block, experts, form)
+        return mixture_feed_forward(self.leaves["x"], self.routing(), self.block(), experts, form)
 
     def naive(self) -> Tensor:
         linears = {role: (linear.weight, linear.bias) for role, linear in self.linears.items()}
@@ -363,3 +385,44 @@ def test_the_blocks_own_dropouts_are_applied() -> None:
     torch.testing.assert_close(
         mixture_feed_forward(case.leaves["x"], routing, block, experts), expected, rtol=1e-5, atol=1e-5
     )
+
+
+IGNORED = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@IGNORED
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_compiler_gives_the_reference(kind: str) -> None:
+    """The real compiler; each kind at two lengths, of which the second takes the code made for the first."""
+    for tokens in (63, 96):
+        case = Case(kind, T=tokens, E=8, R=3, K=2)
+        fast, naive = gradients(partial(case.fast, "fused"), case.leaves), gradients(case.naive, case.leaves)
+        for name, expected in naive.items():
+            atol = 1e-5 * float(expected.abs().max())
+            assert_close(name, fast[name], expected, rtol=1e-5, atol=atol)
+    assert fused_kernels_module.compiler_works()
+
+
+def test_a_broken_compiler_is_said_and_the_result_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(fused_kernels_module._Fused, "failure", None)
+    monkeypatch.setattr(torch, "compile", broken)
+    fused_kernels_module.fused_kernels.cache_clear()
+    case = Case("gated", T=63, E=3)
+    with pytest.warns(RuntimeWarning, match=r"does not work here \(RuntimeError: no C\+\+ compiler was found\)"):
+        actual = case.fast("fused")
+    assert_close("y", actual, case.naive(), rtol=1e-5, atol=1e-5)
+    assert not fused_kernels_module.compiler_works()
+    chosen = choose_form(63, case.routing(), case.block(), torch.device("cpu"), compiled=True)
+    assert chosen == "segments"
+
+
+def test_compiled_operations_are_chosen_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_kernels_module._Fused, "failure", None)
+    case, cpu = Case("gated", T=63, E=3), torch.device("cpu")
+    assert choose_form(63, case.routing(), case.block(), cpu) == "segments"
+    assert choose_form(63, case.routing(), case.block(), cpu, compiled=True) == "fused"
+    unknown = Case("gated", T=63, E=3, activation=nn.Tanh())
+    assert choose_form(63, unknown.routing(), unknown.block(), cpu, compiled=True) == "segments"
