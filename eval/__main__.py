@@ -1,20 +1,17 @@
-"""Score a trained run beside its base model and its baseline.
+"""Score a trained run or an adapter beside its base model and its baseline.
 
-For example `python -m eval runs/quickstart`, or for an adapter alone
-`python -m eval owner/adapter --config configs/quickstart.yaml --limit 20`.
+For example `python -m eval runs/quickstart` on the run's own reasoning-gym tasks, `python -m eval runs/quickstart
+--suite commonsense --limit 400` on the eight commonsense tasks, or any adapter on any task that lm-eval knows:
+`python -m eval owner/adapter --suite arc_easy,mmlu --beside owner/lora`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 
 from train.errors import RunError
-
-SUITES = ("reasoning",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,17 +21,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", help="folder of a run, folder of an adapter, or an adapter's name on the Hub")
     parser.add_argument(
-        "--suite", choices=SUITES, default="reasoning", help="what to score it on (default: %(default)s)"
+        "--suite",
+        help="commonsense; reasoning; tasks of lm-eval by name, or YAML files of tasks, separated by commas (default: "
+        "fresh problems of the reasoning-gym tasks that the run was trained on)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="problems a task (default: the run's evaluation.rows_per_task)"
+        "--protocol", help="of the suite commonsense: loglik (default), letters (MixLoRA's), instruct (LLM-Adapters')"
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all, or as the run says)")
     parser.add_argument(
         "--config", metavar="YAML", help="the run's configuration, where the source is an adapter alone"
     )
+    parser.add_argument("--model", help="the base model, where the source is an adapter that does not name its own")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="ADAPTER",
+        help="another adapter of the same base, or a result that was written before, for the table; repeatable",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at once (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit is {options.limit}; it must be at least 1")
+    for name in ("limit", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
     from train.quiet import quiet_libraries
 
@@ -42,7 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from moelora.errors import MoeLoraError
 
     try:
-        evaluate(options.source, options.config, options.limit)
+        own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
+        if options.suite is None or own:
+            refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}
+            for word, value in refused.items():
+                if value:
+                    raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
+            from eval.own_problems import evaluate
+
+            evaluate(options.source, options.config, options.limit)
+        else:
+            from eval.suite_run import run_suite
+
+            run_suite(
+                options.source,
+                suite=options.suite,
+                protocol=options.protocol,
+                limit=options.limit,
+                config_file=options.config,
+                model=options.model,
+                beside=options.beside,
+                batch_size=options.batch_size,
+            )
     except (RunError, MoeLoraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,59 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate(source: str, config_file: str | None = None, limit: int | None = None) -> None:
-    """Run the suite and write metrics.json, report.md and the pictures.
+def has_own_problems(source: str, config_file: str | None) -> bool:
+    """Whether a configuration says on which reasoning-gym tasks the source was trained."""
+    from train.config import load_config
+    from train.run_dir import RunDir
 
-    Args:
-        source: As on the command line.
-        config_file: As on the command line.
-        limit: As on the command line.
-
-    Raises:
-        RunError: If there is nothing to evaluate, or no way to.
-    """
-    from eval import heatmaps, reasoning, report, tables
-    from eval.receipt import make_receipt
-    from eval.sources import find_contestants
-    from train.console import minutes
-
-    started = time.monotonic()
-    config, contestants, folder = find_contestants(source, config_file)
-    results = reasoning.run(config, contestants, limit)
-    folder.mkdir(parents=True, exist_ok=True)
-    routing = heatmaps.RoutingMap.of(results.routing) if results.routing else None
-    pictures = heatmaps.draw(routing, contestants[-1].name, folder / "heatmaps") if routing else []
-    command = " ".join(
-        [
-            "python -m eval",
-            source,
-            *([f"--config {config_file}"] if config_file else []),
-            *([f"--limit {limit}"] if limit else []),
-        ]
-    )
-    receipt = make_receipt(
-        config=dataclasses.asdict(config),
-        seeds={
-            "training": config.training.get("seed", 42),
-            "training rows": config.dataset.seed,
-            "evaluation problems": config.evaluation.seed,
-        },
-        seconds=time.monotonic() - started,
-        command=command,
-    )
-    found = report.metrics(results, contestants, routing, receipt)
-    metrics_file = report.write_metrics(found, folder, contestants)
-    report_file = report.write_report(results, contestants, routing, pictures, found, folder)
-
-    print("\nExact answers in percent, ± standard error\n")
-    print(tables.terminal(*tables.score_rows(results)))
-    notes = [note for note in (report.verdict(results), report.at_floor(results)) if note]
-    lines = ["", *notes, "", f"report    {report_file}", f"metrics   {metrics_file}"]
-    if pictures:
-        lines.append(f"pictures  {pictures[0].parent}")
-    adapter = contestants[-1].adapter
-    lines += [f"adapter   {adapter}", f"\nEvaluated in {minutes(time.monotonic() - started)}. To share the adapter:"]
-    print("\n".join([*lines, f"  moelora push {adapter} YOUR_NAME/YOUR_ADAPTER"]), flush=True)
+    file = RunDir(source).config_file if RunDir(source).config_file.is_file() else config_file
+    return file is not None and bool(load_config(file).dataset.tasks)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.generation import RoutingCounts, answer, shared_tokens
+from eval.routing import TokenView, has_routers, token_views
 from eval.sources import Contestant
 from train.data import chat_prompt, load_rows
 from train.errors import RunError
@@ -52,12 +53,14 @@ class ReasoningResults:
         tasks: One for each task.
         models: Names in the order of the tables; the last is the adapter that the evaluation is about.
         routing: Task to the routing of its questions' tokens, in two halves; empty if nothing was routed.
+        views: What single tokens of a few questions do, where something is routed.
         seconds: Model to the wall time of loading it and answering.
     """
 
     tasks: list[TaskResult]
     models: list[str]
     routing: dict[str, list[RoutingCounts]] = field(default_factory=dict)
+    views: list[TokenView] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,7 +77,10 @@ def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -
     """
     data, wish = config.dataset, limit or config.evaluation.rows_per_task
     if not data.tasks:
-        raise RunError("suite 'reasoning' needs `dataset.tasks`; this run was trained on other data.")
+        raise RunError(
+            "this run was not trained on reasoning-gym tasks (`dataset.tasks`), so it has no problems of its own; say "
+            "what to score it on: --suite commonsense, --suite reasoning, or tasks of lm-eval."
+        )
     seen = {_question(row["prompt"]) for row in load_rows(data, tokenizer)}
     results = []
     for task, options in data.tasks.items():
@@ -138,14 +144,11 @@ def run(config: RunConfig, contestants: Sequence[Contestant], limit: int | None 
                 results.routing[task.task] = halves
             exact = sum(task.exact(contestant.name)) / len(answers)
             print(f"{contestant.name}  {task.task}  {exact:.0%} exact  {time.monotonic() - began:.1f} s", flush=True)
+        if routed:
+            results.views = token_views(model, tokenizer, {task.task: task.prompts for task in results.tasks})
         results.seconds[contestant.name] = time.monotonic() - started
         del model
     return results
-
-
-def has_routers(model: Any) -> bool:
-    """Whether some layer of the model chooses between experts."""
-    return any("moelora_router" in name for name, _ in model.named_parameters())
 
 
 def _room(task: TaskResult, tokenizer: Any) -> int:

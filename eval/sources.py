@@ -9,9 +9,18 @@ from typing import Any
 
 from train.config import load_config
 from train.errors import RunError
-from train.models import load_model
+from train.models import ModelSource, load_model
 from train.run_dir import ADAPTER, BASELINE, RunDir
 from train.schema import RunConfig
+
+# What tables call a preset.
+TITLES = {
+    "mixlora": "MixLoRA",
+    "sira": "SiRA",
+    "smora": "SMoRA",
+    "molora": "MoLoRA",
+    "random_router": "random router",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Contestant:
     adapter: str | None = None
     training: dict[str, Any] | None = None
 
-    def load(self, config: RunConfig) -> Any:
+    def load(self, config: RunConfig | ModelSource) -> Any:
         """The model, in the data type of the base throughout."""
         base = load_model(config)
         if self.adapter is None:
@@ -71,11 +80,62 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
     if config_file is None:
         raise RunError(
             f"{source!r} is not the folder of a run. If it is an adapter, say what to evaluate it on: pass --config "
-            "with the YAML of a run, such as --config configs/quickstart.yaml."
+            "with the YAML of a run, such as --config configs/quickstart.yaml, or --suite commonsense."
         )
     config = load_config(config_file)
     results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
     return config, [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def find_suite_models(
+    source: str, config_file: str | None, model: str | None
+) -> tuple[RunConfig | ModelSource, list[Contestant], Path]:
+    """What to score on a suite: the base, the baseline of a run, and the adapter.
+
+    Args:
+        source: Folder of a run, folder of an adapter, or an adapter's name on the Hub.
+        config_file: The run's YAML where `source` is an adapter, for its base model and data types.
+        model: The base model where `source` is an adapter; None takes the one that the adapter names.
+
+    Returns:
+        The base model, the models, and the folder of the run or adapter, where results go.
+
+    Raises:
+        RunError: If there is nothing to evaluate.
+    """
+    if RunDir(source).config_file.is_file() or config_file is not None:
+        if model is not None:
+            raise RunError(f"--model {model!r} is given, and so is a configuration with a model. Leave one out.")
+        return find_contestants(source, config_file)
+    folder = Path(source)
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    base = model or read_adapter_config(source).base_model_name_or_path
+    if not base:
+        raise RunError(f"adapter {source!r} does not say what its base model is; say it with --model.")
+    results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
+    return ModelSource(base), [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def beside(adapter: str) -> Contestant:
+    """An adapter to compare with."""
+    return Contestant(_name(adapter), "baseline", adapter)
+
+
+def read_adapter_config(adapter: str) -> Any:
+    """An adapter's configuration.
+
+    Raises:
+        RunError: If it cannot be read.
+    """
+    from peft import PeftConfig
+
+    import moelora  # noqa: F401 - registers the adapter type
+
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise RunError(f"adapter {adapter!r} cannot be read: {error}") from error
 
 
 def _of_run(run: RunDir, stage: str) -> Contestant:
@@ -86,22 +146,8 @@ def _of_run(run: RunDir, stage: str) -> Contestant:
 
 def _name(adapter: str) -> str:
     """What a table calls an adapter: its preset, or LoRA with its rank."""
-    from peft import PeftConfig
-
-    import moelora  # noqa: F401 - registers the adapter type
-
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise RunError(f"adapter {adapter!r} cannot be read: {error}") from error
+    config = read_adapter_config(adapter)
     preset = getattr(config, "preset", None)
     if preset:
-        titles = {
-            "mixlora": "MixLoRA",
-            "sira": "SiRA",
-            "smora": "SMoRA",
-            "molora": "MoLoRA",
-            "random_router": "random router",
-        }
-        return titles.get(preset, preset)
+        return TITLES.get(preset, preset)
     return f"LoRA r={config.r}" if hasattr(config, "r") else str(config.peft_type)

