@@ -112,9 +112,19 @@ def adapter_config(config: RunConfig) -> Any:
         RunError: If the section names no preset.
         moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
     """
+    return preset_config(config.adapter)
+
+
+def preset_config(words: dict[str, Any]) -> Any:
+    """The `MoeLoraConfig` of a preset's name, `preset`, and its words.
+
+    Raises:
+        RunError: If no preset is named.
+        moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
+    """
     from moelora import MoeLoraConfig, presets
 
-    words = dict(config.adapter)
+    words = dict(words)
     preset = words.pop("preset", None)
     if not isinstance(preset, str):
         raise RunError(f"adapter.preset is {preset!r}; it must be one of {', '.join(presets.available())}.")
@@ -132,6 +142,19 @@ def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | No
     Raises:
         RunError: If a field is unknown or its value is refused.
     """
+    return sft_arguments({**config.training, **(changes or {})}, output_dir)
+
+
+def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
+    """An `SFTConfig` of its fields, with defaults that suit these programs.
+
+    Args:
+        words: The fields.
+        output_dir: Folder of the checkpoints.
+
+    Raises:
+        RunError: If a field is unknown or its value is refused.
+    """
     import torch
     from trl import SFTConfig, TrlParser
 
@@ -144,7 +167,7 @@ def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | No
         "model_init_kwargs": "use model_kwargs at the top level",
         "push_to_hub": "use `moelora push` once the run is done",
     }
-    words = {**config.training, **(changes or {})}
+    words = dict(words)
     for key, reason in ours.items():
         if key in words:
             raise RunError(f"training.{key} cannot be set: {reason}.")

@@ -23,7 +23,7 @@ from train.schema import RunConfig
 ADAPTER = "adapter"
 BASELINE = "baseline"
 # Keys that change neither the rows nor the weights.
-_HARMLESS = (
+HARMLESS = (
     "output_dir",
     "evaluation",
     "training.logging_steps",
@@ -123,11 +123,11 @@ class RunDir:
                 f"output_dir {str(self.root)!r} has a trained adapter but no config.yaml, so it cannot be told whether "
                 "this is the same run. Give another output_dir, or --restart to throw the old run away."
             )
-        before = dict(_flat(parse_yaml(self.config_file.read_text())))
-        now = dict(_flat(dataclasses.asdict(config)))
-        ignored: tuple[str, ...] = _HARMLESS
+        before = dict(flat(parse_yaml(self.config_file.read_text())))
+        now = dict(flat(dataclasses.asdict(config)))
+        ignored: tuple[str, ...] = HARMLESS
         if not self.is_finished(BASELINE) and self.last_checkpoint(BASELINE) is None:
-            ignored = (*_HARMLESS, "baseline")
+            ignored = (*HARMLESS, "baseline")
         changed = [
             f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -140,10 +140,10 @@ class RunDir:
             )
 
 
-def _flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted keys; empty ones vanish."""
     if isinstance(words, dict):
         for key, value in words.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif words is not None:
         yield prefix, words

@@ -18,7 +18,7 @@ from train.completion_loss import CompletionLossTrainer
 from train.config import adapter_config, sft_config
 from train.console import IS_MAIN, LiveProgress, minutes, say
 from train.data import load_rows
-from train.models import load_model, load_tokenizer
+from train.models import ModelSource, load_model, load_tokenizer
 from train.run_dir import ADAPTER, BASELINE, RunDir
 from train.schema import RunConfig
 
@@ -52,7 +52,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
     for stage, (peft_config, changes) in stages.items():
         args = sft_config(config, folder.checkpoints(stage), changes)
-        _train(stage, config, peft_config, args, folder, tokenizer, rows)
+        train_stage(stage, config, peft_config, args, folder, tokenizer, rows, adapter_dtype=config.adapter_dtype)
     say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
 
 
@@ -64,21 +64,52 @@ def _show_rows(rows: Any, config: RunConfig) -> None:
     say(f"A row     {json.dumps(row, ensure_ascii=False)[:400]}")
 
 
-def _train(
-    stage: str, config: RunConfig, peft_config: Any, args: Any, folder: RunDir, tokenizer: Any, rows: Any
-) -> None:
-    """Train one adapter, unless that is done."""
-    if folder.is_finished(stage):
-        say(f"\nThe {stage} is trained already: {folder.stage(stage)} (--restart trains it again)")
-        return
-    set_seed(args.seed)
-    model = get_peft_model(load_model(config), peft_config, autocast_adapter_dtype=config.adapter_dtype != "bfloat16")
-    trainable, total = model.get_nb_trainable_parameters()
-    name = getattr(peft_config, "preset", None) or "plain LoRA"
-    say(f"\nTraining  {stage}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
+def make_trainer(
+    base: Any, peft_config: Any, args: Any, rows: Any, tokenizer: Any, *, adapter_dtype: str = "auto"
+) -> RunTrainer:
+    """A trainer of a new adapter on a base model, without a progress display."""
+    model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype != "bfloat16")
     trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LiveProgress(stage))
+    return trainer
+
+
+def train_stage(
+    stage: str,
+    source: RunConfig | ModelSource,
+    peft_config: Any,
+    args: Any,
+    folder: RunDir,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    adapter_dtype: str = "auto",
+    label: str | None = None,
+) -> None:
+    """Train one adapter into a run's folder from where an earlier call stopped, unless that is done.
+
+    Args:
+        stage: Its name in the folder.
+        source: The base model.
+        peft_config: The adapter.
+        args: The `SFTConfig`.
+        folder: The run's folder.
+        tokenizer: The base's tokenizer.
+        rows: The training rows.
+        adapter_dtype: As in `RunConfig`.
+        label: What messages call it; None for the stage's name.
+    """
+    label = label or stage
+    if folder.is_finished(stage):
+        say(f"\nThe {label} is trained already: {folder.stage(stage)} (--restart trains it again)")
+        return
+    set_seed(args.seed)
+    trainer = make_trainer(load_model(source), peft_config, args, rows, tokenizer, adapter_dtype=adapter_dtype)
+    model = trainer.model
+    trainable, total = model.get_nb_trainable_parameters()
+    name = getattr(peft_config, "preset", None) or "plain LoRA"
+    say(f"\nTraining  {label}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
+    trainer.add_callback(LiveProgress(label))
     checkpoint = folder.last_checkpoint(stage)
     if checkpoint is not None:
         say(f"Resuming  from {checkpoint}")
@@ -86,12 +117,15 @@ def _train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if trainer.is_world_process_zero():
+        earlier = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         record = {
             "preset": getattr(peft_config, "preset", None),
             "trainable_parameters": trainable,
             "base_parameters": total - trainable,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
+            # Of a run that was stopped, only the last part is timed.
+            "timed_steps": trainer.state.global_step - earlier,
             "resumed_from": checkpoint.name if checkpoint else None,
             "log": [_compact(entry) for entry in trainer.state.log_history if "loss" in entry],
         }

@@ -1,0 +1,197 @@
+"""The cells of a comparison, and which of them are finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.compare.schema import BenchmarkConfig
+from eval.suite_scores import ModelScores, write_atomically
+from train.errors import RunError
+from train.run_dir import HARMLESS, flat
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to do, and never again.
+
+    Args:
+        kind: "base": score the base model. "select": train briefly, to choose a learning rate. "final": train, score.
+        method: Key of the method; empty for the base.
+        seed: Its seed.
+        learning_rate: Of its training; None while it is not chosen yet.
+    """
+
+    kind: Literal["base", "select", "final"]
+    method: str = ""
+    seed: int = 0
+    learning_rate: float | None = None
+
+    @property
+    def id(self) -> str:
+        """Its name, also of its files."""
+        if self.kind == "base":
+            return BASE
+        ending = f"lr{self.learning_rate:g}" if self.kind == "select" else f"seed{self.seed}"
+        return f"{self.method}-{ending}"
+
+
+def selection_cells(config: BenchmarkConfig) -> list[Cell]:
+    """A trial for each method and learning rate."""
+    return [
+        Cell("select", key, config.selection.seed, rate)
+        for key in config.methods
+        for rate in config.selection.learning_rates
+    ]
+
+
+def final_cells(config: BenchmarkConfig) -> list[Cell]:
+    """A training for each method and seed: the first seeds of all methods come first."""
+    most = max(len(method.seeds) for method in config.methods.values())
+    return [
+        Cell("final", key, method.seeds[turn])
+        for turn in range(most)
+        for key, method in config.methods.items()
+        if turn < len(method.seeds)
+    ]
+
+
+def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
+    """Everything in the configuration that a cell's result depends on."""
+    words = dataclasses.asdict(config)
+    shared = {key: words[key] for key in ("model", "dtype", "model_kwargs", "protocol")}
+    scored = {"limit": config.evaluation.limit}
+    if cell.kind == "base":
+        return {**shared, "evaluation": scored}
+    trained = {
+        **shared,
+        "adapter_dtype": config.adapter_dtype,
+        "data": words["data"],
+        "training": {k: v for k, v in config.training.items() if f"training.{k}" not in HARMLESS},
+        "adapter": config.methods[cell.method].adapter,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+    }
+    if cell.kind == "select":
+        data = {key: value for key, value in words["data"].items() if key != "steps"}
+        return {**trained, "data": data, "steps": config.selection.steps}
+    return {**trained, "evaluation": scored}
+
+
+class Board:
+    """The files of a comparison: what is finished, and where the rest goes on.
+
+    A cell is finished when its JSON file in `results_dir/cells` is there; the file appears whole, as the last thing a
+    cell does. What a killed run leaves in `output_dir` is gone on with, or made again.
+
+    Args:
+        config: The comparison.
+    """
+
+    def __init__(self, config: BenchmarkConfig) -> None:
+        self.config = config
+        self.results = Path(config.results_dir)
+        self.work = Path(config.output_dir)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second runner out; the lock ends with the process, however it ends.
+
+        Raises:
+            RunError: If another process runs this comparison.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"another process is running this comparison in {str(self.work)!r}. Wait for it, or give another "
+                    "output_dir and results_dir."
+                ) from error
+            yield
+
+    def file(self, cell: Cell) -> Path:
+        """The result of a cell."""
+        return self.results / "cells" / f"{cell.id}.json"
+
+    def folder(self, cell: Cell) -> Path:
+        """Checkpoints and adapter of a cell; another configuration has another folder."""
+        words = json.dumps(identity(self.config, cell), sort_keys=True)
+        return self.work / "cells" / f"{cell.id}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether a cell is done.
+
+        Raises:
+            RunError: If its result is there, but of another configuration.
+        """
+        if not self.file(cell).is_file():
+            return False
+        found = self._identity_of(cell)
+        wanted = identity(self.config, cell)
+        if cell.kind == "final" and cell.learning_rate is None:
+            wanted.pop("learning_rate")
+            found.pop("learning_rate", None)
+        # what is written to JSON and read again
+        before, now = dict(flat(found)), dict(flat(json.loads(json.dumps(wanted))))
+        changed = [
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise RunError(
+                f"{str(self.file(cell))!r} is the result of another configuration: {'; '.join(changed)}. Undo the "
+                "change, give another results_dir, or remove the file to have the cell done again."
+            )
+        return True
+
+    def _identity_of(self, cell: Cell) -> dict[str, Any]:
+        content = self.read_json(cell)
+        found = content.get("extra", content).get("identity")
+        if not isinstance(found, dict):
+            raise RunError(f"{str(self.file(cell))!r} is not the result of a comparison; move it away.")
+        return found
+
+    def read_json(self, cell: Cell) -> dict[str, Any]:
+        """The content of a finished cell's file."""
+        content = json.loads(self.file(cell).read_text())
+        if not isinstance(content, dict):
+            raise RunError(f"{str(self.file(cell))!r} is not the result of a comparison; move it away.")
+        return content
+
+    def write_selection(self, cell: Cell, content: dict[str, Any]) -> None:
+        """Note the outcome of a trial."""
+        words = {**content, "identity": identity(self.config, cell)}
+        write_atomically(self.file(cell), json.dumps(words, indent=1) + "\n")
+
+    def read_scores(self, cell: Cell) -> ModelScores:
+        """The scores of a finished cell."""
+        return ModelScores.read(self.file(cell))
+
+    def chosen_rate(self, method: str) -> float | None:
+        """The learning rate with the lowest loss, once all of the grid are tried."""
+        trials = [cell for cell in selection_cells(self.config) if cell.method == method]
+        if len(trials) == 1:
+            return trials[0].learning_rate
+        if not all(self.is_finished(cell) for cell in trials):
+            return None
+        return min(trials, key=lambda cell: self.read_json(cell)["loss"]).learning_rate
+
+    def cells(self) -> list[Cell]:
+        """All cells in the order in which they are done, finals with their learning rates where those are chosen."""
+        trials = selection_cells(self.config) if len(self.config.selection.learning_rates) > 1 else []
+        finals = [
+            dataclasses.replace(cell, learning_rate=self.chosen_rate(cell.method)) for cell in final_cells(self.config)
+        ]
+        return [Cell("base"), *trials, *finals]

@@ -1,0 +1,155 @@
+"""How long the rest of a comparison will take."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.compare.cells import BASE, Board, Cell
+from eval.compare.mixture import as_dataset, padded
+from eval.compare.sizes import source_of
+from eval.compare.work import Bench, rows_a_step
+from eval.suite_scores import write_atomically
+from train.console import minutes, say
+from train.models import load_model
+
+PROBE_STEPS = 3
+# Of a training step: what scoring a token costs beside training on it, before a measurement is there.
+_FORWARD_SHARE = 0.5
+_TOKENS_A_ROW = 135
+_TASKS = 8
+_LOADING = 15.0
+
+
+@dataclass
+class Timing:
+    """Seconds of an average optimizer step, by method, and of scoring, by cell kind.
+
+    Args:
+        steps: Method to seconds a step.
+        scoring: Method, or "base", to seconds of scoring.
+    """
+
+    steps: dict[str, float] = field(default_factory=dict)
+    scoring: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, board: Board) -> Timing:
+        """What finished cells and earlier probes have measured."""
+        file = board.work / "probe.json"
+        timing = cls(steps=json.loads(file.read_text()) if file.is_file() else {})
+        for cell in board.cells():
+            if not board.is_finished(cell):
+                continue
+            if cell.kind != "select":
+                timing.scoring[cell.method or BASE] = board.read_scores(cell).seconds
+            if cell.kind != "base":
+                content = board.read_json(cell)
+                training = content["training"] if cell.kind == "select" else content["extra"]["training"]
+                if training["timed_steps"]:
+                    timing.steps[cell.method] = training["seconds"] / training["timed_steps"]
+        return timing
+
+    def estimate(self, board: Board, cell: Cell) -> float | None:
+        """Seconds of a cell; None where nothing is known of its method."""
+        if cell.kind == "base":
+            return self._scoring(board, cell)
+        step = self.steps.get(cell.method)
+        if step is None:
+            return None
+        config = board.config
+        if cell.kind == "select":
+            rows = len(config.data.tasks) * config.data.selection_rows
+            return (
+                config.selection.steps * step + rows / rows_a_step(config.training) * step * _FORWARD_SHARE + _LOADING
+            )
+        return config.data.steps * step + self._scoring(board, cell) + 2 * _LOADING
+
+    def _scoring(self, board: Board, cell: Cell) -> float:
+        known = self.scoring.get(cell.method or BASE)
+        if known is not None:
+            return known
+        step = self.steps.get(cell.method) or min(self.steps.values(), default=2.0)
+        if self.scoring.get(BASE) and self.steps:
+            # slower than the base about as training is slower than the fastest training
+            return self.scoring[BASE] * max(1.0, step / min(self.steps.values()))
+        rows = (board.config.evaluation.limit or 1500) * _TASKS
+        return rows * _TOKENS_A_ROW * step * _FORWARD_SHARE / (55 * rows_a_step(board.config.training))
+
+
+def probe(bench: Bench) -> None:
+    """Time a few steps on batches of average size of every method that was never timed, and note the result."""
+    board = bench.board
+    timing = Timing.of(board)
+    missing = [key for key in bench.config.methods if key not in timing.steps]
+    if not missing:
+        return
+    say(f"Probing   {PROBE_STEPS} steps of {', '.join(missing)}, for the estimate")
+    for key in missing:
+        timing.steps[key] = _seconds_a_step(bench, key)
+    write_atomically(board.work / "probe.json", json.dumps(timing.steps, indent=1) + "\n")
+
+
+def _seconds_a_step(bench: Bench, method: str) -> float:
+    from train.sft import make_trainer
+
+    cell = Cell("final", method, 0, bench.config.selection.learning_rates[0])
+    rows, size = bench.rows(cell), rows_a_step(bench.config.training)
+    lengths = padded(rows, size)
+    mean = sum(lengths) / len(lengths)
+    nearest = sorted(range(len(lengths)), key=lambda index: abs(lengths[index] - mean))[: PROBE_STEPS + 1]
+    chosen = [row for index in nearest for row in rows[index * size : (index + 1) * size]]
+    with tempfile.TemporaryDirectory() as folder:
+        changes: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "warmup_steps": 0}
+        arguments = bench.arguments(cell, Path(folder), **changes, max_steps=1)
+        config = bench.config
+        trainer = make_trainer(
+            load_model(source_of(config)),
+            config.methods[method].peft_config(),
+            arguments,
+            as_dataset(chosen),
+            bench.tokenizer,
+            adapter_dtype=config.adapter_dtype,
+        )
+        trainer.train()  # the first step pays for what is set up once
+        trainer.args.max_steps = PROBE_STEPS
+        started = time.monotonic()
+        trainer.train()
+        return (time.monotonic() - started) / PROBE_STEPS
+
+
+def show(board: Board, timing: Timing) -> None:
+    """Print what is done, what is left, and how long it will take."""
+    config = board.config
+    cells = board.cells()
+    left = [cell for cell in cells if not board.is_finished(cell)]
+    counts = {kind: [cell for cell in cells if cell.kind == kind] for kind in ("base", "select", "final")}
+    say(
+        f"Plan      {len(cells)} cells: the base model scored; {len(counts['select'])} trials of "
+        f"{config.selection.steps} steps to choose learning rates ({len(config.selection.learning_rates)} each of "
+        f"{len(config.methods)} methods); {len(counts['final'])} trainings of {config.data.steps} steps, scored"
+    )
+    say(f"Done      {len(cells) - len(left)} of {len(cells)}")
+    total, unknown = 0.0, 0
+    for key in (BASE, *config.methods):
+        mine = [cell for cell in left if (cell.method or BASE) == key]
+        if not mine:
+            continue
+        estimates = [timing.estimate(board, cell) for cell in mine]
+        known = [each for each in estimates if each is not None]
+        total += sum(known)
+        unknown += len(estimates) - len(known)
+        parts = ", ".join(cell.id.removeprefix(f"{key}-") for cell in mine)
+        say(f"          {key}: {parts}" + (f", about {minutes(sum(known))}" if known else ""))
+    if left:
+        more = f", and {unknown} cells that nothing is known of" if unknown else ""
+        say(f"Left      about {_hours(total)}{more}")
+
+
+def _hours(seconds: float) -> str:
+    whole = round(seconds / 60)
+    return f"{whole // 60} h {whole % 60:02d} min" if whole >= 60 else f"{max(whole, 1)} min"

@@ -1,0 +1,53 @@
+"""Whether the methods are of equal size, as a comparison has to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.compare.schema import BenchmarkConfig
+from eval.parameters import ParameterCount, count_parameters
+from eval.suite_tables import TOLERANCE
+from train.errors import RunError
+from train.models import ModelSource, load_skeleton
+
+
+def source_of(config: BenchmarkConfig) -> ModelSource:
+    """The base model of a comparison."""
+    return ModelSource(config.model, config.dtype, config.model_kwargs)
+
+
+def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
+    """The sizes of all methods.
+
+    Raises:
+        RunError: If a method's trainable parameters are not within 2 % of the reference's trainable parameters, or of
+            its active ones where the method says so.
+    """
+    sizes = {
+        key: count_parameters(load_skeleton(source_of(config)), method.peft_config())
+        for key, method in config.methods.items()
+    }
+    reference = sizes[config.reference]
+    wrong = []
+    for key, method in config.methods.items():
+        wanted = reference.trainable if method.equal == "trainable" else reference.active
+        found = sizes[key].trainable
+        if abs(found - wanted) > TOLERANCE * wanted:
+            wrong.append(
+                f"{key} has {found:,} ({found / wanted - 1:+.1%} of {wanted:,}{_advice(method, found, wanted)})"
+            )
+    if wrong:
+        raise RunError(
+            f"the methods are not of equal size: {'; '.join(wrong)}. Allowed: {TOLERANCE:.0%} from the "
+            f"trainable parameters of {config.reference} ({reference.trainable:,}), or with `equal: active` from "
+            f"its active ones ({reference.active:,}). Change ranks or numbers of experts."
+        )
+    return sizes
+
+
+def _advice(method: Any, found: int, wanted: int) -> str:
+    """The rank that would fit a plain LoRA, whose parameters are proportional to it."""
+    r = method.adapter.get("r")
+    if method.adapter.get("peft") != "lora" or not isinstance(r, int):
+        return ""
+    return f"; nearest r: {max(1, round(r * wanted / found))}"

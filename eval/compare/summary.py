@@ -1,0 +1,199 @@
+"""What the finished cells of a comparison say, in numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval.compare.cells import BASE, Board, Cell, selection_cells
+from eval.scores import Score, macro, mean
+from eval.suite_scores import ModelScores
+from eval.suite_tables import check_comparable
+from train.errors import RunError
+
+
+@dataclass
+class MethodSummary:
+    """All seeds of a method.
+
+    Args:
+        key: Of the method; "base" for the base model.
+        title: Its name in tables.
+        wanted: Seeds that are asked for.
+        seeds: Scores of the finished seeds, by seed.
+    """
+
+    key: str
+    title: str
+    wanted: list[int] = field(default_factory=list)
+    seeds: dict[int, ModelScores] = field(default_factory=dict)
+
+    @property
+    def first(self) -> ModelScores:
+        """Any of its scores, for what all seeds have in common."""
+        return next(iter(self.seeds.values()))
+
+    def rows(self, label: str) -> list[float]:
+        """The value of each row of a task, mean over the seeds."""
+        found = [scores.tasks[label].values for scores in self.seeds.values()]
+        return [sum(values) / len(values) for values in zip(*found, strict=True)]
+
+    def score(self, label: str) -> Score:
+        """Mean over seeds and rows of a task, with the standard error that the choice of rows makes."""
+        return mean(self.rows(label))
+
+    def mean(self, labels: Sequence[str]) -> Score:
+        """The unweighted mean over tasks."""
+        return macro([self.score(label) for label in labels])
+
+    def by_seed(self, labels: Sequence[str]) -> list[float]:
+        """The mean over tasks of each seed."""
+        return [macro([each.tasks[label].score for label in labels]).value for each in self.seeds.values()]
+
+    def at_floor(self, label: str) -> bool:
+        """Whether its mean is no better than always giving the most frequent answer."""
+        majority = self.first.tasks[label].majority
+        return majority is not None and self.score(label).value <= majority + 1e-9
+
+    def training(self, word: str) -> float | None:
+        """Mean over the seeds of a number that the trainer noted."""
+        found = [each.extra["training"].get(word) for each in self.seeds.values() if each.extra.get("training")]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if known else None
+
+
+@dataclass
+class Summary:
+    """All that is finished.
+
+    Args:
+        methods: In the order of the table; the base first, methods without a finished seed left out.
+        labels: Of all tasks.
+        seen: Labels of the tasks that were trained on.
+        reference: Key of the LoRA of equal trainable parameters, which the others are compared with; None without one.
+        trials: Method to learning rate to the loss of the right answers.
+        trial_seconds: What the trials took.
+        done: Number of finished cells.
+        total: Number of cells.
+        missing: Ids of cells that are not finished.
+    """
+
+    methods: list[MethodSummary]
+    labels: list[str]
+    seen: list[str]
+    reference: str | None
+    trials: dict[str, dict[float, float]]
+    trial_seconds: float
+    done: int
+    total: int
+    missing: list[str]
+
+    @property
+    def unseen(self) -> list[str]:
+        """Labels of the tasks that nothing was trained on."""
+        return [label for label in self.labels if label not in self.seen]
+
+    def method(self, key: str) -> MethodSummary | None:
+        """A method by its key, if any seed of it is finished."""
+        return next((method for method in self.methods if method.key == key), None)
+
+    def seed_variance(self, labels: Sequence[str]) -> float | None:
+        """Variance of a mean over tasks from seed to seed, pooled over the methods that have several seeds."""
+        groups = [each.by_seed(labels) for each in self.methods if len(each.seeds) > 1]
+        degrees = sum(len(group) - 1 for group in groups)
+        if not degrees:
+            return None
+        return sum(statistics.variance(group) * (len(group) - 1) for group in groups) / degrees
+
+    def difference(self, ours: MethodSummary, theirs: MethodSummary, labels: Sequence[str]) -> Score:
+        """Mean difference of two methods, paired by rows.
+
+        Its standard error has two parts: the rows that happened to be asked, and the seeds that happened to be drawn,
+        whose variance is pooled over all methods with several seeds.
+        """
+        gaps = []
+        for label in labels:
+            pairs = zip(ours.rows(label), theirs.rows(label), strict=True)
+            gaps.append(mean([a - b for a, b in pairs]))
+        gap = macro(gaps)
+        variance = self.seed_variance(labels) or 0.0
+        trained = [each for each in (ours, theirs) if each.key != BASE]
+        seeds = sum(variance / len(each.seeds) for each in trained)
+        return Score(gap.value, math.sqrt(gap.stderr**2 + seeds), gap.n)
+
+
+def summarize(board: Board) -> Summary | None:
+    """Read all finished cells; None if there is not one with scores.
+
+    Raises:
+        RunError: If cells were not scored on the same rows by the same protocol, or methods of one seed were not
+            trained on the same rows in the same order.
+    """
+    config = board.config
+    cells = board.cells()
+    finished = [cell for cell in cells if board.is_finished(cell)]
+    methods = {BASE: MethodSummary(BASE, "base", [0])}
+    for key, method in config.methods.items():
+        methods[key] = MethodSummary(key, method.title, method.seeds)
+    for cell in finished:
+        if cell.kind != "select":
+            methods[cell.method or BASE].seeds[cell.seed] = board.read_scores(cell)
+    present = [method for method in methods.values() if method.seeds]
+    if not present:
+        return None
+    check_comparable([scores for method in present for scores in method.seeds.values()])
+    _check_rows(present)
+    labels = list(present[0].first.tasks)
+    done = {cell.id for cell in finished}
+    return Summary(
+        methods=present,
+        labels=labels,
+        seen=[label for label, key in _keys(labels).items() if key in config.data.tasks],
+        reference=_plain_lora(board),
+        trials=_trials(board, finished),
+        trial_seconds=sum(board.read_json(cell)["seconds"] for cell in finished if cell.kind == "select"),
+        done=len(done),
+        total=len(cells),
+        missing=[cell.id for cell in cells if cell.id not in done],
+    )
+
+
+def _check_rows(methods: Sequence[MethodSummary]) -> None:
+    """Refuse methods of one seed that were trained on other rows or in another order."""
+    seen: dict[int, tuple[str, str]] = {}
+    for method in methods:
+        for seed, scores in method.seeds.items():
+            training: dict[str, Any] = scores.extra.get("training") or {}
+            if not training:
+                continue
+            found = training["rows_sha256"]
+            other, before = seen.setdefault(seed, (method.key, found))
+            if found != before:
+                raise RunError(
+                    f"{method.key} and {other} of seed {seed} were not trained on the same rows in the same order, so "
+                    "they cannot stand in one table. Remove the result that is out of date."
+                )
+
+
+def _keys(labels: Sequence[str]) -> dict[str, str]:
+    from eval.suites.registry import COMMONSENSE
+
+    return dict(zip(labels, COMMONSENSE, strict=True))
+
+
+def _plain_lora(board: Board) -> str | None:
+    for key, method in board.config.methods.items():
+        if method.adapter.get("peft") == "lora" and method.equal == "trainable":
+            return key
+    return None
+
+
+def _trials(board: Board, finished: Sequence[Cell]) -> dict[str, dict[float, float]]:
+    found: dict[str, dict[float, float]] = {}
+    for cell in selection_cells(board.config):
+        if cell in finished and cell.learning_rate is not None:
+            found.setdefault(cell.method, {})[cell.learning_rate] = board.read_json(cell)["loss"]
+    return found
