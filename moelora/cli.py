@@ -1,4 +1,4 @@
-"""The command `moelora`: look at an adapter, upload an adapter."""
+"""The command `moelora`: look at an adapter, upload an adapter, make the page of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        options.call(options)
     except MoeLoraError as error:
         print(f"moelora {options.command}: {error}", file=sys.stderr)
         return 1
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter, or Hub repository (owner/name)")
     inspect.add_argument("--revision", help="branch, tag or commit of the repository")
     inspect.add_argument("--token", help="Hub token for a private repository (default: the one logged in with)")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(call=_inspect)
 
     push = commands.add_parser(
         "push",
@@ -61,7 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--message", help="commit message")
     push.add_argument("--revision", help="branch to commit to; made if it does not exist")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    push.set_defaults(run=_push)
+    push.set_defaults(call=_push)
+
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about a run",
+        description="Write one self-contained HTML page about a run: scores, training curves, heat maps of the "
+        "routing, and texts coloured by their experts. It shows what `python -m train` and `python -m eval` left in "
+        "the folder.",
+    )
+    report.add_argument("run", metavar="RUN", help="folder of a run, or of an adapter")
+    report.add_argument("--output", metavar="FILE", help="the HTML file (default: report.html in RUN)")
+    report.set_defaults(call=_report)
     return parser
 
 
@@ -91,6 +102,12 @@ def _inspect(options: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(header, *sites, strict=True)]
     for line in (header, *sites):
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _report(options: argparse.Namespace) -> None:
+    from moelora.report import build_report
+
+    print(build_report(options.run, options.output))
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -33,3 +33,7 @@ class RegistrationError(MoeLoraError):
 
 class HubError(MoeLoraError):
     """An adapter could not be read from, or uploaded to, the Hugging Face Hub."""
+
+
+class ReportError(MoeLoraError):
+    """A folder holds nothing that a report could show, or what makes the page is not installed."""
