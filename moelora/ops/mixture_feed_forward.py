@@ -128,24 +128,22 @@ def mixture_feed_forward(
     gate_TF = block.gate(x_TD) if block.gate is not None else None
     pairs = _in_compute_dtype(experts, up_TF)
     x_lora = x_TD if experts.dropout is None else experts.dropout(x_TD)
-    up_inner, gate_inner = _inner(x_lora, pairs["up"]), _inner(x_lora, pairs["gate"])
-    forms: dict[Form, Callable[..., tuple[Tensor, Tensor | None]]] = {
-        "gathered": _gathered,
-        "segments": partial(_segments, expert_segments),
-        "fused": partial(_segments, fused_segments),
-        "masked": _masked,
-    }
-    hidden_TF, down_inner_TER = forms[form](up_TF, gate_TF, up_inner, gate_inner, pairs, routing, block, experts)
-    y_TD = block.down(hidden_TF)
-    if pairs["down"] is not None and down_inner_TER is not None:
-        b_EDR = pairs["down"][1]
-        E, D, R = b_EDR.shape
-        weight_MD = b_EDR.transpose(1, 2).reshape(E * R, D)
-        inner_TM = down_inner_TER.flatten(1)
-        if y_TD.dtype == inner_TM.dtype == weight_MD.dtype:
-            y_TD = torch.addmm(y_TD, inner_TM, weight_MD)
-        else:
-            y_TD = y_TD + (inner_TM @ weight_MD).to(y_TD.dtype)
+    if form == "gathered":
+        hidden_TF, delta_TD = _gathered(x_lora, up_TF, gate_TF, pairs, routing, block, experts)
+        y_TD = block.down(hidden_TF)
+        if delta_TD is not None:
+            y_TD = y_TD + delta_TD.to(y_TD.dtype)
+    else:
+        forms: dict[Form, Callable[..., tuple[Tensor, Tensor | None]]] = {
+            "segments": partial(_segments, expert_segments),
+            "fused": partial(_segments, fused_segments),
+            "masked": _masked,
+        }
+        up_inner, gate_inner = _inner(x_lora, pairs["up"]), _inner(x_lora, pairs["gate"])
+        hidden_TF, inner_TER = forms[form](up_TF, gate_TF, up_inner, gate_inner, pairs, routing, block, experts)
+        y_TD = block.down(hidden_TF)
+        if pairs["down"] is not None and inner_TER is not None:
+            y_TD = _add_down(y_TD, inner_TER, pairs["down"][1])
     if block.down_bias is not None and not experts.weights_sum_to_one:
         excess_T1 = routing.weights_TK.sum(-1, keepdim=True) - 1
         y_TD = y_TD + (excess_T1 * block.down_bias.float()).to(y_TD.dtype)
@@ -171,6 +169,15 @@ def _inner(x_TD: Tensor, pair: Pair | None) -> Tensor | None:
         return None
     E, R, D = pair[0].shape
     return F.linear(x_TD.to(pair[0].dtype), pair[0].view(E * R, D)).unflatten(-1, (E, R))
+
+
+def _add_down(y_TD: Tensor, inner_TER: Tensor, b_EDR: Tensor) -> Tensor:
+    """`y + sum_e B_e inner_e` in one product."""
+    E, D, R = b_EDR.shape
+    inner_TM, weight_MD = inner_TER.flatten(1), b_EDR.transpose(1, 2).reshape(E * R, D)
+    if y_TD.dtype == inner_TM.dtype == weight_MD.dtype:
+        return torch.addmm(y_TD, inner_TM, weight_MD)
+    return y_TD + (inner_TM @ weight_MD).to(y_TD.dtype)
 
 
 def _segments(
@@ -222,41 +229,46 @@ def _activate(up: Tensor, gate: Tensor | None, block: FrozenFeedForward) -> Tens
 
 
 def _gathered(
+    x_lora: Tensor,
     up_TF: Tensor,
     gate_TF: Tensor | None,
-    up_inner: Tensor | None,
-    gate_inner: Tensor | None,
     pairs: dict[str, Pair | None],
     routing: Routing,
     block: FrozenFeedForward,
     experts: FeedForwardExperts,
 ) -> tuple[Tensor, Tensor | None]:
+    """The input of the frozen down product, and what the experts add behind it: few operations, for few choices."""
     assert routing.ids_TK is not None
     T, K = routing.ids_TK.shape
     ids_N = routing.ids_TK.reshape(-1)
 
-    def pre(base_TF: Tensor, inner_TER: Tensor | None, pair: Pair | None) -> Tensor:
-        base_NF = base_TF.unsqueeze(1).expand(-1, K, -1).reshape(T * K, -1)
-        if inner_TER is None or pair is None:
-            return base_NF
-        index_TKR = routing.ids_TK.unsqueeze(-1).expand(-1, -1, inner_TER.shape[-1])  # type: ignore[union-attr]
-        inner_NR1 = inner_TER.gather(1, index_TKR).reshape(T * K, -1, 1) * experts.scaling
-        return base_NF + torch.bmm(pair[1].index_select(0, ids_N), inner_NR1).squeeze(-1).to(base_NF.dtype)
+    def of_choices(rows: Tensor) -> Tensor:
+        return rows.unsqueeze(1).expand(-1, K, -1).reshape(T * K, 1, -1)
 
-    up_NF = pre(up_TF, up_inner, pairs["up"])
-    gate_NF = None if gate_TF is None else pre(gate_TF, gate_inner, pairs["gate"])
-    act_NF = _activate(up_NF, gate_NF, block)
+    # sums of products rather than batched products where they are faster: a matrix product has a cost a call
+    def pre(base_TF: Tensor, pair: Pair | None) -> Tensor:
+        base_N1F = of_choices(base_TF)
+        if pair is None:
+            return base_N1F
+        a_NRD, b_NRF = pair[0].index_select(0, ids_N), pair[1].index_select(0, ids_N).transpose(1, 2)
+        inner_N1R = (a_NRD * of_choices(x_lora.to(a_NRD.dtype))).sum(-1).unsqueeze(1)
+        if base_N1F.dtype == b_NRF.dtype:
+            return torch.baddbmm(base_N1F, inner_N1R, b_NRF, alpha=experts.scaling)
+        return base_N1F + (torch.bmm(inner_N1R, b_NRF) * experts.scaling).to(base_N1F.dtype)
+
+    up_N1F = pre(up_TF, pairs["up"])
+    gate_N1F = None if gate_TF is None else pre(gate_TF, pairs["gate"])
+    act_N1F = _activate(up_N1F, gate_N1F, block)
     weights_TK1 = routing.weights_TK.unsqueeze(-1)
-    hidden_TF = (act_NF.view(T, K, -1) * weights_TK1.to(act_NF.dtype)).sum(1)
+    hidden_TF = (act_N1F.view(T, K, -1) * weights_TK1.to(act_N1F.dtype)).sum(1)
     down = pairs["down"]
     if down is None:
         return hidden_TF, None
-    dropped_NF = act_NF if experts.dropout is None else experts.dropout(act_NF)
-    inner_NR = torch.bmm(down[0].index_select(0, ids_N), dropped_NF.to(down[0].dtype).unsqueeze(-1)).squeeze(-1)
-    inner_TKR = inner_NR.view(T, K, -1) * (weights_TK1 * experts.scaling).to(inner_NR.dtype)
-    index_TKR = routing.ids_TK.unsqueeze(-1).expand_as(inner_TKR)
-    empty_TER = inner_TKR.new_zeros(T, routing.num_experts, inner_TKR.shape[-1])
-    return hidden_TF, empty_TER.scatter(1, index_TKR, inner_TKR)
+    dropped_N1F = act_N1F if experts.dropout is None else experts.dropout(act_N1F)
+    a_NRF, b_NDR = down[0].index_select(0, ids_N), down[1].index_select(0, ids_N)
+    inner_NR = (a_NRF * dropped_N1F.to(a_NRF.dtype)).sum(-1)
+    inner_NR = inner_NR * (weights_TK1.view(-1, 1) * experts.scaling).to(inner_NR.dtype)
+    return hidden_TF, torch.bmm(b_NDR, inner_NR.unsqueeze(-1)).view(T, K, -1).sum(1)
 
 
 def _masked(

@@ -36,9 +36,7 @@ def mixture_linear(
     """
     E, R, D = a_ERD.shape
     inner_TM = F.linear(x_TD, a_ERD.view(E * R, D))
-    if gates_TE is None:
-        inner_TM = inner_TM * scaling
-    else:
+    if gates_TE is not None:
         gates_TE = (gates_TE * scaling).to(inner_TM.dtype)
         if R > 1:
             inner_TM = (inner_TM.unflatten(-1, (E, R)) * gates_TE.unsqueeze(-1)).flatten(-2)
@@ -46,7 +44,10 @@ def mixture_linear(
             inner_TM = inner_TM * gates_TE
     # a view, without a copy, for one expert and for experts of rank one
     weight_MO = b_EOR.transpose(1, 2).reshape(E * R, b_EOR.shape[1]) if E > 1 else b_EOR[0].t()
+    alpha = scaling if gates_TE is None else 1.0
     if base_TO is not None and base_TO.dtype == inner_TM.dtype:
-        return torch.addmm(base_TO, inner_TM, weight_MO)
+        return torch.addmm(base_TO, inner_TM, weight_MO, alpha=alpha)
     delta_TO = inner_TM @ weight_MO
+    if gates_TE is None:
+        delta_TO = delta_TO * scaling
     return delta_TO if base_TO is None else base_TO + delta_TO

@@ -92,7 +92,8 @@ class Router(nn.Module):
         weights_TK, ids_TK = top_k_choice(scores_TE, config.top_k)
         assigned_TK = kept_TE.gather(-1, ids_TK) > 0 if kept_TE is not None else None
         if config.renormalize:
-            weights_TK = renormalize(weights_TK)
+            positive = config.score == "softmax" and self.bias is None and kept_TE is None
+            weights_TK = renormalize(weights_TK, positive)
         if config.capacity_factor is not None and (self.training or config.capacity_in_eval):
             kept_TK = within_capacity(ids_TK, probs_TE.shape[-1], config.capacity_factor, valid_BS, assigned_TK)
             weights_TK = weights_TK * kept_TK

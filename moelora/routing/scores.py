@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
+    if not torch.is_autocast_enabled(x_TD.device.type):
+        return F.linear(x_TD.float(), weight_ED.float())
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD.float(), weight_ED.float())
 
