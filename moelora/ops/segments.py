@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 ALIGNMENT = 64
 """Segments are padded to a multiple of this. Matrix products in half precision are compiled for each new shape on CPU;
-free lengths would compile hundreds of kernels, multiples need a handful."""
+free lengths would compile hundreds of kernels, multiples need a handful. With few tokens an expert it is a quarter."""
 
 MAX_ROWS = 512
 """Segments are worked on in tiles of at most so many rows, so that a tile stays in the processor's cache."""
@@ -57,12 +57,13 @@ class Segments:
         """
         T, K = ids_TK.shape
         flat_N = ids_TK.reshape(-1)
+        alignment = ALIGNMENT if 2 * ALIGNMENT * num_experts <= T * K else ALIGNMENT // 4
         counts_E = torch.bincount(flat_N, minlength=num_experts)
         counts = counts_E.tolist()
         starts, tiles, start = [], [], 0
         for expert, count in enumerate(counts):
             starts.append(start)
-            stop = start + -(-count // ALIGNMENT) * ALIGNMENT
+            stop = start + -(-count // alignment) * alignment
             tiles += [(expert, row, min(row + MAX_ROWS, stop)) for row in range(start, stop, MAX_ROWS)]
             start = stop
         order_N = flat_N.argsort(stable=True)

@@ -27,9 +27,10 @@ function chip(color, text) {
 
 // --- training curves
 
-function short(value) {
-  if (value === 0) return "0";
-  return Math.abs(value) >= 100 ? value.toFixed(0) : Number(value.toPrecision(3)).toString();
+// as many decimals as it takes to tell the ticks apart
+function short(value, range) {
+  const decimals = Math.max(0, Math.min(6, 1 - Math.floor(Math.log10(range))));
+  return value.toFixed(decimals);
 }
 
 function drawCurve(curve, colors) {
@@ -47,7 +48,7 @@ function drawCurve(curve, colors) {
     const value = low + ((high - low) * tick) / 4;
     picture.append(
       svg("line", { x1: left, x2: width - 8, y1: y(value), y2: y(value), stroke: "#e3e7ee" }),
-      svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)),
+      svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, short(value, high - low)),
     );
   }
   for (const step of [first, Math.round((first + last) / 2), last]) {

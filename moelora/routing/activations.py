@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def top_k_choice(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +57,11 @@ def within_capacity(
     takes_room_TK = valid_BS.reshape(-1, 1).expand(-1, K)
     if assigned_TK is not None:
         takes_room_TK = takes_room_TK & assigned_TK
-    chosen_TKE = F.one_hot(ids_TK, num_experts) * takes_room_TK.unsqueeze(-1)
+    chosen_TKE = torch.zeros(*ids_TK.shape, num_experts, dtype=torch.int32, device=ids_TK.device)
+    chosen_TKE.scatter_(-1, ids_TK.unsqueeze(-1), takes_room_TK.to(torch.int32).unsqueeze(-1))
     # choices in order of precedence: choice-major, then token order
     order_BNE = chosen_TKE.view(B, S, K, num_experts).transpose(1, 2).reshape(B, K * S, num_experts)
-    position_BNE = order_BNE.cumsum(1)
+    position_BNE = order_BNE.cumsum(1, dtype=torch.int32)
     position_BKSE = position_BNE.view(B, K, S, num_experts)
     position_TK = position_BKSE.transpose(1, 2).reshape(B * S, K, num_experts).gather(-1, ids_TK.unsqueeze(-1))
     capacity_B = torch.ceil(capacity_factor * K * valid_BS.sum(-1).double() / num_experts)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,8 @@ class Routing:
         """How many of a token's choices fell on each expert (0 or 1), without gradient; with dense routing P itself."""
         if self.ids_TK is None:
             return self.probs_TE.detach()
-        chosen_TKE = F.one_hot(self.ids_TK, self.num_experts).to(self.probs_TE.dtype)
-        if self.assigned_TK is not None:
-            chosen_TKE = chosen_TKE * self.assigned_TK.unsqueeze(-1)
-        return chosen_TKE.sum(1)
+        # no expert is chosen twice by a token, so that writing is as good as adding
+        load_TE = torch.zeros_like(self.probs_TE, requires_grad=False)
+        if self.assigned_TK is None:
+            return load_TE.scatter_(-1, self.ids_TK, 1.0)
+        return load_TE.scatter_(-1, self.ids_TK, self.assigned_TK.to(load_TE.dtype))

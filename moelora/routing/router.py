@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moelora.config import RoutingConfig
 from moelora.routing.activations import renormalize, top_k_choice, within_capacity
@@ -84,7 +83,7 @@ class Router(nn.Module):
             scores_TE = scores_TE + self._bias_for_this_run(self.bias)
         kept_TE = None
         if self.training and config.expert_dropout > 0:
-            kept_TE = F.dropout(torch.ones_like(scores_TE), config.expert_dropout)
+            kept_TE = (torch.rand_like(scores_TE) >= config.expert_dropout) / (1 - config.expert_dropout)
             scores_TE = scores_TE * kept_TE
         if config.top_k is None:
             weights_TE = renormalize(scores_TE) if config.renormalize else scores_TE

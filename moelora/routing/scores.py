@@ -5,17 +5,52 @@ Shape suffixes: T tokens, D input features, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from moelora.ops.workspace import scratch
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
-    if not torch.is_autocast_enabled(x_TD.device.type):
+    if torch.is_autocast_enabled(x_TD.device.type):
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return router_logits(x_TD, weight_ED)
+    if x_TD.dtype == torch.float32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x_TD.float(), weight_ED.float())
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), weight_ED.float())
+    return _LogitsOfHalf.apply(x_TD, weight_ED)
+
+
+class _LogitsOfHalf(torch.autograd.Function):
+    """The same with gradients, keeping the tokens in half precision: their fp32 copy is made again, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(_in_fp32(x_TD), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD, grad_weight_ED = None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight_ED = (grad_TE.t() @ _in_fp32(x_TD)).to(weight_ED.dtype)
+        if ctx.needs_input_grad[0]:
+            out = scratch("router", x_TD.shape[0], x_TD.shape[1], torch.float32) if x_TD.device.type == "cpu" else None
+            grad_x_TD = torch.mm(grad_TE, weight_ED.float(), out=out).to(x_TD.dtype)
+        return grad_x_TD, grad_weight_ED
+
+
+def _in_fp32(x_TD: Tensor) -> Tensor:
+    """A copy that is used at once; on the CPU in scratch memory."""
+    if x_TD.device.type != "cpu":
+        return x_TD.float()
+    return scratch("router", x_TD.shape[0], x_TD.shape[1], torch.float32).copy_(x_TD)
 
 
 def scores_from_logits(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:

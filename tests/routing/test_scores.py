@@ -45,3 +45,25 @@ def test_gradients_come_back_in_the_dtype_of_the_weight() -> None:
     assert x_TD.grad is not None
     assert weight_ED.grad is not None
     assert x_TD.grad.dtype == weight_ED.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("needs", ["both", "tokens", "weight"])
+def test_logits_and_gradients_equal_plain_autograd(dtype: torch.dtype, needs: str) -> None:
+    """The copy in fp32 that is made twice gives to the bit what the kept one gives, twice in a row too."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(33, 24, generator=generator).to(dtype) for _ in range(2)]
+    grads = [torch.randn(33, 5, generator=generator) for _ in range(2)]
+    weight_ED = torch.randn(5, 24, generator=generator)
+
+    def run(plain: bool) -> list[torch.Tensor]:
+        inputs = [x.clone().requires_grad_(needs != "weight") for x in tokens]
+        weight = weight_ED.clone().requires_grad_(needs != "tokens")
+        call = (lambda x, w: torch.nn.functional.linear(x.float(), w)) if plain else router_logits
+        outputs = [call(x, weight) for x in inputs]
+        torch.autograd.backward(outputs, grads)
+        return [*outputs, *(leaf.grad for leaf in (*inputs, weight) if leaf.grad is not None)]
+
+    for actual, expected in zip(run(plain=False), run(plain=True), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)

@@ -1,0 +1,125 @@
+"""How the speed benchmark measures: every method in turn, round after round, so that all of them share the weather."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Work = Callable[[Any], None]
+
+
+def batch(tokens: int = 1024, length: int = 128) -> dict[str, torch.Tensor]:
+    """Token ids [tokens / length, length] with labels; nothing is padding."""
+    generator = torch.Generator().manual_seed(0)
+    rows, length = (tokens // length, length) if tokens >= length else (1, tokens)
+    ids = torch.randint(10, 10000, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def step(inputs: Mapping[str, torch.Tensor]) -> Work:
+    """Forward and backward, gradients dropped as an optimizer's `zero_grad` does."""
+
+    def work(model: Any) -> None:
+        model(**inputs).loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return work
+
+
+def forward(inputs: Mapping[str, torch.Tensor]) -> Work:
+    """A forward without gradients."""
+
+    def work(model: Any) -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    return work
+
+
+class Decode:
+    """One more token of each model's own sequence, with its KV cache, after a prompt of 32."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Any, torch.Tensor]] = {}
+
+    def __call__(self, model: Any) -> None:
+        cache, token = self.states.get(id(model), (None, batch(32)["input_ids"]))
+        with torch.no_grad():
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        self.states[id(model)] = (output.past_key_values, output.logits[:, -1:].argmax(-1))
+
+
+def interleaved(
+    models: Mapping[str, Any], work: Work, rounds: int, *, train: bool, slow: tuple[str, ...] = (), warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call by method.
+
+    Args:
+        models: Methods.
+        work: What is timed.
+        rounds: Calls of each.
+        train: Whether the models are in training mode.
+        slow: Methods that take part in half of the rounds only.
+        warm: Calls before the first one that counts (compilation, memory).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for index in range(rounds + warm):
+        for name, model in models.items():
+            if name in slow and index > max(warm, (rounds + warm) // 2):
+                continue
+            model.train(train)
+            started = time.perf_counter()
+            work(model)
+            if index >= warm:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Median and quartiles, in seconds."""
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return {"median": statistics.median(seconds), "q1": low, "q3": high, "n": len(seconds)}
+
+
+def peak_memory(build: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> int | None:
+    """Bytes by which two training steps raise a fresh process' peak above its loaded model; None where unknown.
+
+    Args:
+        build: Makes the model; a function that a new process can import.
+        inputs: The batch.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_of_steps, args=(build, dict(inputs), sender))
+    process.start()
+    sender.close()
+    try:
+        grown = int(receiver.recv())
+    except EOFError:
+        raise RuntimeError(f"the process that measures the memory of {build} failed; its error is above") from None
+    process.join()
+    return grown
+
+
+def _peak_of_steps(build: Callable[[], Any], inputs: dict[str, torch.Tensor], sender: Any) -> None:
+    model = build().train()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    work = step(inputs)
+    work(model)
+    work(model)
+    sender.send(_status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
