@@ -74,19 +74,25 @@ def compare(run: Run, model: str, dtype: str, quick: bool) -> None:
     builders = models.main_methods(models.equal_rank(base))
     if quick or dtype == "fp32":
         builders = {name: builders[name] for name in (LORA, MIXLORA, f"{MIXLORA}, compiled")}
-    slow = () if quick else tuple(OTHERS)[: 1 if dtype == "fp32" else 2]
-    built = {name: build(base) for name, build in (builders | {name: OTHERS[name] for name in slow}).items()}
+    built = {name: build(base) for name, build in builders.items()}
     if model == SLICE and dtype == "bf16":
         built[f"{MIXLORA}, 64 experts"] = models.moelora(base, "mixlora", num_experts=64)
-    run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True, slow=slow))
-    if dtype == "bf16":
-        rounds = max(2, run.rounds // 2)
-        run.add(group, "forward", interleaved(built, forward(batch()), rounds, train=False, slow=slow))
-        # X-LoRA runs every token through two whole forwards and keeps no cache that decoding could use
-        decoding = {name: value for name, value in built.items() if "X-LoRA" not in name}
-        run.add(group, "decode", interleaved(decoding, Decode(), 12 * run.rounds, train=False, warm=4))
-        built = {name: build(base) for name, build in LINEAR_METHODS.items()}
-        run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
+    run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
+    if dtype == "fp32":
+        return
+    few = max(2, run.rounds // 2)
+    run.add(group, "forward", interleaved(built, forward(batch()), few, train=False))
+    run.add(group, "decode", interleaved(built, Decode(), 12 * run.rounds, train=False, warm=4))
+    built = {name: build(base) for name, build in LINEAR_METHODS.items()}
+    run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
+    if quick:
+        return
+    built = {name: build(base) for name, build in OTHERS.items()}
+    run.add(group, "step", interleaved(built, step(batch()), few, train=True))
+    run.add(group, "forward", interleaved(built, forward(batch()), few, train=False))
+    # X-LoRA runs every token through two whole forwards and keeps no cache that decoding could use
+    built = {name: value for name, value in built.items() if "X-LoRA" not in name}
+    run.add(group, "decode", interleaved(built, Decode(), 4 * run.rounds, train=False, warm=4))
 
 
 def curves(run: Run) -> None:

@@ -57,7 +57,7 @@ class Decode:
 
 
 def interleaved(
-    models: Mapping[str, Any], work: Work, rounds: int, *, train: bool, slow: tuple[str, ...] = (), warm: int = 1
+    models: Mapping[str, Any], work: Work, rounds: int, *, train: bool, warm: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each call by method.
 
@@ -66,14 +66,11 @@ def interleaved(
         work: What is timed.
         rounds: Calls of each.
         train: Whether the models are in training mode.
-        slow: Methods that take part in half of the rounds only.
         warm: Calls before the first one that counts (compilation, memory).
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for index in range(rounds + warm):
         for name, model in models.items():
-            if name in slow and index > max(warm, (rounds + warm) // 2):
-                continue
             model.train(train)
             started = time.perf_counter()
             work(model)

@@ -196,7 +196,12 @@ LINEAR_METHODS: dict[str, Builder] = {
     "MoLoRA 16 x r=4": lambda base: moelora(base, "molora", num_experts=16),
     "SMoRA 64 x r=1": lambda base: moelora(base, "smora"),
 }
-OTHERS: dict[str, Builder] = {"PyPI mixlora 0.2.3": pypi_mixlora, "PEFT X-LoRA 8 x r=16": xlora}
+OTHERS: dict[str, Builder] = {
+    "MixLoRA, beside these": lambda base: moelora(base, "mixlora"),
+    "PyPI mixlora 0.2.3": pypi_mixlora,
+    "PEFT X-LoRA 8 x r=16": xlora,
+}
+"""Peers that are several times slower: timed apart, with MixLoRA once more, so as not to disturb the others."""
 
 
 def parity_error(base: Any) -> float:
