@@ -39,7 +39,9 @@ def count_parameters(skeleton: Any, adapter: Any | None) -> ParameterCount:
     from peft import get_peft_model
 
     before = {id(parameter) for parameter in skeleton.parameters()}
-    model = get_peft_model(skeleton, dataclasses.replace(adapter, inference_mode=False))
+    # PEFT warns where an adapter's base has another path than here, which the skeleton cannot help.
+    fresh = dataclasses.replace(adapter, inference_mode=False, base_model_name_or_path=None)
+    model = get_peft_model(skeleton, fresh)
     added = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in before]
     trainable = int(model.get_nb_trainable_parameters()[0])
     return ParameterCount(trainable, sum(_active(name, parameter, adapter) for name, parameter in added), base)

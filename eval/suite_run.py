@@ -92,11 +92,14 @@ def score_model(
     suite: Suite,
     limit: int | None,
     batch_size: int,
+    *,
+    short_logits: bool = False,
 ) -> ModelScores:
     """Load a model and score it, with a receipt."""
     started = time.monotonic()
     config = read_adapter_config(contestant.adapter) if contestant.adapter else None
-    scorer = Scorer(contestant.load(base), tokenizer, batch_size=batch_size, name=contestant.name)
+    model = contestant.load(base)
+    scorer = Scorer(model, tokenizer, batch_size=batch_size, name=contestant.name, short_logits=short_logits)
     tasks, seconds, examples = score_suite(scorer, suite, limit)
     scores = ModelScores(
         name=contestant.name,

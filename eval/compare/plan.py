@@ -91,7 +91,7 @@ def probe(bench: Bench) -> None:
     say(f"Probing   {PROBE_STEPS} steps of {', '.join(missing)}, for the estimate")
     for key in missing:
         timing.steps[key] = _seconds_a_step(bench, key)
-    write_atomically(board.work / "probe.json", json.dumps(timing.steps, indent=1) + "\n")
+        write_atomically(board.work / "probe.json", json.dumps(timing.steps, indent=1) + "\n")
 
 
 def _seconds_a_step(bench: Bench, method: str) -> float:

@@ -134,7 +134,13 @@ class Bench:
     def _score(self, cell: Cell, contestant: Contestant, training: dict[str, Any]) -> None:
         words = self.config.evaluation
         scores = score_model(
-            contestant, source_of(self.config), self.tokenizer, self.suite, words.limit, words.batch_size
+            contestant,
+            source_of(self.config),
+            self.tokenizer,
+            self.suite,
+            words.limit,
+            words.batch_size,
+            short_logits=True,
         )
         scores.receipt["command"] = self.command
         scores.receipt["seeds"] = {"training": cell.seed, "rows": self.config.data.seed} if training else {}

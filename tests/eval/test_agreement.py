@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval import simple_evaluate
 
 from eval import agreement
 from eval.agreement import compare, main
+from eval.scorer import Scorer
+from eval.suite_scores import lean_lm_eval
 from eval.suites.registry import load_suite
 from tests.train.tiny import tiny_folder
 from train.models import ModelSource, load_model, load_tokenizer
@@ -69,3 +72,30 @@ def test_a_difference_is_found(
 @pytest.mark.usefixtures("commonsense")
 def test_there_is_an_official_task_for_each_of_ours() -> None:
     assert list(load_suite("commonsense").tasks) == list(agreement.OFFICIAL)
+
+
+@pytest.mark.usefixtures("commonsense")
+def test_logits_of_the_answers_alone_give_the_same_scores(tmp_path: Path) -> None:
+    """`short_logits` leaves out what lm-eval does not read."""
+    source = ModelSource(str(tiny_folder(tmp_path)), dtype="float32")
+    model, tokenizer = load_model(source).eval(), load_tokenizer(source)
+    suite = load_suite("commonsense")
+    widths: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: widths.append(output.shape[1]))
+    found, seen = [], []
+    for short in (False, True):
+        scorer = Scorer(model, tokenizer, batch_size=4, short_logits=short)
+        with lean_lm_eval():
+            found.append(
+                simple_evaluate(
+                    model=scorer, tasks=list(suite.tasks.values()), task_manager=suite.manager, bootstrap_iters=0
+                )
+            )
+        seen.append(sum(widths))
+        widths.clear()
+    assert seen[1] < seen[0] / 1.5
+    for task in suite.tasks:
+        for a, b in zip(found[0]["samples"][task], found[1]["samples"][task], strict=True):
+            values = [[response[0][0] for response in sample["resps"]] for sample in (a, b)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4)
+            assert [r[0][1] for r in a["resps"]] == [r[0][1] for r in b["resps"]]

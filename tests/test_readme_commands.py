@@ -1,0 +1,73 @@
+"""The README's benchmark commands run as they stand, on a tiny run in place of the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval.lm_eval as lm_eval
+from eval.__main__ import main as score
+from eval.compare.__main__ import main as compare
+from moelora.cli import main as moelora
+from tests.eval.compare.tiny import write_benchmark
+from tests.eval.suites.test_registry import write_task
+from tests.eval.tiny_suite import write_rows
+from tests.train.tiny import write_run
+from train.__main__ import main as train
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _commands() -> list[list[str]]:
+    """Each line of the section's first block, without its comment."""
+    section = README.read_text().split("\n## Benchmarks\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = {"preset": "mixlora", "r": 24, "lora_alpha": 48, "num_experts": 3, "top_k": 1}
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "dataloader_pin_memory": False}
+    assert train([str(write_run(tmp_path, adapter=adapter, baseline={}, training=training))]) == 0
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "task").mkdir()
+    changes: dict[str, Any] = {
+        "selection": {"learning_rates": [0.01]},
+        "data": {"tasks": ["arc_easy"], "rows_per_task": 8, "selection_rows": 2, "steps": 2},
+        "training": {key: value for key, value in training.items() if key != "max_steps"},
+    }
+    in_place_of = {
+        "runs/quickstart": str(tmp_path / "run"),
+        "my-base": str(tmp_path / "model"),
+        "my-adapter": str(tmp_path / "run" / "adapter"),
+        "my-lora": str(tmp_path / "run" / "baseline"),
+        "configs/benchmarks/commonsense.yaml": str(write_benchmark(tmp_path / "comparison", **changes)),
+        "arc_easy": str(write_task(tmp_path / "task")),
+        "400": "2",
+        "moelora_commonsense": "moelora_commonsense --limit 1 --device cpu --batch_size 8",
+    }
+    programs: dict[str, Callable[[list[str]], int | None]] = {
+        "python -m eval": score,
+        "python -m eval.compare": compare,
+        "python -m eval.lm_eval": lm_eval.main,
+        "moelora report": lambda words: moelora(["report", *words]),
+    }
+    monkeypatch.setenv("MOELORA_DATA_DIR", str(write_rows(tmp_path / "rows")))
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "task" / "manager.py"))
+    run = []
+    for command in _commands():
+        length = 2 if command[0] == "moelora" else 3
+        program, words = " ".join(command[:length]), command[length:]
+        for name, place in in_place_of.items():
+            words = [re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])", lambda _: place, word) for word in words]  # noqa: B023
+        words = [part for word in words for part in word.split()]
+        assert not programs[program](words), command
+        run.append(program)
+    assert set(run) == set(programs)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "comparison" / "results" / "README.md").is_file()
