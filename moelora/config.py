@@ -209,10 +209,9 @@ class ComputeConfig:
     """How the mixture is computed; the result is the same up to rounding.
 
     Args:
-        implementation: "fast" takes the fast operations of `moelora.ops`; "compiled" has `torch.compile` make the
-            element-wise part of feed-forward mixtures on the CPU (some ten seconds at the first step; where that
-            fails, a warning says why and "fast" goes on); "reference" takes the per-token loops they are tested
-            against (slow, to find out whether an operation is at fault).
+        implementation: "fast" takes the fast operations of `moelora.ops`; "reference" the per-token loops they are
+            tested against (slow, to find faults); "compiled" has `torch.compile` make the element-wise part of
+            feed-forward mixtures on the CPU. Where that fails, a warning says why and "fast" goes on.
     """
 
     implementation: Implementation = "fast"

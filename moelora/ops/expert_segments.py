@@ -202,17 +202,10 @@ class _Factor:
         for expert in segments.idle:
             self.weight_grads[expert].zero_()
 
-    def _accumulate(self, i: int, left: Tensor, right: Tensor) -> None:
-        expert = self.segments.experts[i]
-        if i > 0 and self.segments.experts[i - 1] == expert:
-            self.weight_grads[expert].addmm_(left, right)
-        else:
-            torch.mm(left, right, out=self.weight_grads[expert])
-
     def add_weight_grad(self, i: int, hidden_NF: Tensor) -> None:
         """The share of one tile, for A of down."""
         weighted_NR = self.weighted[i]
-        self._accumulate(i, weighted_NR.t(), hidden_NF.to(weighted_NR.dtype))
+        self.segments.accumulate(self.weight_grads, i, weighted_NR, hidden_NF.to(weighted_NR.dtype))
 
     def add_grads(self, i: int, grad_NF: Tensor) -> None:
         """The share of one tile, for B of up or gate and its inner activations."""
@@ -220,7 +213,7 @@ class _Factor:
             return
         weight = self.weights[self.segments.experts[i]]
         grad_NF = grad_NF.to(weight.dtype)
-        self._accumulate(i, grad_NF.t(), self.weighted[i])
+        self.segments.accumulate(self.weight_grads, i, grad_NF, self.weighted[i])
         torch.mm(grad_NF, weight, out=self.inner_grads[i])
 
     def inner_grad(self, plan: SegmentPlan) -> Tensor | None:

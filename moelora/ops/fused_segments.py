@@ -119,14 +119,8 @@ def _weight_grad(segments: Segments, left_PI: Tensor, right_PO: Tensor, num_expe
     """`left^T right` of each expert's places: [E, I, O]."""
     grad_EIO = right_PO.new_empty(num_experts, left_PI.shape[1], right_PO.shape[1])
     grads = grad_EIO.unbind()
-    previous = None
-    tiles = zip(segments.experts, segments.split(left_PI), segments.split(right_PO), strict=True)
-    for expert, left, right in tiles:
-        if expert == previous:
-            grads[expert].addmm_(left.t(), right)
-        else:
-            torch.mm(left.t(), right, out=grads[expert])
-        previous = expert
+    for i, (left, right) in enumerate(zip(segments.split(left_PI), segments.split(right_PO), strict=True)):
+        segments.accumulate(grads, i, left, right)
     for expert in segments.idle:
         grads[expert].zero_()
     return grad_EIO

@@ -6,6 +6,7 @@ expert's segment padded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,20 @@ class Segments:
         idle = tuple(expert for expert, count in enumerate(counts) if not count)
         experts = tuple(expert for expert, _, _ in tiles)
         return cls(token_P, row_P, row_N, place_N, place_N.view(T, K), tuple(tiles), experts, idle)
+
+    def accumulate(self, totals: Sequence[Tensor], i: int, left_NI: Tensor, right_NO: Tensor) -> None:
+        """Add the share of tile i, `left^T right`, to its expert's total; the expert's first tile overwrites it.
+
+        Args:
+            totals: [I, O] of each expert.
+            i: Index of the tile; all tiles must come in order.
+            left_NI, right_NO: Rows of the tile.
+        """
+        expert = self.experts[i]
+        if i > 0 and self.experts[i - 1] == expert:
+            totals[expert].addmm_(left_NI.t(), right_NO)
+        else:
+            torch.mm(left_NI.t(), right_NO, out=totals[expert])
 
     def split(self, rows_P: Tensor) -> tuple[Tensor, ...]:
         """Views of the tiles."""
