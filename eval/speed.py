@@ -20,10 +20,20 @@ import torch
 from eval import speed_models as models
 from eval.receipt import make_receipt
 from eval.speed_measure import Decode, batch, forward, interleaved, peak_memory, spread, step
-from eval.speed_models import DTYPES, LINEAR_METHODS, OTHERS, RANK, SLICE, SMOLLM2
+from eval.speed_models import (
+    COMPILED,
+    DTYPES,
+    LINEAR_METHODS,
+    LORA,
+    MANY,
+    MIXLORA,
+    OTHERS,
+    RANK,
+    SLICE,
+    SMOLLM2,
+)
 from eval.speed_report import write_report
 
-LORA, MIXLORA = f"PEFT LoRA r={RANK}", "MixLoRA"
 PARITY = 1e-3
 """Allowed distance of the logits, as a share of the adapter's effect on them; in fp32, where nothing ties."""
 
@@ -73,10 +83,10 @@ def compare(run: Run, model: str, dtype: str, quick: bool) -> None:
     base = models.load_base(model, DTYPES[dtype])
     builders = models.main_methods(models.equal_rank(base))
     if quick or dtype == "fp32":
-        builders = {name: builders[name] for name in (LORA, MIXLORA, f"{MIXLORA}, compiled")}
+        builders = {name: builders[name] for name in (LORA, MIXLORA, COMPILED)}
     built = {name: build(base) for name, build in builders.items()}
     if model == SLICE and dtype == "bf16":
-        built[f"{MIXLORA}, 64 experts"] = models.moelora(base, "mixlora", num_experts=64)
+        built[MANY] = models.moelora(base, "mixlora", num_experts=64)
     run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
     if dtype == "fp32":
         return
@@ -119,13 +129,13 @@ def build_for_memory(model: str, method: str) -> Any:
     """A model in the process that measures it."""
     torch.set_num_threads(2)
     base = models.load_base(model, torch.bfloat16)
-    return models.lora(base) if method == LORA else models.moelora(base, "mixlora", compiled="compiled" in method)
+    return models.lora(base) if method == LORA else models.moelora(base, "mixlora", compiled=method == COMPILED)
 
 
 def memory(run: Run) -> None:
     """Peak memory of a training step."""
     for model in (SMOLLM2, SLICE):
-        for method in (LORA, MIXLORA, f"{MIXLORA}, compiled"):
+        for method in (LORA, MIXLORA, COMPILED):
             grown = peak_memory(partial(build_for_memory, model, method), batch())
             if grown is not None:
                 row = {"model": model, "dtype": "bf16", "metric": "memory", "method": method, "median": grown}

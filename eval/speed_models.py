@@ -19,6 +19,9 @@ from train.models import DEMO_MODEL, resolve_model
 SMOLLM2, SLICE = "SmolLM2-135M", "Llama slice"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
+LORA, LORA64, MIXLORA, PYPI = f"PEFT LoRA r={RANK}", "PEFT LoRA r=64", "MixLoRA", "PyPI mixlora 0.2.3"
+COMPILED, MANY, BESIDE = f"{MIXLORA}, compiled", f"{MIXLORA}, 64 experts", f"{MIXLORA}, beside these"
+SIRA, MOLORA, SMORA = "SiRA 16 x r=4", "MoLoRA 16 x r=4", "SMoRA 64 x r=1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -130,12 +133,11 @@ def pypi_mixlora(base: Any) -> Any:
         # their experts are in plain dicts, which parameters(), train() and eval() do not reach
         layer.mlp.speed_experts = torch.nn.ModuleList(moe.experts_.values())
         layer.mlp.speed_gate = moe.gate_
-    for name, module in theirs.named_modules():
+    for module in theirs.modules():
         if type(module).__name__ == "LoraLinear":
             module.dropout_ = torch.nn.Identity()
             for factor in (module.lora_A, module.lora_B):
                 factor.requires_grad_(True)
-            assert name
     return theirs
 
 
@@ -182,23 +184,23 @@ def main_methods(rank: int) -> dict[str, Builder]:
     """Methods by the name they have in the report; the first LoRA is what everything is compared with."""
     return {
         "frozen base": frozen,
-        f"PEFT LoRA r={RANK}": lora,
+        LORA: lora,
         f"PEFT LoRA r={rank} (equal parameters)": lambda base: lora(base, rank),
-        f"PEFT LoRA r={RANK}, compiled": lambda base: lora(base, compiled=True),
-        "MixLoRA": lambda base: moelora(base, "mixlora"),
-        "MixLoRA, compiled": lambda base: moelora(base, "mixlora", compiled=True),
+        f"{LORA}, compiled": lambda base: lora(base, compiled=True),
+        MIXLORA: lambda base: moelora(base, "mixlora"),
+        COMPILED: lambda base: moelora(base, "mixlora", compiled=True),
     }
 
 
 LINEAR_METHODS: dict[str, Builder] = {
-    "PEFT LoRA r=64": lambda base: lora(base, 64),
-    "SiRA 16 x r=4": lambda base: moelora(base, "sira"),
-    "MoLoRA 16 x r=4": lambda base: moelora(base, "molora", num_experts=16),
-    "SMoRA 64 x r=1": lambda base: moelora(base, "smora"),
+    LORA64: lambda base: lora(base, 64),
+    SIRA: lambda base: moelora(base, "sira"),
+    MOLORA: lambda base: moelora(base, "molora", num_experts=16),
+    SMORA: lambda base: moelora(base, "smora"),
 }
 OTHERS: dict[str, Builder] = {
-    "MixLoRA, beside these": lambda base: moelora(base, "mixlora"),
-    "PyPI mixlora 0.2.3": pypi_mixlora,
+    BESIDE: lambda base: moelora(base, "mixlora"),
+    PYPI: pypi_mixlora,
     "PEFT X-LoRA 8 x r=16": xlora,
 }
 """Peers that are several times slower: timed apart, with MixLoRA once more, so as not to disturb the others."""

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eval import speed_models as models
 from eval.speed_measure import batch, step
-from eval.speed_models import RANK, SMOLLM2
+from eval.speed_models import COMPILED, LORA, MIXLORA, SMOLLM2
 from eval.tables import markdown
 
 KINDS = {
@@ -66,9 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     output = parser.parse_args(arguments).output
     base = models.load_base(SMOLLM2, torch.bfloat16)
     built = {
-        f"PEFT LoRA r={RANK}": models.lora(base),
-        "MixLoRA": models.moelora(base, "mixlora"),
-        "MixLoRA, compiled": models.moelora(base, "mixlora", compiled=True),
+        LORA: models.lora(base),
+        MIXLORA: models.moelora(base, "mixlora"),
+        COMPILED: models.moelora(base, "mixlora", compiled=True),
     }
     columns = {name: milliseconds(model) for name, model in built.items()}
     kinds = [*next(iter(columns.values()))]

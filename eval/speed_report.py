@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval.speed_models import RANK, SLICE, SMOLLM2
+from eval.speed_models import (
+    BESIDE,
+    COMPILED,
+    LORA,
+    LORA64,
+    MANY,
+    MIXLORA,
+    MOLORA,
+    PYPI,
+    RANK,
+    SIRA,
+    SLICE,
+    SMOLLM2,
+    SMORA,
+)
 from eval.tables import markdown
-
-LORA, LORA64, MIXLORA, PYPI = f"PEFT LoRA r={RANK}", "PEFT LoRA r=64", "MixLoRA", "PyPI mixlora 0.2.3"
-COMPILED, BESIDE = f"{MIXLORA}, compiled", f"{MIXLORA}, beside these"
 
 TARGETS: list[tuple[str, str, str, str, str, float]] = [
     *(
@@ -25,16 +36,12 @@ TARGETS: list[tuple[str, str, str, str, str, float]] = [
     ),
     (SMOLLM2, "bf16", "step", BESIDE, PYPI, 0.30),
     (SLICE, "bf16", "step", BESIDE, PYPI, 0.60),
-    *(
-        (model, "bf16", "step", method, LORA64, 1.10)
-        for model in (SMOLLM2, SLICE)
-        for method in ("SiRA 16 x r=4", "MoLoRA 16 x r=4", "SMoRA 64 x r=1")
-    ),
+    *((model, "bf16", "step", method, LORA64, 1.10) for model in (SMOLLM2, SLICE) for method in (SIRA, MOLORA, SMORA)),
     (SMOLLM2, "bf16", "decode", MIXLORA, LORA, 1.20),
     (SLICE, "bf16", "decode", MIXLORA, LORA, 1.20),
     (SMOLLM2, "bf16", "memory", MIXLORA, LORA, 1.15),
     (SLICE, "bf16", "memory", MIXLORA, LORA, 1.15),
-    (SLICE, "bf16", "step", f"{MIXLORA}, 64 experts", MIXLORA, 1.30),
+    (SLICE, "bf16", "step", MANY, MIXLORA, 1.30),
 ]
 """(model, dtype, metric, method, peer, the ratio that was asked for)."""
 

@@ -112,8 +112,8 @@ def test_report(tmp_path: Path) -> None:
         spread = {"median": median, "q1": median, "q3": median, "n": 3}
         return {"model": speed_models.SLICE, "dtype": "bf16", "metric": metric, "method": method, **spread}
 
-    rows = [row(speed_report.LORA, 2.0), row("MixLoRA", 2.2), row("MixLoRA, compiled", 2.4)]
-    rows += [row(speed_report.LORA, 0.1, "tokens=256"), row("MixLoRA", 0.2, "tokens=256")]
+    rows = [row(speed_models.LORA, 2.0), row("MixLoRA", 2.2), row("MixLoRA, compiled", 2.4)]
+    rows += [row(speed_models.LORA, 0.1, "tokens=256"), row("MixLoRA", 0.2, "tokens=256")]
     receipt = make_receipt(config={}, seeds={}, seconds=60, command="python -m eval.speed")
     said = speed_report.write_report({"receipt": receipt, "rows": rows, "parity": {"Llama slice": 1e-6}}, tmp_path)
     assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.25 | yes |" in said
