@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from train.errors import RunError
+from train.errors import RunError, exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,38 +50,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.quiet import quiet_libraries
 
     quiet_libraries()
-    from moelora.errors import MoeLoraError
+    return exit_status(lambda: run(options), stopped="Stopped; nothing was written.")
 
-    try:
-        own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
-        if options.suite is None or own:
-            refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}
-            for word, value in refused.items():
-                if value:
-                    raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
-            from eval.own_problems import evaluate
 
-            evaluate(options.source, options.config, options.limit)
-        else:
-            from eval.suite_run import run_suite
+def run(options: argparse.Namespace) -> None:
+    """Score on a run's own problems or on a suite.
 
-            run_suite(
-                options.source,
-                suite=options.suite,
-                protocol=options.protocol,
-                limit=options.limit,
-                config_file=options.config,
-                model=options.model,
-                beside=options.beside,
-                batch_size=options.batch_size,
-            )
-    except (RunError, MoeLoraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+    Raises:
+        RunError: If there is nothing to evaluate, or a word does not apply.
+    """
+    own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
+    if options.suite is None or own:
+        refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}
+        for word, value in refused.items():
+            if value:
+                raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
+        from eval.own_problems import evaluate
+
+        evaluate(options.source, options.config, options.limit)
+        return
+    from eval.suite_run import run_suite
+
+    run_suite(
+        options.source,
+        suite=options.suite,
+        protocol=options.protocol,
+        limit=options.limit,
+        config_file=options.config,
+        model=options.model,
+        beside=options.beside,
+        batch_size=options.batch_size,
+    )
 
 
 def has_own_problems(source: str, config_file: str | None) -> bool:

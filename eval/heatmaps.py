@@ -49,6 +49,14 @@ class RoutingMap:
             tokens=[sum(half.tokens for half in routing[task]) for task in tasks],
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Tokens by task, the layers, and the load by task, layer and expert."""
+        return {
+            "tasks": dict(zip(self.tasks, self.tokens, strict=True)),
+            "layers": self.layers,
+            "load": {task: loads.round(4).tolist() for task, loads in zip(self.tasks, self.loads, strict=True)},
+        }
+
     def distances(self) -> np.ndarray:
         """[tasks, tasks]: share of choices that would have to move to turn one task's load into another's.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.heatmaps import RoutingMap
 from eval.reasoning import ReasoningResults, TaskResult
-from eval.scores import difference, macro, mean
+from eval.scores import card_row, difference, macro, mean
 from eval.sources import Contestant
 from eval.tables import markdown, score_rows
 
@@ -28,11 +28,10 @@ def metrics(
     for task in results.tasks:
         for model in results.models:
             for metric, values in (("exact", task.exact(model)), ("verifier score", task.scores[model])):
-                score = mean(values)
-                scores.append(_row(task.task, metric, model, score.value, score.stderr, score.n))
+                scores.append(card_row(task.task, metric, model, mean(values)))
     for model in results.models:
         score = macro([mean(task.exact(model)) for task in results.tasks])
-        scores.append(_row("mean of tasks", "exact", model, score.value, score.stderr, score.n))
+        scores.append(card_row("mean of tasks", "exact", model, score))
     found: dict[str, Any] = {
         "suite": "reasoning",
         "scores": scores,
@@ -44,9 +43,7 @@ def metrics(
     }
     if routing is not None:
         found["routing"] = {
-            "tasks": dict(zip(routing.tasks, routing.tokens, strict=True)),
-            "layers": routing.layers,
-            "load": {task: routing.loads[i].round(4).tolist() for i, task in enumerate(routing.tasks)},
+            **routing.to_json(),
             "distance": {
                 task: dict(zip(routing.tasks, row.round(4).tolist(), strict=True))
                 for task, row in zip(routing.tasks, routing.distances(), strict=True)
@@ -55,17 +52,6 @@ def metrics(
         }
     found["receipt"] = dict(receipt)
     return found
-
-
-def _row(task: str, metric: str, model: str, value: float, stderr: float, n: int) -> dict[str, Any]:
-    return {
-        "task": task,
-        "metric": metric,
-        "model": model,
-        "value": round(value, 6),
-        "stderr": round(stderr, 6),
-        "n": n,
-    }
 
 
 def _model(contestant: Contestant, results: ReasoningResults) -> dict[str, Any]:

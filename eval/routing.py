@@ -166,9 +166,7 @@ def _round(value: Any) -> float:
 def as_json(routing: RoutingMap, views: Sequence[TokenView]) -> dict[str, Any]:
     """Everything about the routing, for `routing.json`; `moelora report` reads it."""
     return {
-        "tasks": dict(zip(routing.tasks, routing.tokens, strict=True)),
-        "layers": routing.layers,
-        "load": {task: routing.loads[index].round(4).tolist() for index, task in enumerate(routing.tasks)},
+        **routing.to_json(),
         "statistics": statistics(routing),
         "texts": [
             {

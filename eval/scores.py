@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,23 @@ class Score:
     value: float
     stderr: float
     n: int
+
+
+def card_row(task: str, metric: str, model: str, score: Score) -> dict[str, Any]:
+    """A score as `moelora push --metrics` reads it for a model card."""
+    return {
+        "task": task,
+        "metric": metric,
+        "model": model,
+        "value": round(score.value, 6),
+        "stderr": round(score.stderr, 6),
+        "n": score.n,
+    }
+
+
+def is_at_floor(score: Score, majority: float | None) -> bool:
+    """Whether a score is no better than always giving the most frequent answer."""
+    return majority is not None and score.value <= majority + 1e-9
 
 
 def mean(values: Sequence[float]) -> Score:

@@ -74,16 +74,13 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         if run.is_finished(BASELINE):
             contestants.append(_of_run(run, BASELINE))
         return config, [*contestants, _of_run(run, ADAPTER)], run.root
-    folder = Path(source)
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    results = _results_of_adapter(source)
     if config_file is None:
         raise RunError(
             f"{source!r} is not the folder of a run. If it is an adapter, say what to evaluate it on: pass --config "
             "with the YAML of a run, such as --config configs/quickstart.yaml, or --suite commonsense."
         )
     config = load_config(config_file)
-    results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
     return config, [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
 
 
@@ -107,14 +104,25 @@ def find_suite_models(
         if model is not None:
             raise RunError(f"--model {model!r} is given, and so is a configuration with a model. Leave one out.")
         return find_contestants(source, config_file)
-    folder = Path(source)
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    results = _results_of_adapter(source)
     base = model or read_adapter_config(source).base_model_name_or_path
     if not base:
         raise RunError(f"adapter {source!r} does not say what its base model is; say it with --model.")
-    results = folder if folder.exists() else Path("runs") / source.replace("/", "--")
     return ModelSource(base), [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def _results_of_adapter(source: str) -> Path:
+    """The folder of an adapter, where its results go; for one on the Hub a folder in `runs`.
+
+    Raises:
+        RunError: If there is such a folder, but without an adapter.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        return Path("runs") / source.replace("/", "--")
+    if not (folder / "adapter_config.json").is_file():
+        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    return folder
 
 
 def beside(adapter: str) -> Contestant:

@@ -13,6 +13,7 @@ from eval.parameters import count_parameters
 from eval.receipt import make_receipt
 from eval.routing import analyse
 from eval.scorer import Scorer
+from eval.scores import card_row
 from eval.sources import Contestant, beside, find_suite_models, read_adapter_config
 from eval.suite_scores import ModelScores, score_suite, uses_chat, write_atomically
 from eval.suite_tables import check_comparable, notes, score_table
@@ -68,15 +69,18 @@ def run_suite(
         f"Suite     {loaded.name}, protocol {loaded.protocol}: {', '.join(map(loaded.label, loaded.tasks))}"
         f"{f', the first {limit} rows each' if limit else ''}"
     )
-    scores = [score_model(each, base, tokenizer, loaded, limit, batch_size) for each in contestants]
+    scores, model = [], None
+    for each in contestants:
+        model = None  # the one before makes room first
+        found, model = score_model(each, base, tokenizer, loaded, limit, batch_size)
+        scores.append(found)
     if earlier:
         scores = [*scores[:-1], *earlier, scores[-1]]
     check_comparable(scores)
     _write(scores, results_dir)
     if scores[-1].kind not in ("base", "lora"):
-        analysed = contestants[-1]
         texts = min(limit or ROUTING_ROWS, ROUTING_ROWS)
-        analyse(analysed.load(base), tokenizer, loaded, name=analysed.name, rows=texts, folder=results_dir)
+        analyse(model, tokenizer, loaded, name=contestants[-1].name, rows=texts, folder=results_dir)
     header, rows = score_table(scores)
     print(f"\nScores in percent, ± standard error; protocol {loaded.protocol}\n")
     print(terminal(header, rows, foot=_FOOT))
@@ -94,8 +98,8 @@ def score_model(
     batch_size: int,
     *,
     short_logits: bool = False,
-) -> ModelScores:
-    """Load a model and score it, with a receipt."""
+) -> tuple[ModelScores, Any]:
+    """Load a model and score it, with a receipt; the scores and the model."""
     started = time.monotonic()
     config = read_adapter_config(contestant.adapter) if contestant.adapter else None
     model = contestant.load(base)
@@ -125,7 +129,7 @@ def score_model(
     )
     mean = scores.macro
     say(f"{contestant.name}  mean {100 * mean.value:.1f} ± {100 * mean.stderr:.1f}  {minutes(seconds)}")
-    return scores
+    return scores, model
 
 
 def kind_of(config: Any | None) -> str:
@@ -184,10 +188,8 @@ def card_metrics(scores: Sequence[ModelScores]) -> dict[str, Any]:
     rows = []
     for each in scores:
         for label, task in each.tasks.items():
-            score = task.score
-            rows.append(_row(f"{label} ({each.protocol})", task.metric, each.name, score.value, score.stderr, score.n))
-        mean = each.macro
-        rows.append(_row(f"mean of tasks ({each.protocol})", "mean", each.name, mean.value, mean.stderr, mean.n))
+            rows.append(card_row(f"{label} ({each.protocol})", task.metric, each.name, task.score))
+        rows.append(card_row(f"mean of tasks ({each.protocol})", "mean", each.name, each.macro))
     tasks = {
         f"{label} ({scores[0].protocol})": {"n": len(task.values), "majority": task.majority}
         for label, task in scores[0].tasks.items()
@@ -198,15 +200,4 @@ def card_metrics(scores: Sequence[ModelScores]) -> dict[str, Any]:
         "scores": rows,
         "tasks": tasks,
         "receipt": scores[-1].receipt,
-    }
-
-
-def _row(task: str, metric: str, model: str, value: float, stderr: float, n: int) -> dict[str, Any]:
-    return {
-        "task": task,
-        "metric": metric,
-        "model": model,
-        "value": round(value, 6),
-        "stderr": round(stderr, 6),
-        "n": n,
     }

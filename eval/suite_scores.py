@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.scores import Score, macro, mean
+from eval.scores import Score, is_at_floor, macro, mean
 from eval.suites.registry import Suite
 from train.errors import RunError
 
@@ -50,7 +50,7 @@ class TaskScores:
     @property
     def at_floor(self) -> bool:
         """Whether the score is no better than always giving the most frequent answer."""
-        return self.majority is not None and self.score.value <= self.majority + 1e-9
+        return is_at_floor(self.score, self.majority)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.scores import Score, difference, macro
-from eval.suite_scores import ModelScores, TaskScores
+from eval.suite_scores import ModelScores
 from eval.tables import percent
 from train.errors import RunError
 
@@ -45,9 +45,14 @@ def check_comparable(models: Sequence[ModelScores]) -> None:
                 )
 
 
-def cell(task: TaskScores) -> str:
+def cell(score: Score, at_floor: bool) -> str:
     """A score with its standard error in percent, marked if it is at the floor."""
-    return percent(task.score) + (f" {FLOOR_MARK}" if task.at_floor else "")
+    return percent(score) + (f" {FLOOR_MARK}" if at_floor else "")
+
+
+def floor(majority: float | None) -> str:
+    """The majority floor in percent."""
+    return "-" if majority is None else f"{100 * majority:.1f}"
 
 
 def score_table(models: Sequence[ModelScores]) -> tuple[list[str], list[list[str]]]:
@@ -66,8 +71,8 @@ def score_table(models: Sequence[ModelScores]) -> tuple[list[str], list[list[str
         header.append(f"{models[-1].name} - {models[-2].name}")
     rows, gaps = [], []
     for label, task in models[0].tasks.items():
-        cells = [label, task.metric, str(len(task.values)), _floor(task)]
-        cells += [cell(model.tasks[label]) for model in models]
+        cells = [label, task.metric, str(len(task.values)), floor(task.majority)]
+        cells += [cell(model.tasks[label].score, model.tasks[label].at_floor) for model in models]
         if paired:
             gaps.append(difference(models[-1].tasks[label].values, models[-2].tasks[label].values))
             cells.append(percent(gaps[-1], sign=True))
@@ -80,10 +85,6 @@ def score_table(models: Sequence[ModelScores]) -> tuple[list[str], list[list[str
     rows.append(["active a token", "", "", "", *(f"{m.parameters['active']:,}" for m in models), *empty])
     rows.append(["tokens/s scored", "", "", "", *(f"{m.tokens / m.seconds:,.0f}" for m in models), *empty])
     return header, rows
-
-
-def _floor(task: TaskScores) -> str:
-    return "-" if task.majority is None else f"{100 * task.majority:.1f}"
 
 
 def notes(models: Sequence[ModelScores]) -> list[str]:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from train.errors import RunError
+from train.errors import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,22 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.quiet import quiet_libraries
 
     quiet_libraries()
-    from moelora.errors import MoeLoraError
+    return exit_status(
+        lambda: run(options), stopped="Stopped. Run the same command again to go on from the last checkpoint."
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train as the configuration says.
+
+    Raises:
+        RunError: If the configuration is not valid or the run cannot go on.
+    """
     from train.config import load_config
 
-    try:
-        config = load_config(options.config, options.overrides)
-        from train import sft
+    config = load_config(options.config, options.overrides)
+    from train import sft
 
-        recipes = {"sft": sft.run}
-        recipes[config.recipe](config, restart=options.restart)
-    except (RunError, MoeLoraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    recipes = {"sft": sft.run}
+    recipes[config.recipe](config, restart=options.restart)
 
 
 if __name__ == "__main__":

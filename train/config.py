@@ -58,6 +58,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         RunError: If the file cannot be read, or a key or value in it is not allowed.
     """
+    config = build(RunConfig, read_words(path, overrides), "the configuration")
+    # Everything that can be refused is refused here, before a model is loaded or a file written.
+    sft_config(config, Path(config.output_dir))
+    adapter_config(config)
+    return config
+
+
+def read_words(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file's mapping, with overrides applied.
+
+    Args:
+        path: The YAML file.
+        overrides: As of `load_config`.
+
+    Raises:
+        RunError: If the file cannot be read or is no mapping, or an override is not valid.
+    """
     path = Path(path)
     try:
         words = parse_yaml(path.read_text())
@@ -69,11 +86,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise RunError(f"{str(path)!r} holds {type(words).__name__}; it must hold a mapping of keys to values.")
     for override in overrides:
         apply_override(words, override)
-    config = build(RunConfig, words, "the configuration")
-    # Everything that can be refused is refused here, before a model is loaded or a file written.
-    sft_config(config, Path(config.output_dir))
-    adapter_config(config)
-    return config
+    return words
 
 
 def apply_override(words: dict[str, Any], override: str) -> None:

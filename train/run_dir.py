@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +123,10 @@ class RunDir:
                 f"output_dir {str(self.root)!r} has a trained adapter but no config.yaml, so it cannot be told whether "
                 "this is the same run. Give another output_dir, or --restart to throw the old run away."
             )
-        before = dict(flat(parse_yaml(self.config_file.read_text())))
-        now = dict(flat(dataclasses.asdict(config)))
         ignored: tuple[str, ...] = HARMLESS
         if not self.is_finished(BASELINE) and self.last_checkpoint(BASELINE) is None:
             ignored = (*HARMLESS, "baseline")
-        changed = [
-            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in ignored)
-        ]
+        changed = changes(parse_yaml(self.config_file.read_text()), dataclasses.asdict(config), ignored)
         if changed:
             raise RunError(
                 f"output_dir {str(self.root)!r} holds a run of another configuration: {'; '.join(changed)}. Give "
@@ -140,10 +134,25 @@ class RunDir:
             )
 
 
-def flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def changes(before: Any, now: Any, ignored: Sequence[str] = ()) -> list[str]:
+    """What differs between two nested mappings, a text a dotted key.
+
+    Args:
+        before, now: The mappings.
+        ignored: Dotted keys that do not matter, with everything under them.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in ignored)
+    ]
+
+
+def _flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted keys; empty ones vanish."""
     if isinstance(words, dict):
         for key, value in words.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif words is not None:
         yield prefix, words

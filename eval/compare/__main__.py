@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from train.errors import RunError
+from train.errors import RunError, exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,18 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.quiet import quiet_libraries
 
     quiet_libraries()
-    from moelora.errors import MoeLoraError
-
     command = f"python -m eval.compare {' '.join([options.config, *options.overrides])}"
-    try:
-        run(options, command)
-    except (RunError, MoeLoraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Run the same command again to go on.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options, command), stopped="Stopped. Run the same command again to go on.")
 
 
 def run(options: argparse.Namespace, command: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from eval.compare.schema import BenchmarkConfig
 from eval.suite_scores import ModelScores, write_atomically
 from train.errors import RunError
-from train.run_dir import HARMLESS, flat
+from train.run_dir import HARMLESS, changes
 
 BASE = "base"
 
@@ -143,12 +143,7 @@ class Board:
             wanted.pop("learning_rate")
             found.pop("learning_rate", None)
         # what is written to JSON and read again
-        before, now = dict(flat(found)), dict(flat(json.loads(json.dumps(wanted))))
-        changed = [
-            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
+        changed = changes(found, json.loads(json.dumps(wanted)))
         if changed:
             raise RunError(
                 f"{str(self.file(cell))!r} is the result of another configuration: {'; '.join(changed)}. Undo the "

@@ -13,7 +13,7 @@ from eval.compare.summary import MethodSummary, Summary, summarize
 from eval.receipt import make_receipt
 from eval.scores import Score
 from eval.suite_scores import write_atomically
-from eval.suite_tables import FLOOR_MARK, FLOOR_NOTE
+from eval.suite_tables import FLOOR_NOTE, cell, floor
 from eval.tables import markdown, percent
 from train.console import minutes
 from train.errors import RunError
@@ -90,19 +90,12 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     header = ["method", "seeds", *(f"{label} {tasks[label].metric}" for label in summary.labels)]
     rows = [
         ["n", "", *(str(len(tasks[label].values)) for label in summary.labels)],
-        ["majority", "", *(_floor(tasks[label].majority) for label in summary.labels)],
+        ["majority", "", *(floor(tasks[label].majority) for label in summary.labels)],
     ]
     for method in summary.methods:
-        cells = [
-            percent(method.score(label)) + (f" {FLOOR_MARK}" if method.at_floor(label) else "")
-            for label in summary.labels
-        ]
+        cells = [cell(method.score(label), method.at_floor(label)) for label in summary.labels]
         rows.append([_title(method), "" if method.key == BASE else str(len(method.seeds)), *cells])
     return header, rows
-
-
-def _floor(majority: float | None) -> str:
-    return "-" if majority is None else f"{100 * majority:.1f}"
 
 
 def mean_table(summary: Summary) -> tuple[list[str], list[list[str]]]:

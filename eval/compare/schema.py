@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from eval.suites.registry import COMMONSENSE, PROTOCOLS
-from train.config import apply_override, parse_yaml
+from train.config import read_words
 from train.errors import RunError, one_line
 from train.schema import build, check_keys
 
@@ -193,17 +191,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
     Raises:
         RunError: If the file cannot be read, or a key or value in it is not allowed.
     """
-    try:
-        words = parse_yaml(Path(path).read_text())
-    except OSError as error:
-        raise RunError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise RunError(f"{str(path)!r} is not valid YAML: {one_line(error)}") from error
-    if not isinstance(words, dict):
-        raise RunError(f"{str(path)!r} holds {type(words).__name__}; it must hold a mapping of keys to values.")
-    for override in overrides:
-        apply_override(words, override)
-    config = build(BenchmarkConfig, words, "the configuration")
+    config = build(BenchmarkConfig, read_words(path, overrides), "the configuration")
     for method in config.methods.values():
         method.peft_config()
     return config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.compare.cells import BASE, Board, Cell, selection_cells
-from eval.scores import Score, macro, mean
+from eval.scores import Score, difference, is_at_floor, macro, mean
 from eval.suite_scores import ModelScores
 from eval.suite_tables import check_comparable
 from train.errors import RunError
@@ -55,8 +55,7 @@ class MethodSummary:
 
     def at_floor(self, label: str) -> bool:
         """Whether its mean is no better than always giving the most frequent answer."""
-        majority = self.first.tasks[label].majority
-        return majority is not None and self.score(label).value <= majority + 1e-9
+        return is_at_floor(self.score(label), self.first.tasks[label].majority)
 
     def training(self, word: str) -> float | None:
         """Mean over the seeds of a number that the trainer noted."""
@@ -114,11 +113,7 @@ class Summary:
         Its standard error has two parts: the rows that happened to be asked, and the seeds that happened to be drawn,
         whose variance is pooled over all methods with several seeds.
         """
-        gaps = []
-        for label in labels:
-            pairs = zip(ours.rows(label), theirs.rows(label), strict=True)
-            gaps.append(mean([a - b for a, b in pairs]))
-        gap = macro(gaps)
+        gap = macro([difference(ours.rows(label), theirs.rows(label)) for label in labels])
         variance = self.seed_variance(labels) or 0.0
         trained = [each for each in (ours, theirs) if each.key != BASE]
         seeds = sum(variance / len(each.seeds) for each in trained)

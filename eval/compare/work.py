@@ -133,7 +133,7 @@ class Bench:
 
     def _score(self, cell: Cell, contestant: Contestant, training: dict[str, Any]) -> None:
         words = self.config.evaluation
-        scores = score_model(
+        scores, model = score_model(
             contestant,
             source_of(self.config),
             self.tokenizer,
@@ -146,7 +146,7 @@ class Bench:
         scores.receipt["seeds"] = {"training": cell.seed, "rows": self.config.data.seed} if training else {}
         scores.extra.update(identity=identity(self.config, cell), cell=cell.id, training=training)
         if training:
-            scores.extra["routing"] = self._routing(cell, contestant)
+            scores.extra["routing"] = self._routing(cell, contestant.name, model)
             self._write_metrics(cell, scores)
         scores.write(self.board.file(cell))
 
@@ -185,12 +185,12 @@ class Bench:
             losses[task] = -sum(value for value, _ in found) / total
         return losses
 
-    def _routing(self, cell: Cell, contestant: Contestant) -> dict[str, Any] | None:
+    def _routing(self, cell: Cell, name: str, model: Any) -> dict[str, Any] | None:
         return analyse(
-            contestant.load(source_of(self.config)),
+            model,
             self.tokenizer,
             self.suite,
-            name=contestant.name,
+            name=name,
             rows=self.config.evaluation.routing_rows,
             folder=self.board.folder(cell),
         )
