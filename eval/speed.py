@@ -1,7 +1,9 @@
 """`python -m eval.speed`: what a mixture costs beside a LoRA, in ratios of medians of one run.
 
 Every group of methods is measured in turns (a call of each, again and again), so that a slow minute of the machine hits
-all of them. Adapters have the base's data type. The authors' package must give our numbers before it is timed.
+all of them. Adapters have the base's data type. The authors' package must give our numbers before it is timed. On Linux
+it starts itself again with glibc's memory in huge pages, for peers and ours alike: the page faults of small ones add
+scatter of the size of what is to be measured.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,17 @@ import torch
 
 from eval import speed_models as models
 from eval.receipt import make_receipt
-from eval.speed_measure import Decode, batch, forward, interleaved, peak_memory, spread, step
+from eval.speed_measure import (
+    HUGE_PAGES,
+    Decode,
+    batch,
+    forward,
+    interleaved,
+    peak_memory,
+    restart_in_huge_pages,
+    spread,
+    step,
+)
 from eval.speed_models import (
     COMPILED,
     DTYPES,
@@ -133,7 +146,8 @@ def build_for_memory(model: str, method: str) -> Any:
 
 
 def memory(run: Run) -> None:
-    """Peak memory of a training step."""
+    """Peak memory of a training step, in small pages: memory that is not used does not count then."""
+    os.environ.pop(HUGE_PAGES[0], None)
     for model in (SMOLLM2, SLICE):
         for method in (LORA, MIXLORA, COMPILED):
             grown = peak_memory(partial(build_for_memory, model, method), batch())
@@ -145,6 +159,7 @@ def memory(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
+    restart_in_huge_pages("eval.speed", arguments)
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="LoRA and MixLoRA only, few rounds, about two minutes")
     parser.add_argument("--rounds", type=int, help="timed calls of each method (5; quick: 3)")
@@ -152,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output = options.output or Path("runs/speed" if options.quick else "eval/results/speed")
     rounds = options.rounds or (3 if options.quick else 5)
+    tunables = os.environ.get(HUGE_PAGES[0])
     started = time.time()
     run = Run(rounds, [], {})
     groups = [(SMOLLM2, "bf16"), (SLICE, "bf16"), (SMOLLM2, "fp32"), (SLICE, "fp32")]
@@ -167,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         curves(run)
         memory(run)
     config = {"rounds": rounds, "tokens": "8 x 128", "experts": 8, "top_k": 2, "r": RANK, "quick": options.quick}
+    config["allocator"] = tunables
     command = "python -m eval.speed" + (" --quick" if options.quick else "")
     receipt = make_receipt(config=config, seeds={"weights": 0}, seconds=time.time() - started, command=command)
     output.mkdir(parents=True, exist_ok=True)

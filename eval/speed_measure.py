@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 Work = Callable[[Any], None]
+
+HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+"""Environment variable of the timings; other C libraries ignore it."""
+
+
+def restart_in_huge_pages(module: str, arguments: Sequence[str] | None) -> None:
+    """Start the program again with memory in huge pages, unless the environment says something else about it.
+
+    Args:
+        module: The program, as in `python -m`.
+        arguments: Those that `main` was called with; a program that is called by another is left alone.
+    """
+    if arguments is None and sys.platform == "linux" and HUGE_PAGES[0] not in os.environ:
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, HUGE_PAGES[0]: HUGE_PAGES[1]})
 
 
 def batch(tokens: int = 1024, length: int = 128) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from eval import speed_models as models
-from eval.speed_measure import batch, step
-from eval.speed_models import COMPILED, LORA, MIXLORA, SMOLLM2
+from eval.speed_measure import batch, restart_in_huge_pages, step
+from eval.speed_models import COMPILED, LINEAR_METHODS, LORA, MIXLORA, SLICE, SMOLLM2
 from eval.tables import markdown
 
 KINDS = {
@@ -31,32 +31,50 @@ KINDS = {
         "aten::neg",
         "aten::cat",
         "aten::mean",
-        "aten::topk",
-        "aten::_softmax",
     ),
+    "choice of experts": ("aten::topk", "aten::_softmax", "aten::sigmoid", "aten::cumsum", "aten::bincount"),
     "loss": ("aten::_log_softmax", "aten::nll_loss"),
 }
 """Beginnings of operations' names by kind; the rest is Python, autograd's bookkeeping and views."""
 
 
+REST = "dispatch and the rest"
+ROUNDS = 3
+
+
 def kind_of(name: str) -> str:
     """The kind of a profiled operation; the longest beginning decides."""
     found = [(len(start), kind) for kind, starts in KINDS.items() for start in starts if name.startswith(start)]
-    return max(found)[1] if found else "dispatch and the rest"
+    return max(found)[1] if found else REST
 
 
-def milliseconds(model: Any) -> dict[str, float]:
-    """Milliseconds a step by kind, after a step that warms up."""
+def milliseconds(built: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds a step by kind, for each method; they take turns, after a step that warms up."""
     work = step(batch())
-    model.train()
-    work(model)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
-            work(model)
-    total = dict.fromkeys([*KINDS, "dispatch and the rest"], 0.0)
-    for event in profiler.key_averages():
-        total[kind_of(event.key)] += event.self_cpu_time_total / 3e3
+    total = {name: dict.fromkeys([*KINDS, REST], 0.0) for name in built}
+    for model in built.values():
+        work(model.train())
+    for _ in range(ROUNDS):
+        for name, model in built.items():
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                work(model)
+            for event in profiler.key_averages():
+                total[name][kind_of(event.key)] += event.self_cpu_time_total / 1e3 / ROUNDS
     return total
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """Kinds by method, and what the first method's step would cost with another's matrix products."""
+    first = next(iter(columns.values()))
+    sums = {name: sum(column.values()) for name, column in columns.items()}
+    base = sum(first.values())
+    products = "matrix products"
+    rows = [[kind, *(f"{column[kind]:.0f}" for column in columns.values())] for kind in first]
+    rows.append(["sum", *(f"{value:.0f}" for value in sums.values())])
+    rows.append(["ratio", *(f"{value / base:.2f}" for value in sums.values())])
+    bound = [(base + column[products] - first[products]) / base for column in columns.values()]
+    rows.append(["ratio, were only its products slower", *(f"{value:.2f}" for value in bound)])
+    return markdown(["ms a step, profiled", *columns], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,23 +82,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed_profile", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("eval/results/speed/profile.md"))
     output = parser.parse_args(arguments).output
-    base = models.load_base(SMOLLM2, torch.bfloat16)
-    built = {
-        LORA: models.lora(base),
-        MIXLORA: models.moelora(base, "mixlora"),
-        COMPILED: models.moelora(base, "mixlora", compiled=True),
-    }
-    columns = {name: milliseconds(model) for name, model in built.items()}
-    kinds = [*next(iter(columns.values()))]
-    rows = [[kind, *(f"{column[kind]:.0f}" for column in columns.values())] for kind in kinds]
-    rows.append(["sum", *(f"{sum(column.values()):.0f}" for column in columns.values())])
-    table = markdown(["ms a step, profiled", *columns], rows)
+    restart_in_huge_pages("eval.speed_profile", arguments)
+    sections = []
+    for name in (SMOLLM2, SLICE):
+        base = models.load_base(name, torch.bfloat16)
+        blocks = {
+            LORA: models.lora(base),
+            MIXLORA: models.moelora(base, "mixlora"),
+            COMPILED: models.moelora(base, "mixlora", compiled=True),
+        }
+        linears = {method: build(base) for method, build in LINEAR_METHODS.items()}
+        for built in (blocks, linears):
+            sections.append(f"## {name}, bf16\n\n{table(milliseconds(built))}\n")
+            print(sections[-1], flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(
-        f"# Where a training step's time goes\n\n`python -m eval.speed_profile`: {SMOLLM2}, bf16, 8 x 128 tokens. The "
-        f"profiler itself costs time, so sums exceed the timings of `speed.md`.\n\n{table}\n"
+        "# Where a training step's time goes\n\n`python -m eval.speed_profile`: 8 x 128 tokens, methods in turns. The "
+        "profiler itself costs time, so sums exceed the timings of `speed.md`. The last row is a bound: the step of "
+        "the first method, with the matrix products of the other and nothing else added.\n\n" + "\n".join(sections)
     )
-    print(table)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,10 @@ def write_report(results: dict[str, Any], output: Path) -> str:
         facts + "\n",
         "A step is forward and backward of 8 x 128 tokens, adapters in the base's data type, E = 8, top-2, r = 16, "
         "transformers' default attention; decode is one token of one sequence after a prompt of 32; memory is what two "
-        "steps add to the peak of a process with the model loaded. Methods run in turns. SmolLM2-135M has its real "
-        "weights (4-bit GGUF, converted); the Llama slice is 4 random layers of 2048/5632.\n",
+        "steps add to the peak of a process with the model loaded. All timings were made with "
+        f"{receipt['config']['allocator'] or 'the allocator as it is'} in the environment, memory without. Methods run "
+        "in turns. SmolLM2-135M has its real weights (4-bit GGUF, converted); the Llama slice is 4 random layers of "
+        "2048/5632.\n",
         f"In fp32 PyPI mixlora gives our logits up to this share of the adapter's effect: {parity}.\n",
         targets + "\n",
         "## All measurements\n",

@@ -94,9 +94,11 @@ def _forward(
     up_TF: Tensor,
     gate_TF: Tensor | None,
     token_P: Tensor,
+    added_up_PF: Tensor,
+    added_gate_PF: Tensor | None,
+    keep_TF: Tensor | None,
     up_PF: Tensor,
     gate_PF: Tensor | None,
-    keep_TF: Tensor | None,
     hidden_PF: Tensor,
     kept_PF: Tensor | None,
 ) -> None:
@@ -106,16 +108,20 @@ def _forward(
         act: Activation.
         up_TF, gate_TF: Outputs of the frozen linears; without gate the block is plain, `act(up)`.
         token_P: Token of each place.
-        up_PF, gate_PF: What the experts add.
+        added_up_PF, added_gate_PF: What the experts add.
         keep_TF: LoRA dropout on the input of down's A, or None.
+        up_PF, gate_PF: Output, the sums.
         hidden_PF: Output.
         kept_PF: Output after that dropout, with `keep_TF`.
     """
-    up = _wide(up_TF[token_P]) + _wide(up_PF)
-    if gate_TF is None or gate_PF is None:
+    up = _wide(up_TF[token_P]) + _wide(added_up_PF)
+    up_PF.copy_(up)
+    if gate_TF is None or added_gate_PF is None or gate_PF is None:
         hidden = act(up)
     else:
-        hidden = act(_wide(gate_TF[token_P]) + _wide(gate_PF)) * up
+        gate = _wide(gate_TF[token_P]) + _wide(added_gate_PF)
+        gate_PF.copy_(gate)
+        hidden = act(gate) * up
     hidden_PF.copy_(hidden)
     if keep_TF is not None and kept_PF is not None:
         kept_PF.copy_(hidden * keep_TF[token_P])
@@ -124,43 +130,45 @@ def _forward(
 def _backward(
     act: Callable[[Tensor], Tensor],
     act_vjp: Callable[[Tensor, Tensor], Tensor],
-    up_TF: Tensor,
-    gate_TF: Tensor | None,
-    token_P: Tensor,
     up_PF: Tensor,
     gate_PF: Tensor | None,
+    token_P: Tensor,
     keep_TF: Tensor | None,
     grad_hidden_TF: Tensor,
-    kept_PF: Tensor,
+    grad_kept_PF: Tensor,
     weights_P: Tensor,
+    grad_up_PF: Tensor,
+    grad_gate_PF: Tensor | None,
     grad_weights_P: Tensor,
+    kept_PF: Tensor,
 ) -> None:
-    """The gradients of `_forward` in place of what the experts add.
+    """The gradients of `_forward`. No output may be an input as well, or the compiler copies it in a loop of its own.
 
     Args:
         act, act_vjp: Activation and its vector-Jacobian product.
-        up_TF, gate_TF, token_P, keep_TF: As in `_forward`.
-        up_PF, gate_PF: What the experts add; become the gradients of the pre-activations.
+        up_PF, gate_PF, token_P, keep_TF: As in `_forward`.
         grad_hidden_TF: Gradient of the combined hidden units.
-        kept_PF: What comes to each place from down's A; becomes the input of that A.
+        grad_kept_PF: What comes to each place from down's A.
         weights_P: Weight of each place.
-        grad_weights_P: Output, their gradient.
+        grad_up_PF, grad_gate_PF: Output, the gradients of the pre-activations.
+        grad_weights_P: Output, those of the weights.
+        kept_PF: Output, the input of down's A.
     """
-    up = _wide(up_TF[token_P]) + _wide(up_PF)
-    grad = _wide(kept_PF)
+    up = _wide(up_PF)
+    grad = _wide(grad_kept_PF)
     if keep_TF is not None:
         grad = grad * keep_TF[token_P]
     grad = _wide(grad_hidden_TF[token_P]) + grad
     weighted = grad * weights_P.unsqueeze(1)
-    if gate_TF is None or gate_PF is None:
+    if gate_PF is None or grad_gate_PF is None:
         hidden = act(up)
-        up_PF.copy_(act_vjp(weighted, up))
+        grad_up_PF.copy_(act_vjp(weighted, up))
     else:
-        gate = _wide(gate_TF[token_P]) + _wide(gate_PF)
+        gate = _wide(gate_PF)
         active = act(gate)
         hidden = active * up
-        up_PF.copy_(weighted * active)
-        gate_PF.copy_(act_vjp(weighted * up, gate))
+        grad_up_PF.copy_(weighted * active)
+        grad_gate_PF.copy_(act_vjp(weighted * up, gate))
     grad_weights_P.copy_((grad * hidden).sum(-1))
     kept_PF.copy_(hidden if keep_TF is None else hidden * keep_TF[token_P])
 

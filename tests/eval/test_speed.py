@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval import speed, speed_measure, speed_models, speed_report
+from eval import speed, speed_measure, speed_models, speed_profile, speed_report
 from eval.receipt import make_receipt
 from eval.speed_measure import Decode, batch, forward, interleaved, spread, step
 from tests.conftest import tiny_model
@@ -114,9 +114,40 @@ def test_report(tmp_path: Path) -> None:
 
     rows = [row(speed_models.LORA, 2.0), row("MixLoRA", 2.2), row("MixLoRA, compiled", 2.4)]
     rows += [row(speed_models.LORA, 0.1, "tokens=256"), row("MixLoRA", 0.2, "tokens=256")]
-    receipt = make_receipt(config={}, seeds={}, seconds=60, command="python -m eval.speed")
+    receipt = make_receipt(config={"allocator": "pages=huge"}, seeds={}, seconds=60, command="python -m eval.speed")
     said = speed_report.write_report({"receipt": receipt, "rows": rows, "parity": {"Llama slice": 1e-6}}, tmp_path)
     assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.25 | yes |" in said
     assert "| MixLoRA, compiled / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.20 | 1.12 | **no** |" in said
-    assert "tokens=256" not in (tmp_path / "speed.md").read_text()
+    text = (tmp_path / "speed.md").read_text()
+    assert "tokens=256" not in text
+    assert "pages=huge in the environment" in text
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_profile_gives_the_bound_that_matrix_products_set() -> None:
+    columns = {"lora": {"matrix products": 60.0, "rest": 40.0}, "ours": {"matrix products": 70.0, "rest": 80.0}}
+    table = speed_profile.table(columns)
+    assert "| ratio | 1.00 | 1.50 |" in table
+    assert "| ratio, were only its products slower | 1.00 | 1.10 |" in table
+
+
+def test_profiled_operations_have_a_kind() -> None:
+    assert speed_profile.kind_of("aten::addmm") == "matrix products"
+    assert speed_profile.kind_of("aten::_softmax") == "choice of experts"
+    assert speed_profile.kind_of("autograd::engine") == speed_profile.REST
+
+
+def test_timings_start_again_in_huge_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(speed_measure.sys, "platform", "linux")
+    monkeypatch.setattr(speed_measure.sys, "argv", ["speed.py", "--quick"])
+    monkeypatch.setattr(speed_measure.os, "execve", lambda *words: started.append(words))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    speed_measure.restart_in_huge_pages("eval.speed", ["--quick"])
+    assert not started
+    speed_measure.restart_in_huge_pages("eval.speed", None)
+    [(_, command, environment)] = started
+    assert command[1:] == ["-m", "eval.speed", "--quick"]
+    monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
+    speed_measure.restart_in_huge_pages("eval.speed", None)
+    assert len(started) == 1
