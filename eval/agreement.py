@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import RunError
+from train.errors import RunError, exit_status
 
 # Our task, the file of lm-eval's, and what the columns of its data set are called there.
 OFFICIAL = {
@@ -102,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the numbers with a receipt to this JSON file")
     options = parser.parse_args(arguments)
 
+    return exit_status(lambda: run(options), stopped="Stopped; nothing was written.")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, say so, and write it down.
+
+    Raises:
+        RunError: If anything differs.
+    """
     from train.quiet import quiet_libraries
 
     quiet_libraries()
@@ -112,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     source = ModelSource(options.model)
-    try:
-        rows = compare(load_model(source).eval(), load_tokenizer(source), options.limit, options.batch_size)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = compare(load_model(source).eval(), load_tokenizer(source), options.limit, options.batch_size)
 
     def said(metrics: dict[str, float]) -> str:
         return ", ".join(f"{key} {value!r}" for key, value in metrics.items())
@@ -134,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command=f"python -m eval.agreement --model {options.model} --limit {options.limit}",
         )
         write_atomically(options.write, json.dumps({"tasks": rows, "receipt": receipt}, indent=1) + "\n")
-    return 0 if all(row["identical"] for row in rows) else 1
+    different = [row["official"] for row in rows if not row["identical"]]
+    if different:
+        raise RunError(f"our definitions differ from lm-eval's on {', '.join(different)}.")
 
 
 if __name__ == "__main__":
