@@ -109,7 +109,8 @@ def _run(
         "attention_mask": mask.to(model.device),
     }
     if "logits_to_keep" in inspect.signature(type(model.get_base_model()).forward).parameters:
-        words["logits_to_keep"] = 1  # nobody reads them; this is the least that can be asked for
+        # nobody reads them; the number 1 would be a slice, whose rows torch multiplies by copies of the head on the CPU
+        words["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=model.device)
     with torch.no_grad(), record_routing(model) as recorder:
         model(**words, use_cache=False)
     for record in recorder.records:

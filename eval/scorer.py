@@ -72,8 +72,10 @@ class Scorer(HFLM):
         if last is None:
             logits = super()._model_call(inps, attn_mask, labels)
         else:
+            # as indices, for the sake of the CPU: of a slice torch would multiply each row by its own copy of the head
+            kept = torch.arange(inps.shape[1] - last, inps.shape[1], device=inps.device)
             with torch.no_grad():
-                logits = self.model(inps, logits_to_keep=last, use_cache=False).logits
+                logits = self.model(inps, logits_to_keep=kept, use_cache=False).logits
         self._advance(len(inps))
         return logits
 

@@ -181,8 +181,10 @@ class MoeLoraTrainerMixin(_Base):
             accepted |= set(TransformersKwargs.__annotations__)
         accepted -= {"num_items_in_batch"} if base.config.is_encoder_decoder else {"num_items_in_batch", "labels"}
         inputs = {key: value for key, value in batch.items() if key in accepted}
-        # nobody reads the logits or the cache of this forward
-        unread = {"use_cache": False, "logits_to_keep": 1}
+        # Nobody reads the logits or the cache of this forward. The number 1 would stand for a slice, and on the CPU
+        # torch multiplies each row of a slice by its own copy of the head: longer than the rest of the forward.
+        first = torch.zeros(1, dtype=torch.long, device=self.args.device)
+        unread = {"use_cache": False, "logits_to_keep": first}
         return inputs | {key: value for key, value in unread.items() if key in parameters}
 
 

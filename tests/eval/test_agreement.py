@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
 
 from eval import agreement
@@ -81,7 +82,12 @@ def test_logits_of_the_answers_alone_give_the_same_scores(tmp_path: Path) -> Non
     model, tokenizer = load_model(source).eval(), load_tokenizer(source)
     suite = load_suite("commonsense")
     widths: list[int] = []
-    model.lm_head.register_forward_hook(lambda _, inputs, output: widths.append(output.shape[1]))
+
+    def note(head: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        widths.append(output.shape[1])
+        assert inputs[0].is_contiguous(), "torch copies the head for each row of a slice"
+
+    model.lm_head.register_forward_hook(note)
     found, seen = [], []
     for short in (False, True):
         scorer = Scorer(model, tokenizer, batch_size=4, short_logits=short)

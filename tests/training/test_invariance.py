@@ -161,6 +161,26 @@ def test_counting_draws_what_training_draws(preset: str, reentrant: bool | None)
         assert torch.equal(found, expected)
 
 
+def test_counting_leaves_the_head_alone() -> None:
+    """One position a row, in memory of its own: torch would multiply each row of a slice by a copy of the head."""
+    seen: list[tuple[int, bool]] = []
+
+    class Watching(MoeLoraTrainer):
+        def _count_step(self, *args: Any) -> RoutingTotals:
+            def note(head: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen.append((inputs[0].shape[1], inputs[0].is_contiguous()))
+
+            hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+            try:
+                return super()._count_step(*args)
+            finally:
+                hook.remove()
+
+    preset, words = METHODS["mixlora"]
+    one_step(preset, words=words, batch=2, accumulate=2, trainer_class=Watching)
+    assert seen == [(1, True)] * 2
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 def test_scope_micro_batch(reentrant: bool | None) -> None:
     """Each micro-batch is balanced alone: value and gradient are the means of theirs."""
