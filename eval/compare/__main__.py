@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from train.errors import RunError, exit_status
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only",
         metavar="CELL",
         action="append",
-        help="do only cells whose names begin so; repeatable",
+        help="do only cells whose names begin so, '*' for anything: lora, '*-lr' for all trials; repeatable",
     )
     parser.add_argument("--no-probe", action="store_true", help="do not time a few steps for the estimate")
     options = parser.parse_intermixed_args(arguments)
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         plan.show(board, plan.Timing.of(board))
         started = time.monotonic()
         for cell in board.cells():
-            if options.only and not any(cell.id.startswith(wanted) for wanted in options.only):
+            if options.only and not any(fnmatchcase(cell.id, f"{wanted}*") for wanted in options.only):
                 continue
             # learning rates are chosen on the way
             cell = next(each for each in board.cells() if each.id == cell.id)

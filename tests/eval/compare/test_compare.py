@@ -131,6 +131,26 @@ def test_a_finished_comparison_does_nothing(
     assert main([str(again), "--render"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        (["base"], {"base"}),
+        (["*-lr"], {"lora-lr0.01", "lora-lr0.001", "mixlora-lr0.01", "mixlora-lr0.001"}),
+        (["lora-lr0.01", "mixlora-lr"], {"lora-lr0.01", "mixlora-lr0.01", "mixlora-lr0.001"}),
+    ],
+)
+def test_only_some_cells(
+    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: list[str], expected: set[str]
+) -> None:
+    done: set[str] = set()
+    monkeypatch.setattr(Bench, "do", lambda _, cell: done.add(cell.id))
+    monkeypatch.setattr("eval.compare.render.render", lambda *_: "a table")
+    elsewhere = [f"output_dir={tmp_path / 'work'}", f"results_dir={tmp_path / 'results'}"]
+    wanted = [word for name in only for word in ("--only", name)]
+    assert main([str(again), *elsewhere, "--no-probe", *wanted]) == 0
+    assert done == expected
+
+
 def test_a_new_method_is_added_to_what_is_there(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
     added = "methods.second={title: Second, adapter: {peft: lora, r: 49}, seeds: [3]}"
     assert main([str(again), "--plan", added]) == 0
