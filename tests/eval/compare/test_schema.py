@@ -10,6 +10,7 @@ from tests.eval.compare.tiny import write_benchmark
 from train.errors import RunError
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "benchmarks" / "commonsense.yaml"
+VARIANTS = SHIPPED.with_name("commonsense_variants.yaml")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,20 @@ def test_the_shipped_comparison_is_the_issues() -> None:
     assert config.evaluation.limit >= 300
 
 
+def test_the_variants_are_trained_as_the_comparison_is() -> None:
+    main, variants = load_benchmark(SHIPPED), load_benchmark(VARIANTS)
+    assert variants.data == main.data
+    assert variants.training == main.training
+    assert variants.evaluation == main.evaluation
+    assert set(variants.selection.learning_rates) <= set(main.selection.learning_rates)
+    assert variants.methods["mixlora"].adapter == main.methods["mixlora"].adapter
+    assert variants.methods["lora"].adapter == main.methods["lora"].adapter
+    adapters = [method.adapter for key, method in variants.methods.items() if key not in ("lora", "mixlora")]
+    assert all(adapter["preset"] == "mixlora" and adapter != main.methods["mixlora"].adapter for adapter in adapters)
+
+
 @pytest.mark.real_model
-def test_the_shipped_methods_are_of_equal_size() -> None:
-    sizes = check_sizes(load_benchmark(SHIPPED))
+@pytest.mark.parametrize("file", [SHIPPED, VARIANTS], ids=["comparison", "variants"])
+def test_the_shipped_methods_are_of_equal_size(file: Path) -> None:
+    sizes = check_sizes(load_benchmark(file))
     assert sizes["mixlora"].trainable == 16_496_640
