@@ -176,7 +176,8 @@ class Bench:
         """Mean negative log-likelihood of a token of the right answers, by task, on the rows for selection."""
         config = self.config
         model = contestant.load(source_of(config))
-        scorer = Scorer(model, self.tokenizer, batch_size=config.evaluation.batch_size, name="selection")
+        batch = config.evaluation.batch_size
+        scorer = Scorer(model, self.tokenizer, batch_size=batch, name="selection", short_logits=True)
         losses = {}
         for task, rows in self.mixture.selection.items():
             requests = [((f"{task} {index}", ""), *row) for index, row in enumerate(rows)]
