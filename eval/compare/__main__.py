@@ -48,8 +48,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Do what is left of a comparison.
 
     Raises:
-        RunError: If the configuration is not valid, its methods are not of equal size, or results of another
-            configuration are in the way.
+        RunError: If the configuration is not valid, its methods are not of equal size, results of another
+            configuration are in the way, or there is nothing to draw yet.
     """
     from eval.compare import plan
     from eval.compare.cells import Board
@@ -62,7 +62,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     config = load_benchmark(options.config, options.overrides)
     board = Board(config)
     if options.render:
-        say(f"Table     {render(board, command)}")
+        table = render(board, command)
+        if table is None:
+            raise RunError(f"nothing is scored yet in {config.results_dir!r}, so there is no table to draw.")
+        say(f"Table     {table}")
         return
     sizes = check_sizes(config)
     for key, size in sizes.items():
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             bench.do(cell)
             say(f"Finished  {cell.id} in {minutes(time.monotonic() - began)}")
             render(board, command)
-        say(f"\nDone in {minutes(time.monotonic() - started)}: {render(board, command)}")
+        say(f"\nDone in {minutes(time.monotonic() - started)}: {render(board, command) or 'nothing is scored yet'}")
 
 
 if __name__ == "__main__":

@@ -16,22 +16,21 @@ from eval.suite_scores import write_atomically
 from eval.suite_tables import FLOOR_NOTE, cell, floor
 from eval.tables import markdown, percent
 from train.console import minutes
-from train.errors import RunError
 
 
-def render(board: Board, command: str) -> Path:
+def render(board: Board, command: str) -> Path | None:
     """Write README.md, summary.json and the pictures into the results' folder.
 
     Args:
         board: The comparison, finished or not.
         command: How it was started.
 
-    Raises:
-        RunError: If nothing has been scored yet.
+    Returns:
+        The README.md; None if nothing has been scored yet.
     """
     summary = summarize(board)
     if summary is None:
-        raise RunError(f"nothing is scored yet in {str(board.results)!r}, so there is no table to draw.")
+        return None
     drawn = pictures.draw(summary, board.results)
     text = "\n\n".join(filter(None, _sections(board, summary, command, drawn))) + "\n"
     write_atomically(board.results / "README.md", text)

@@ -140,15 +140,21 @@ def test_a_finished_comparison_does_nothing(
     ],
 )
 def test_only_some_cells(
-    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: list[str], expected: set[str]
+    again: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only: list[str],
+    expected: set[str],
 ) -> None:
     done: set[str] = set()
     monkeypatch.setattr(Bench, "do", lambda _, cell: done.add(cell.id))
-    monkeypatch.setattr("eval.compare.render.render", lambda *_: "a table")
     elsewhere = [f"output_dir={tmp_path / 'work'}", f"results_dir={tmp_path / 'results'}"]
     wanted = [word for name in only for word in ("--only", name)]
     assert main([str(again), *elsewhere, "--no-probe", *wanted]) == 0
     assert done == expected
+    assert main([str(again), *elsewhere, "--render"]) == 1
+    assert "nothing is scored yet" in capsys.readouterr().err
 
 
 def test_a_new_method_is_added_to_what_is_there(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
