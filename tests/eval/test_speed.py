@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +141,9 @@ def test_profiled_operations_have_a_kind() -> None:
 
 def test_timings_start_again_in_huge_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(speed_measure.sys, "platform", "linux")
-    monkeypatch.setattr(speed_measure.sys, "argv", ["speed.py", "--quick"])
-    monkeypatch.setattr(speed_measure.os, "execve", lambda *words: started.append(words))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
+    monkeypatch.setattr(os, "execve", lambda *words: started.append(words))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     speed_measure.restart_in_huge_pages("eval.speed", ["--quick"])
     assert not started
