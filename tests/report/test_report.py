@@ -158,6 +158,7 @@ document.querySelector("input[value=difference]").click();
 found.scale = byId("scale").textContent;
 change("source", "1");
 found.second = pixels().map((each) => each[0]);
+byId("text").options[0].textContent = "a long text ".repeat(20);
 found.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
 document.title = JSON.stringify(found);
 </script>
