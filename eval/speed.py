@@ -159,12 +159,12 @@ def memory(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    restart_in_huge_pages("eval.speed", arguments)
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="LoRA and MixLoRA only, few rounds, about two minutes")
     parser.add_argument("--rounds", type=int, help="timed calls of each method (5; quick: 3)")
     parser.add_argument("--output", type=Path, help="folder of the report (eval/results/speed; quick: runs/speed)")
     options = parser.parse_args(arguments)
+    restart_in_huge_pages("eval.speed", arguments)
     output = options.output or Path("runs/speed" if options.quick else "eval/results/speed")
     rounds = options.rounds or (3 if options.quick else 5)
     tunables = os.environ.get(HUGE_PAGES[0])
