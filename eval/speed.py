@@ -46,6 +46,7 @@ from eval.speed_models import (
     SMOLLM2,
 )
 from eval.speed_report import write_report
+from train.quiet import quiet_libraries
 
 PARITY = 1e-3
 """Allowed distance of the logits, as a share of the adapter's effect on them; in fp32, where nothing ties."""
@@ -153,18 +154,19 @@ def memory(run: Run) -> None:
             grown = peak_memory(partial(build_for_memory, model, method), batch())
             if grown is not None:
                 row = {"model": model, "dtype": "bf16", "metric": "memory", "method": method, "median": grown}
-                run.rows.append({**row, "q1": grown, "q3": grown, "n": 1})
+                run.rows.append({**row, "q1": grown, "q3": grown, "n": 1, "seconds": []})
                 print(f"  {model:13s} bf16 memory   {method:38s} {grown / 2**20:9.0f} MiB", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="LoRA and MixLoRA only, few rounds, about two minutes")
+    parser.add_argument("--quick", action="store_true", help="LoRA and presets only, few rounds, about 5 minutes")
     parser.add_argument("--rounds", type=int, help="timed calls of each method (5; quick: 3)")
     parser.add_argument("--output", type=Path, help="folder of the report (eval/results/speed; quick: runs/speed)")
     options = parser.parse_args(arguments)
     restart_in_huge_pages("eval.speed", arguments)
+    quiet_libraries()
     output = options.output or Path("runs/speed" if options.quick else "eval/results/speed")
     rounds = options.rounds or (3 if options.quick else 5)
     tunables = os.environ.get(HUGE_PAGES[0])

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from moelora.routing.recorder import find_recorder
+from moelora.training.balance import MicroBatchBalance, active_balance
+
 Work = Callable[[Any], None]
 
 HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
@@ -40,10 +43,19 @@ def batch(tokens: int = 1024, length: int = 128) -> dict[str, torch.Tensor]:
 
 
 def step(inputs: Mapping[str, torch.Tensor]) -> Work:
-    """Forward and backward, gradients dropped as an optimizer's `zero_grad` does."""
+    """Forward and backward with the balance losses that our trainers add; gradients are dropped as by `zero_grad`."""
+
+    def loss_of(model: Any) -> torch.Tensor:
+        recorder = find_recorder(model)
+        if recorder is None:
+            return model(**inputs).loss
+        with recorder.listening(gradients_only=True) as listener:
+            loss = model(**inputs).loss
+        balance = MicroBatchBalance(recorder, listener, active_balance(model), accumulation=1, totals=None)
+        return balance.add_to(loss, divided_later=False)
 
     def work(model: Any) -> None:
-        model(**inputs).loss.backward()
+        loss_of(model).backward()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -97,9 +109,16 @@ def interleaved(
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
-    """Median and quartiles, in seconds."""
-    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return {"median": statistics.median(seconds), "q1": low, "q3": high, "n": len(seconds)}
+    """Median, quartiles and all calls, in seconds."""
+    low, high = quartiles(seconds)
+    calls = [round(value, 5) for value in seconds]
+    return {"median": statistics.median(seconds), "q1": low, "q3": high, "n": len(seconds), "seconds": calls}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return low, high
 
 
 def peak_memory(build: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from eval import speed_models as models
+from eval.receipt import make_receipt
 from eval.speed_measure import batch, restart_in_huge_pages, step
 from eval.speed_models import COMPILED, LINEAR_METHODS, LORA, MIXLORA, SLICE, SMOLLM2
+from eval.speed_report import facts
 from eval.tables import markdown
+from train.quiet import quiet_libraries
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
@@ -83,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("eval/results/speed/profile.md"))
     output = parser.parse_args(arguments).output
     restart_in_huge_pages("eval.speed_profile", arguments)
+    quiet_libraries()
+    started = time.time()
     sections = []
     for name in (SMOLLM2, SLICE):
         base = models.load_base(name, torch.bfloat16)
@@ -96,8 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
             sections.append(f"## {name}, bf16\n\n{table(milliseconds(built))}\n")
             print(sections[-1], flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
+    seconds = time.time() - started
+    receipt = make_receipt(config={}, seeds={"weights": 0}, seconds=seconds, command="python -m eval.speed_profile")
     output.write_text(
-        "# Where a training step's time goes\n\n`python -m eval.speed_profile`: 8 x 128 tokens, methods in turns. The "
+        f"# Where a training step's time goes\n\n{facts(receipt)} 8 x 128 tokens, methods in turns. The "
         "profiler itself costs time, so sums exceed the timings of `speed.md`. The last row is a bound: the step of "
         "the first method, with the matrix products of the other and nothing else added.\n\n" + "\n".join(sections)
     )

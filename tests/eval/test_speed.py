@@ -42,8 +42,9 @@ def test_methods_take_turns_and_warm_calls_do_not_count() -> None:
 
 
 def test_spread() -> None:
-    assert spread([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median": 3.0, "q1": 1.5, "q3": 4.5, "n": 5}
-    assert spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "n": 1}
+    seconds = [3.0, 1.0, 2.0, 5.0, 4.0]
+    assert spread(seconds) == {"median": 3.0, "q1": 1.5, "q3": 4.5, "n": 5, "seconds": seconds}
+    assert spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "n": 1, "seconds": [2.0]}
 
 
 @pytest.mark.parametrize("method", ["lora", "mixlora"])
@@ -56,6 +57,18 @@ def test_a_step_leaves_no_gradients_and_reaches_every_adapter_weight(method: str
     step(small_batch())(model)
     assert reached == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_has_the_balance_losses_of_the_trainer() -> None:
+    grads: list[torch.Tensor] = []
+    for coef in (0.0, 0.0, 1e-2):
+        torch.manual_seed(0)
+        model = speed_models.moelora(tiny_model().requires_grad_(False), "mixlora", balance_coef=coef).train()
+        router = next(parameter for name, parameter in model.named_parameters() if "router" in name)
+        router.register_hook(lambda grad: grads.append(grad.clone()))
+        step(small_batch())(model)
+    assert torch.equal(grads[0], grads[1])
+    assert not torch.equal(grads[0], grads[2])
 
 
 def test_decoding_goes_on_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,16 +123,22 @@ def test_nothing_is_timed_without_parity(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_report(tmp_path: Path) -> None:
-    def row(method: str, median: float, metric: str = "step") -> dict[str, Any]:
-        spread = {"median": median, "q1": median, "q3": median, "n": 3}
-        return {"model": speed_models.SLICE, "dtype": "bf16", "metric": metric, "method": method, **spread}
+    def row(method: str, seconds: list[float], metric: str = "step") -> dict[str, Any]:
+        return {"model": speed_models.SLICE, "dtype": "bf16", "metric": metric, "method": method, **spread(seconds)}
 
-    rows = [row(speed_models.LORA, 2.0), row("MixLoRA", 2.2), row("MixLoRA, compiled", 2.4)]
-    rows += [row(speed_models.LORA, 0.1, "tokens=256"), row("MixLoRA", 0.2, "tokens=256")]
+    rows = [
+        row(speed_models.LORA, [1.0, 2.0, 4.0]),
+        row("MixLoRA", [1.3, 2.2, 4.0]),
+        row("MixLoRA, compiled", [2.4] * 3),
+    ]
+    rows += [row(speed_models.LORA, [0.1], "tokens=256"), row("MixLoRA", [0.2], "tokens=256")]
     receipt = make_receipt(config={"allocator": "pages=huge"}, seeds={}, seconds=60, command="python -m eval.speed")
     said = speed_report.write_report({"receipt": receipt, "rows": rows, "parity": {"Llama slice": 1e-6}}, tmp_path)
-    assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.25 | yes |" in said
-    assert "| MixLoRA, compiled / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.20 | 1.12 | **no** |" in said
+    assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.00 to 1.30 | 1.25 | yes |" in said
+    assert (
+        "| MixLoRA, compiled / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.20 | 0.60 to 2.40 | 1.12 | **no** |"
+        in said
+    )
     text = (tmp_path / "speed.md").read_text()
     assert "tokens=256" not in text
     assert "pages=huge in the environment" in text
