@@ -63,7 +63,9 @@ def ratios(rows: list[dict[str, Any]]) -> list[list[str]]:
         if mine is None or theirs is None:
             continue
         ratio = mine["median"] / theirs["median"]
-        rounds = [a / b for a, b in zip(mine["seconds"], theirs["seconds"], strict=True)]
+        # runs up to fa6dc5d kept medians and quartiles only
+        calls = zip(mine.get("seconds", []), theirs.get("seconds", []), strict=True)
+        rounds = [a / b for a, b in calls]
         between = "{:.2f} to {:.2f}".format(*quartiles(rounds)) if rounds else ""
         reached = "yes" if ratio <= limit else "**no**"
         what = [f"{method} / {peer}", f"{model}, {dtype}", metric]

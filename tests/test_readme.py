@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import moelora
+from eval.speed_report import ratios
 from tests.conftest import tiny_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -61,3 +62,11 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", moelora.presets.available())
 def test_every_preset_is_in_the_table(name: str) -> None:
     assert f"| `{name}` |" in README.read_text()
+
+
+def test_the_speed_table_is_the_published_one() -> None:
+    published = json.loads((README.parent / "eval/results/speed/speed.json").read_text())
+    rows = ratios(published["rows"])
+    assert rows
+    for what, model, metric, measured, _, asked, reached in rows:
+        assert f"| {what} | {model} | {metric} | {measured} | {asked} | {reached} |" in README.read_text()
