@@ -49,7 +49,7 @@ def _scores(summary: Summary) -> Any:
     lines = -(-len(panels) // columns)
     height = 0.9 + 0.28 * len(summary.methods)
     figure = Figure(figsize=(11.5, lines * height + 0.6), layout="constrained")
-    figure.suptitle(_heading(summary, "Scores, ± one standard error over the rows"), fontsize=11)
+    figure.suptitle(_heading(summary, "Scores, ± one standard error (rows and seeds)"), fontsize=11)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis in list(grid.flat)[len(panels) :]:
         axis.set_visible(False)
@@ -57,7 +57,7 @@ def _scores(summary: Summary) -> Any:
     for axis, (title, labels) in zip(grid.flat, panels, strict=False):
         for place, method in zip(places, summary.methods, strict=True):
             color = _color(summary, method)
-            score = method.mean(labels)
+            score = summary.score(method, labels)
             seeds = [100 * value for value in method.by_seed(labels)]
             if len(seeds) > 1:
                 axis.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.3, markersize=4)
@@ -85,7 +85,7 @@ def _seen_unseen(summary: Summary) -> Any:
     axis = figure.subplots()
     for method in summary.methods:
         color = _color(summary, method)
-        seen, unseen = method.mean(summary.seen), method.mean(summary.unseen)
+        seen, unseen = summary.score(method, summary.seen), summary.score(method, summary.unseen)
         pairs = zip(method.by_seed(summary.seen), method.by_seed(summary.unseen), strict=True)
         if len(method.seeds) > 1:
             axis.plot(*zip(*((100 * a, 100 * b) for a, b in pairs), strict=True), "o", color=color, alpha=0.3, ms=4)

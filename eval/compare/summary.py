@@ -41,21 +41,13 @@ class MethodSummary:
         found = [scores.tasks[label].values for scores in self.seeds.values()]
         return [sum(values) / len(values) for values in zip(*found, strict=True)]
 
-    def score(self, label: str) -> Score:
-        """Mean over seeds and rows of a task, with the standard error that the choice of rows makes."""
-        return mean(self.rows(label))
-
-    def mean(self, labels: Sequence[str]) -> Score:
-        """The unweighted mean over tasks."""
-        return macro([self.score(label) for label in labels])
-
     def by_seed(self, labels: Sequence[str]) -> list[float]:
         """The mean over tasks of each seed."""
         return [macro([each.tasks[label].score for label in labels]).value for each in self.seeds.values()]
 
     def at_floor(self, label: str) -> bool:
         """Whether its mean is no better than always giving the most frequent answer."""
-        return is_at_floor(self.score(label), self.first.tasks[label].majority)
+        return is_at_floor(mean(self.rows(label)), self.first.tasks[label].majority)
 
     def training(self, word: str) -> float | None:
         """Mean over the seeds of a number that the trainer noted."""
@@ -107,17 +99,23 @@ class Summary:
             return None
         return sum(statistics.variance(group) * (len(group) - 1) for group in groups) / degrees
 
-    def difference(self, ours: MethodSummary, theirs: MethodSummary, labels: Sequence[str]) -> Score:
-        """Mean difference of two methods, paired by rows.
+    def score(self, method: MethodSummary, labels: Sequence[str]) -> Score:
+        """The unweighted mean over tasks, each the mean over its rows and the method's seeds.
 
         Its standard error has two parts: the rows that happened to be asked, and the seeds that happened to be drawn,
         whose variance is pooled over all methods with several seeds.
         """
+        return self._with_seeds(macro([mean(method.rows(label)) for label in labels]), [method], labels)
+
+    def difference(self, ours: MethodSummary, theirs: MethodSummary, labels: Sequence[str]) -> Score:
+        """Mean difference of two methods, paired by rows, with both parts of the standard error."""
         gap = macro([difference(ours.rows(label), theirs.rows(label)) for label in labels])
+        return self._with_seeds(gap, [ours, theirs], labels)
+
+    def _with_seeds(self, score: Score, methods: Sequence[MethodSummary], labels: Sequence[str]) -> Score:
         variance = self.seed_variance(labels) or 0.0
-        trained = [each for each in (ours, theirs) if each.key != BASE]
-        seeds = sum(variance / len(each.seeds) for each in trained)
-        return Score(gap.value, math.sqrt(gap.stderr**2 + seeds), gap.n)
+        seeds = sum(variance / len(each.seeds) for each in methods if each.key != BASE)
+        return Score(score.value, math.sqrt(score.stderr**2 + seeds), score.n)
 
 
 def summarize(board: Board) -> Summary | None:
