@@ -108,7 +108,7 @@ def test_the_table_says_what_is_there_and_what_is_missing(finished: Path) -> Non
     assert "| MixLoRA" not in partial.split("## Choice")[0]
     whole = (finished / "results" / "README.md").read_text()
     assert "Not finished" not in whole
-    for text in ("| LoRA | 2 |", "| MixLoRA | 1 |", "## Routing", "scores.png", "seen_unseen.png", "From seed to seed"):
+    for text in ("| LoRA | 2 |", "| MixLoRA | 1 |", "## Routing", "scores.png", "seen_unseen.png", "from seed to seed"):
         assert text in whole
     assert whole.count("**") == 4  # the chosen learning rate of each method
     for name in ("scores.png", "seen_unseen.png"):

@@ -62,7 +62,7 @@ def test_the_shipped_comparison_is_the_issues() -> None:
         "smora",
     }
     assert (config.data.steps, config.data.rows_per_task, config.training["per_device_train_batch_size"]) == (
-        150,
+        100,
         1200,
         16,
     )
