@@ -154,7 +154,7 @@ def memory(run: Run) -> None:
             grown = peak_memory(partial(build_for_memory, model, method), batch())
             if grown is not None:
                 row = {"model": model, "dtype": "bf16", "metric": "memory", "method": method, "median": grown}
-                run.rows.append({**row, "q1": grown, "q3": grown, "n": 1, "seconds": []})
+                run.rows.append({**row, "q1": grown, "q3": grown, "n": 1})
                 print(f"  {model:13s} bf16 memory   {method:38s} {grown / 2**20:9.0f} MiB", flush=True)
 
 

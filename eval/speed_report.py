@@ -63,7 +63,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[list[str]]:
         if mine is None or theirs is None:
             continue
         ratio = mine["median"] / theirs["median"]
-        # runs up to fa6dc5d kept medians and quartiles only
+        # memory has no calls, and runs up to fa6dc5d kept only their quartiles
         calls = zip(mine.get("seconds", []), theirs.get("seconds", []), strict=True)
         rounds = [a / b for a, b in calls]
         between = "{:.2f} to {:.2f}".format(*quartiles(rounds)) if rounds else ""
@@ -82,9 +82,9 @@ def measurements(rows: list[dict[str, Any]]) -> list[list[str]]:
         size = row["metric"] == "memory"
         unit, scale = ("MiB", 1 / 2**20) if size else ("ms", 1e3)
         middle = f"{scale * row['median']:.0f}" if row["metric"] != "decode" else f"{scale * row['median']:.1f}"
-        quartiles = "" if size else f"{scale * row['q1']:.0f} to {scale * row['q3']:.0f}"
+        between = "" if size else f"{scale * row['q1']:.0f} to {scale * row['q3']:.0f}"
         name = f"{row['model']}, {row['dtype']}"
-        table.append([row["method"], name, row["metric"], f"{middle} {unit}", quartiles, str(row["n"])])
+        table.append([row["method"], name, row["metric"], f"{middle} {unit}", between, str(row["n"])])
     return table
 
 
@@ -108,9 +108,9 @@ def write_report(results: dict[str, Any], output: Path) -> str:
         "# What a mixture costs\n",
         facts(receipt) + "\n",
         "A step is forward and backward of 8 x 128 tokens with our balance losses (the peers have none), adapters in "
-        "the base's data type, E = 8, top-2, r = 16, "
-        "transformers' default attention; decode is one token of one sequence after a prompt of 32; memory is what two "
-        "steps add to the peak of a process with the model loaded. All timings were made with "
+        "the base's data type, E = 8, top-2, r = 16, transformers' default attention; decode is one token of one "
+        "sequence after a prompt of 32; memory is what two steps add to the peak of a process with the model loaded. "
+        "All timings were made with "
         f"{receipt['config']['allocator'] or 'the allocator as it is'} in the environment, memory without. Methods run "
         "in turns. SmolLM2-135M has its real weights (4-bit GGUF, converted); the Llama slice is 4 random layers of "
         "2048/5632.\n",
