@@ -10,6 +10,7 @@ from typing import Any
 
 from eval.heatmaps import RoutingMap
 from eval.reasoning import ReasoningResults, TaskResult
+from eval.receipt import commit_of
 from eval.scores import card_row, difference, macro, mean
 from eval.sources import Contestant
 from eval.tables import markdown, score_rows
@@ -191,14 +192,12 @@ def _code(text: str) -> str:
 
 
 def _receipt(receipt: Mapping[str, Any]) -> str:
-    git = receipt["git"]
-    state = f"{git['commit'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "not a git checkout"
     packages = ", ".join(f"{name} {version}" for name, version in receipt["packages"].items())
     machine = receipt["machine"]
     return (
         "## Receipt\n\n"
         f"- made by: `{receipt['command']}`, {receipt['finished']}, {receipt['wall_seconds']:.0f} s\n"
-        f"- code: {state}\n"
+        f"- code: {commit_of(receipt)}\n"
         f"- seeds: {', '.join(f'{name} {seed}' for name, seed in receipt['seeds'].items())}\n"
         f"- packages: {packages}\n"
         f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from eval.receipt import commit_of
 from eval.speed_measure import quartiles
 from eval.speed_models import (
     BESIDE,
@@ -90,12 +91,11 @@ def measurements(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def facts(receipt: dict[str, Any]) -> str:
     """Where, when and with what it was measured, in a sentence."""
-    machine, versions, git = receipt["machine"], receipt["packages"], receipt["git"]
-    commit = f"commit {git['commit'][:10]}{' with local changes' if git['dirty'] else ''}" if git else "no checkout"
+    machine, versions = receipt["machine"], receipt["packages"]
     return (
         f"`{receipt['command']}` on {machine['processor']}, {machine['threads']} threads, in "
         f"{receipt['wall_seconds'] / 60:.0f} minutes; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, peft {versions['peft']}; {commit}."
+        f"{versions['transformers']}, peft {versions['peft']}; commit: {commit_of(receipt)}."
     )
 
 
