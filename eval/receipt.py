@@ -69,7 +69,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout and whether tracked files differ from it; None outside of one."""
+    """Commit of the checkout and whether tracked files differ from it; None outside of one.
+
+    Changes below `eval/results` do not count: a run writes there what the next one would else be blamed for.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -81,7 +84,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    code = (":(top)", ":(top,exclude)eval/results")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))}
 
 
 def machine() -> dict[str, Any]:

@@ -64,7 +64,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[list[str]]:
         if mine is None or theirs is None:
             continue
         ratio = mine["median"] / theirs["median"]
-        # memory has no calls, and runs up to fa6dc5d kept only their quartiles
+        # memory has no calls
         calls = zip(mine.get("seconds", []), theirs.get("seconds", []), strict=True)
         rounds = [a / b for a, b in calls]
         between = "{:.2f} to {:.2f}".format(*quartiles(rounds)) if rounds else ""

@@ -104,7 +104,7 @@ def _seen_unseen(summary: Summary) -> Any:
     axis.set_ylabel(f"mean of the unseen tasks ({_names(summary.unseen)})", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_title(_heading(summary, "Seen against unseen tasks"), fontsize=10)
     return figure
 

@@ -27,6 +27,15 @@ def test_git_state_names_the_commit_and_whether_it_was_changed(tmp_path: Path) -
     assert git_state(tmp_path) == clean
     (tmp_path / "untracked").write_text("a")
     assert git_state(tmp_path) == clean
+    results = tmp_path / "eval" / "results"
+    results.mkdir(parents=True)
+    (results / "table").write_text("a")
+    git(tmp_path, "add", "eval")
+    git(tmp_path, "commit", "-q", "-m", "two")
+    clean["commit"] = git(tmp_path, "rev-parse", "HEAD")
+    (results / "table").write_text("b")
+    assert git_state(tmp_path) == clean
+    assert git_state(results.parent) == clean
     (tmp_path / "file").write_text("b")
     assert git_state(tmp_path) == {**clean, "dirty": True}
 

@@ -76,7 +76,8 @@ def test_the_variants_are_trained_as_the_comparison_is() -> None:
     assert variants.training == main.training
     assert variants.evaluation == main.evaluation
     assert set(variants.selection.learning_rates) <= set(main.selection.learning_rates)
-    assert variants.selection.steps == main.selection.steps and variants.selection.seed == main.selection.seed
+    assert variants.selection.steps == main.selection.steps
+    assert variants.selection.seed == main.selection.seed
     assert variants.methods["mixlora"].adapter == main.methods["mixlora"].adapter
     assert variants.methods["lora"].adapter == main.methods["lora"].adapter
     adapters = [method.adapter for key, method in variants.methods.items() if key not in ("lora", "mixlora")]
