@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = parser.parse_args(arguments).output
     restart_in_huge_pages("eval.speed_profile", arguments)
     quiet_libraries()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch says on the screen when the profiler starts and stops
     started = time.time()
     sections = []
     for name in (SMOLLM2, SLICE):
