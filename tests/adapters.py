@@ -128,3 +128,24 @@ def assert_equal_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor])
     for key, tensor in expected.items():
         assert actual[key].dtype == tensor.dtype, key
         assert torch.equal(actual[key], tensor), key
+
+
+def gradients(model: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the sum of the model's own losses: all forwards first, then one backward pass."""
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches or (tiny_batch(),)]
+    torch.stack(losses).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same parameters have a gradient, and it is the same up to rounding."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, key=name: f"{key}: {text}")
+
+
+def router_biases(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Copies of the biases that smora moves."""
+    ending = f"moelora_router.{adapter_name}.bias"
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(ending)}
