@@ -142,7 +142,7 @@ def assert_close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
     """The same parameters have a gradient, and it is the same up to rounding."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, key=name: f"{key}: {text}")
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=f"{name}: {{}}".format)
 
 
 def router_biases(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -197,7 +197,7 @@ def test_each_thread_hears_itself() -> None:
 
     def loads(batch: dict[str, Tensor]) -> list[Tensor]:
         with record_routing(model) as recorder:
-            outputs(model, **batch)
+            outputs(model, "llama", **batch)
         return [record.load_E() for record in recorder.records]
 
     expected = [loads(batch) for batch in batches]
