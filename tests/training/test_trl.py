@@ -291,3 +291,13 @@ def test_kto(reentrant: bool | None) -> None:
     run = step(**checkpointing_words(reentrant))
     assert run.logs[0]["balance_loss"] > 0
     assert_same_step(run, step())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sft_padding_free_equals_padded_under_a_capacity(accumulate: int) -> None:
+    """A row of concatenated sequences is several sequences to the capacity, in training and in counting."""
+    words = {"balance_coef": 1.0, "expert_dropout": 0.0, "capacity_factor": 0.5, "lora_alpha": 0.3}
+    run = sft_step(
+        "sira", words=words, padding_free=True, max_length=None, batch=4 // accumulate, accumulate=accumulate
+    )
+    assert_same_step(run, sft_step("sira", words=words))
