@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moelora.config import ComputeConfig, ExpertsConfig, MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, MoeLoraError
 from moelora.experts.stack import ExpertStack, init_a, init_b
+from moelora.ops.factors import Factors
 from moelora.routing.decision import Routing
 from moelora.routing.recorder import RoutingRecorder
 from moelora.routing.router import Router
@@ -125,6 +126,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """A [E, R, in] and B [E, out, R] of a linear, or None if the adapter has no experts there."""
         a, b = self.factors(role)
         return (a[adapter].weight, b[adapter].weight) if adapter in a else None  # type: ignore[return-value]
+
+    def lora_factors(self, role: str, adapter: str) -> Factors | None:
+        """The experts of an adapter on a linear, or None if it has none there."""
+        pair = self.pair(role, adapter)
+        return None if pair is None else Factors(*pair, self.scaling[adapter])
 
     def router_features(self) -> int:
         """Features of the router's input."""

@@ -14,10 +14,10 @@ from moelora.errors import ConfigError
 from moelora.layers.base import MoeLoraLayer
 from moelora.layers.block_form import FeedForwardForm, linear_size, quantization_backend
 from moelora.ops import reference
-from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
+from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
+from moelora.ops.mixture_feed_forward import mixture_feed_forward
 from moelora.routing.decision import Routing
 from moelora.routing.recorder import RoutingRecorder
-from moelora.routing.router import Router
 
 
 class MixtureFeedForward(MoeLoraLayer):
@@ -100,16 +100,11 @@ class MixtureFeedForward(MoeLoraLayer):
         )
 
     def _experts(self, adapter: str) -> FeedForwardExperts:
-        router: Router = self.moelora_router[adapter]  # type: ignore[assignment]
-        routing = router.config
-        dropping = routing.capacity_factor is not None or routing.expert_dropout > 0
         return FeedForwardExperts(
-            up=self.pair("up", adapter),
-            down=self.pair("down", adapter),
-            gate=self.pair("gate", adapter),
-            scaling=self.scaling[adapter],
+            up=self.lora_factors("up", adapter),
+            down=self.lora_factors("down", adapter),
+            gate=self.lora_factors("gate", adapter),
             dropout=_if_active(self.moelora_dropout[adapter]),
-            weights_sum_to_one=routing.renormalize and not dropping,
         )
 
     def _reference(
@@ -123,10 +118,10 @@ class MixtureFeedForward(MoeLoraLayer):
                 "dropout. The reference draws none; set lora_dropout=0 or use 'fast'."
             )
         linears = {role: _dense_weight(self.linear(role)) for role in self.form.linears}
-        pairs = {"up": experts.up, "down": experts.down, "gate": experts.gate}
-        loras = {role: pair for role, pair in pairs.items() if pair is not None}
+        found = {"up": experts.up, "down": experts.down, "gate": experts.gate}
+        loras = {role: (f.a_ERD, f.b_EOR, f.scaling) for role, f in found.items() if f is not None}
         y_TD = reference.mixture_feed_forward(
-            x_TD, routing.gates_TE(), linears, loras, block.kind, block.activation, experts.scaling
+            x_TD, routing.gates_TE(), linears, loras, block.kind, block.activation
         )
         return y_TD.to(x_TD.dtype)
 

@@ -62,10 +62,9 @@ class MixtureLinear(MoeLoraLayer):
         return result
 
     def _add(self, adapter: str, x: Tensor, valid_BS: Tensor | None, result: Tensor) -> Tensor:
-        pair = self.pair("", adapter)
-        assert pair is not None
-        a_ERD, b_EOR = pair
-        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, a_ERD.dtype)).reshape(-1, self.in_features)
+        factors = self.lora_factors("", adapter)
+        assert factors is not None
+        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype)).reshape(-1, self.in_features)
         result_TO = result.reshape(-1, self.out_features)
         routing = None
         if adapter in self.moelora_router:
@@ -73,9 +72,11 @@ class MixtureLinear(MoeLoraLayer):
             routing = self.route(adapter, x, valid_BS)
         gates_TE = None if routing is None else routing.gates_TE()
         if self.compute[adapter].implementation == "reference":
-            y_TO = result_TO + reference.mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter])
+            y_TO = result_TO + reference.mixture_linear(
+                x_lora, factors.a_ERD, factors.b_EOR, gates_TE, factors.scaling
+            )
         else:
-            y_TO = mixture_linear(x_lora, a_ERD, b_EOR, gates_TE, self.scaling[adapter], result_TO)
+            y_TO = mixture_linear(x_lora, factors, gates_TE, result_TO)
         if routing is not None and valid_BS is not None:
             y_TO = self.recorder.observe(self, adapter, routing, valid_BS, y_TO)
         return y_TO.view(result.shape)

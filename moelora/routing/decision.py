@@ -24,6 +24,9 @@ class Routing:
         ids_TK: Indices of the chosen experts, best first; None with dense routing.
         assigned_TK: Whether a choice counts as the router's choice for the expert's load: False for experts removed by
             expert dropout; True for those past the capacity, whose excess is what balancing is to reduce. None: all do.
+        sums_to_one: Whether the weights of each token are known to sum to one. A feed-forward mixture whose weights do
+            not scales its frozen block by their sum.
+        threshold_T1: The threshold that each token's scores were measured by, where a network gives it (AdaMoLE).
     """
 
     logits_TE: Tensor
@@ -31,6 +34,8 @@ class Routing:
     weights_TK: Tensor
     ids_TK: Tensor | None
     assigned_TK: Tensor | None = None
+    sums_to_one: bool = False
+    threshold_T1: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -49,9 +54,12 @@ class Routing:
         return torch.zeros_like(self.probs_TE).scatter(-1, self.ids_TK, self.weights_TK)
 
     def load_TE(self) -> Tensor:
-        """How many of a token's choices fell on each expert (0 or 1), without gradient; with dense routing P itself."""
+        """How many of a token's choices fell on each expert (0 or 1), without gradient.
+
+        With dense routing it is `assigned_TK`, or P itself where all experts count.
+        """
         if self.ids_TK is None:
-            return self.probs_TE.detach()
+            return self.probs_TE.detach() if self.assigned_TK is None else self.assigned_TK.to(self.probs_TE.dtype)
         # no expert is chosen twice by a token, so that writing is as good as adding
         load_TE = torch.zeros_like(self.probs_TE, requires_grad=False)
         if self.assigned_TK is None:

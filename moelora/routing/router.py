@@ -85,9 +85,10 @@ class Router(nn.Module):
         if self.training and config.expert_dropout > 0:
             kept_TE = (torch.rand_like(scores_TE) >= config.expert_dropout) / (1 - config.expert_dropout)
             scores_TE = scores_TE * kept_TE
+        sums_to_one = config.renormalize and config.capacity_factor is None and config.expert_dropout == 0
         if config.top_k is None:
             weights_TE = renormalize(scores_TE) if config.renormalize else scores_TE
-            return Routing(logits_TE, probs_TE, weights_TE, ids_TK=None)
+            return Routing(logits_TE, probs_TE, weights_TE, ids_TK=None, sums_to_one=sums_to_one)
         weights_TK, ids_TK = top_k_choice(scores_TE, config.top_k)
         assigned_TK = kept_TE.gather(-1, ids_TK) > 0 if kept_TE is not None else None
         if config.renormalize:
@@ -96,7 +97,7 @@ class Router(nn.Module):
         if config.capacity_factor is not None and (self.training or config.capacity_in_eval):
             kept_TK = within_capacity(ids_TK, probs_TE.shape[-1], config.capacity_factor, valid_BS, assigned_TK)
             weights_TK = weights_TK * kept_TK
-        return Routing(logits_TE, probs_TE, weights_TK, ids_TK, assigned_TK)
+        return Routing(logits_TE, probs_TE, weights_TK, ids_TK, assigned_TK, sums_to_one)
 
     def _bias_for_this_run(self, bias_E: Tensor) -> Tensor:
         """The bias, or its value before the last step when checkpointing repeats the forward that led to that step."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moelora.ops.workspace import scratch
-
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
@@ -31,7 +29,7 @@ class _LogitsOfHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        return F.linear(_in_fp32(x_TD), weight_ED.float())
+        return F.linear(x_TD.float(), weight_ED.float())
 
     @staticmethod
     @once_differentiable
@@ -39,18 +37,10 @@ class _LogitsOfHalf(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         grad_x_TD, grad_weight_ED = None, None
         if ctx.needs_input_grad[1]:
-            grad_weight_ED = (grad_TE.t() @ _in_fp32(x_TD)).to(weight_ED.dtype)
+            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
         if ctx.needs_input_grad[0]:
-            out = scratch("router", x_TD.shape[0], x_TD.shape[1], torch.float32) if x_TD.device.type == "cpu" else None
-            grad_x_TD = torch.mm(grad_TE, weight_ED.float(), out=out).to(x_TD.dtype)
+            grad_x_TD = (grad_TE @ weight_ED.float()).to(x_TD.dtype)
         return grad_x_TD, grad_weight_ED
-
-
-def _in_fp32(x_TD: Tensor) -> Tensor:
-    """A copy that is used at once; on the CPU in scratch memory."""
-    if x_TD.device.type != "cpu":
-        return x_TD.float()
-    return scratch("router", x_TD.shape[0], x_TD.shape[1], torch.float32).copy_(x_TD)
 
 
 def scores_from_logits(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:

@@ -14,28 +14,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelora.ops import fused_kernels as fused_kernels_module
+from moelora.ops import compiled_kernels as compiled_kernels_module
 from moelora.ops import reference
 from moelora.ops import segments as segments_module
 from moelora.ops.activation_vjp import activation_vjp
-from moelora.ops.mixture_feed_forward import (
-    FeedForwardExperts,
-    Form,
-    FrozenFeedForward,
-    choose_form,
-    mixture_feed_forward,
-)
+from moelora.ops.factors import Factors
+from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
+from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_forward
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, assert_near, gradients
 
-SCALING = 1.3
+SCALINGS = {"up": 1.3, "gate": 0.7, "down": 1.1}
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The loops of the fused form run as they are, but in the tests of the compiler."""
     if "compiler" not in request.node.name:
-        monkeypatch.setattr(fused_kernels_module._Fused, "failure", "not in this test")
+        monkeypatch.setattr(compiled_kernels_module._Compiled, "failure", "not in this test")
 
 
 ROLES = {"gated": ("gate", "up", "down"), "plain": ("up", "down"), "fused": ("up", "down")}
@@ -66,13 +62,13 @@ class Case:
         self.linears = {role: nn.Linear(*sizes[role], bias=bias).to(dtype) for role in ROLES[kind]}
         for linear in self.linears.values():
             linear.requires_grad_(False)
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.factors: dict[str, Factors] = {}
         self.leaves: dict[str, Tensor] = {"x": torch.randn(T, D).to(dtype).requires_grad_()}
         for role in ROLES[kind] if roles is None else roles:
             inputs, outputs = sizes[role]
             a_ERD = (torch.randn(E, R, inputs) * 0.5).to(dtype).requires_grad_()
             b_EOR = (torch.randn(E, outputs, R) * 0.5).to(dtype).requires_grad_()
-            self.pairs[role] = (a_ERD, b_EOR)
+            self.factors[role] = Factors(a_ERD, b_EOR, SCALINGS[role])
             self.leaves |= {f"{role}_a": a_ERD, f"{role}_b": b_EOR}
         chosen = E if K is None else K
         weights_TK = torch.rand(T, chosen) + 0.1
@@ -91,7 +87,7 @@ class Case:
         if self.ids_TK is None:
             return ("masked",)
         known = activation_vjp(self.activation).vjp is not None
-        return ("gathered", "segments", "masked", *(("fused",) if known else ()))
+        return ("gathered", "segments", "masked", *(("compiled",) if known else ()))
 
     def block(self) -> FrozenFeedForward:
         return FrozenFeedForward(
@@ -105,18 +101,18 @@ class Case:
 
     def fast(self, form: Form | None = None) -> Tensor:
         experts = FeedForwardExperts(
-            up=self.pairs.get("up"),
-            down=self.pairs.get("down"),
-            gate=self.pairs.get("gate"),
-            scaling=SCALING,
+            up=self.factors.get("up"),
+            down=self.factors.get("down"),
+            gate=self.factors.get("gate"),
             dropout=self.dropout,
         )
         return mixture_feed_forward(self.leaves["x"], self.routing(), self.block(), experts, form)
 
     def naive(self) -> Tensor:
         linears = {role: (linear.weight, linear.bias) for role, linear in self.linears.items()}
+        loras = {role: (f.a_ERD, f.b_EOR, f.scaling) for role, f in self.factors.items()}
         return reference.mixture_feed_forward(
-            self.leaves["x"], self.routing().gates_TE(), linears, self.pairs, self.kind, self.activation, SCALING
+            self.leaves["x"], self.routing().gates_TE(), linears, loras, self.kind, self.activation
         )
 
     def check(self, rtol: float = 1e-5) -> None:
@@ -206,8 +202,8 @@ def test_dropped_choices(kind: str) -> None:
 @pytest.mark.parametrize("kind", ROLES)
 def test_with_b_of_zero_and_weights_of_sum_one_it_is_the_frozen_block(kind: str) -> None:
     case = Case(kind, renormalize=True)
-    for _, b_EOR in case.pairs.values():
-        b_EOR.data.zero_()
+    for factors in case.factors.values():
+        factors.b_EOR.data.zero_()
     up = case.linears["up"](case.leaves["x"])
     if kind == "gated":
         hidden = case.activation(case.linears["gate"](case.leaves["x"])) * up
@@ -378,7 +374,7 @@ def test_the_blocks_own_dropouts_are_applied() -> None:
         hidden_dropout=lambda hidden: hidden * 2,
         output_dropout=lambda output: output * 3,
     )
-    experts = FeedForwardExperts(up=None, down=None, gate=None, scaling=SCALING, dropout=nn.Identity())
+    experts = FeedForwardExperts(up=None, down=None, gate=None, dropout=nn.Identity())
     routing = replace(case.routing(), weights_TK=torch.full((7, 2), 0.5))
     hidden = case.activation(case.linears["up"](case.leaves["x"])) * 2
     expected = case.linears["down"](hidden) * 3
@@ -396,33 +392,33 @@ def test_compiler_gives_the_reference(kind: str) -> None:
     """The real compiler; each kind at two lengths, of which the second takes the code made for the first."""
     for tokens in (63, 96):
         case = Case(kind, T=tokens, E=8, R=3, K=2)
-        fast, naive = gradients(partial(case.fast, "fused"), case.leaves), gradients(case.naive, case.leaves)
+        fast, naive = gradients(partial(case.fast, "compiled"), case.leaves), gradients(case.naive, case.leaves)
         for name, expected in naive.items():
             atol = 1e-5 * float(expected.abs().max())
             assert_close(name, fast[name], expected, rtol=1e-5, atol=atol)
-    assert fused_kernels_module.compiler_works()
+    assert compiled_kernels_module.compiler_works()
 
 
 def test_a_broken_compiler_is_said_and_the_result_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no C++ compiler was found")
 
-    monkeypatch.setattr(fused_kernels_module._Fused, "failure", None)
+    monkeypatch.setattr(compiled_kernels_module._Compiled, "failure", None)
     monkeypatch.setattr(torch, "compile", broken)
-    fused_kernels_module.fused_kernels.cache_clear()
+    compiled_kernels_module._loops.cache_clear()
     case = Case("gated", T=63, E=3)
     with pytest.warns(RuntimeWarning, match=r"does not work here \(RuntimeError: no C\+\+ compiler was found\)"):
-        actual = case.fast("fused")
+        actual = case.fast("compiled")
     assert_close("y", actual, case.naive(), rtol=1e-5, atol=1e-5)
-    assert not fused_kernels_module.compiler_works()
+    assert not compiled_kernels_module.compiler_works()
     chosen = choose_form(63, case.routing(), case.block(), torch.device("cpu"), compiled=True)
     assert chosen == "segments"
 
 
 def test_compiled_operations_are_chosen_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_kernels_module._Fused, "failure", None)
+    monkeypatch.setattr(compiled_kernels_module._Compiled, "failure", None)
     case, cpu = Case("gated", T=63, E=3), torch.device("cpu")
     assert choose_form(63, case.routing(), case.block(), cpu) == "segments"
-    assert choose_form(63, case.routing(), case.block(), cpu, compiled=True) == "fused"
+    assert choose_form(63, case.routing(), case.block(), cpu, compiled=True) == "compiled"
     unknown = Case("gated", T=63, E=3, activation=nn.Tanh())
     assert choose_form(63, unknown.routing(), unknown.block(), cpu, compiled=True) == "segments"

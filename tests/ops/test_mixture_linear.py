@@ -46,7 +46,7 @@ def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
     leaves = {"x": leaf(T, D), "a": leaf(E, R, D), "b": leaf(E, O, R)}
     gates_TE = sparse_gates_TE(T, E, K).requires_grad_()
     leaves["gates"] = gates_TE
-    fast = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    fast = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
     naive = gradients(
         lambda: reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves
     )
@@ -94,7 +94,7 @@ def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
 def test_an_expert_without_tokens_has_a_zero_gradient(R: int) -> None:
     leaves = {"x": leaf(7, 12), "a": leaf(3, R, 12), "b": leaf(3, 20, R)}
     gates_TE = torch.tensor([[0.4, 0.0, 0.6]]).repeat(7, 1)
-    found = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
     for name in ("a", "b"):
         assert found[name][1].abs().max() == 0
         assert found[name][0].abs().max() > 0
