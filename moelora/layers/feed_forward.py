@@ -120,9 +120,7 @@ class MixtureFeedForward(MoeLoraLayer):
         linears = {role: _dense_weight(self.linear(role)) for role in self.form.linears}
         found = {"up": experts.up, "down": experts.down, "gate": experts.gate}
         loras = {role: (f.a_ERD, f.b_EOR, f.scaling) for role, f in found.items() if f is not None}
-        y_TD = reference.mixture_feed_forward(
-            x_TD, routing.gates_TE(), linears, loras, block.kind, block.activation
-        )
+        y_TD = reference.mixture_feed_forward(x_TD, routing.gates_TE(), linears, loras, block.kind, block.activation)
         return y_TD.to(x_TD.dtype)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:

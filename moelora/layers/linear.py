@@ -64,7 +64,9 @@ class MixtureLinear(MoeLoraLayer):
     def _add(self, adapter: str, x: Tensor, valid_BS: Tensor | None, result: Tensor) -> Tensor:
         factors = self.lora_factors("", adapter)
         assert factors is not None
-        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype)).reshape(-1, self.in_features)
+        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype)).reshape(
+            -1, self.in_features
+        )
         result_TO = result.reshape(-1, self.out_features)
         routing = None
         if adapter in self.moelora_router:
@@ -72,9 +74,7 @@ class MixtureLinear(MoeLoraLayer):
             routing = self.route(adapter, x, valid_BS)
         gates_TE = None if routing is None else routing.gates_TE()
         if self.compute[adapter].implementation == "reference":
-            y_TO = result_TO + reference.mixture_linear(
-                x_lora, factors.a_ERD, factors.b_EOR, gates_TE, factors.scaling
-            )
+            y_TO = result_TO + reference.mixture_linear(x_lora, factors.a_ERD, factors.b_EOR, gates_TE, factors.scaling)
         else:
             y_TO = mixture_linear(x_lora, factors, gates_TE, result_TO)
         if routing is not None and valid_BS is not None:

@@ -87,7 +87,9 @@ class _ExpertSegments(torch.autograd.Function):
             up_NF = memory.rows("up_base", num_rows, up_TF.dtype) if kept_up_PF is None else kept_up_PF[rows]
             gate_NF = None
             if gate is not None:
-                gate_NF = memory.rows("gate_base", num_rows, up_TF.dtype) if kept_gate_PF is None else kept_gate_PF[rows]
+                gate_NF = (
+                    memory.rows("gate_base", num_rows, up_TF.dtype) if kept_gate_PF is None else kept_gate_PF[rows]
+                )
             kernels.forward(tile, token_P[rows], up, gate, keep_TF, up_NF, gate_NF, hidden_NF, kept_NF)
             if down_inner_PR is not None:
                 multiply(tile, hidden_NF if kept_NF is None else kept_NF, down_a_FR, down_inner_PR[rows])
@@ -109,7 +111,9 @@ class _ExpertSegments(torch.autograd.Function):
         plan: SegmentPlan = ctx.plan
         layout: Layout = ctx.layout
         # once: checkpointing lets saved tensors be unpacked a single time
-        up_XF, gate_XF, up_inner_PR, gate_inner_PR, up_b, gate_b, down_a, weights_TK, keep_TF, *index = ctx.saved_tensors
+        up_XF, gate_XF, up_inner_PR, gate_inner_PR, up_b, gate_b, down_a, weights_TK, keep_TF, *index = (
+            ctx.saved_tensors
+        )
         segments = Segments(layout, *index)
         P, F, dtype = layout.num_places, up_XF.shape[1], up_XF.dtype
         memory = _memory(up_XF, layout)

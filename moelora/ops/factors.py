@@ -41,8 +41,7 @@ class Factors:
 
     def weight_MO(self) -> Tensor:
         """B of all experts as one matrix behind `inner`: [E * R, O]; a view for one expert and for rank one."""
-        E, O, R = self.b_EOR.shape
-        return self.b_EOR.transpose(1, 2).reshape(E * R, O) if E > 1 else self.b_EOR[0].t()
+        return self.b_EOR.transpose(1, 2).flatten(0, 1)
 
     def expanded_a_ERD(self) -> Tensor:
         """A as if each expert had its own; a view."""

@@ -67,7 +67,5 @@ class FeedForwardExperts:
             dtype = torch.float32
         else:
             return self
-        up, down, gate = (
-            None if factors is None else factors.to(dtype) for factors in (self.up, self.down, self.gate)
-        )
+        up, down, gate = (None if factors is None else factors.to(dtype) for factors in (self.up, self.down, self.gate))
         return replace(self, up=up, down=down, gate=gate)

@@ -11,9 +11,7 @@ from torch import Tensor
 from moelora.ops.factors import Factors
 
 
-def mixture_linear(
-    x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor | None = None
-) -> Tensor:
+def mixture_linear(x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor | None = None) -> Tensor:
     """What a mixture adds to its linear: `sum_e g_te * scaling * B_e A_e x_t`.
 
     A mixture is one LoRA of rank E * R whose inner activation is masked by the gates (`B_cat (g * (A_cat x))`): there

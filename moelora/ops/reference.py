@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -170,9 +171,10 @@ def capacity_kept(ids_BSK: Tensor, num_experts: int, capacity_factor: float, val
         Boolean kept_BSK.
     """
     B, S, K = ids_BSK.shape
+    factor = Fraction(capacity_factor).limit_denominator(10_000)  # 1.1 is 11/10
     kept_BSK = torch.zeros(B, S, K, dtype=torch.bool, device=ids_BSK.device)
     for b in range(B):
-        capacity = math.ceil(capacity_factor * K * int(valid_BS[b].sum()) / num_experts)
+        capacity = math.ceil(factor * K * int(valid_BS[b].sum()) / num_experts)
         taken = [0] * num_experts
         for k in range(K):
             for s in range(S):

@@ -5,6 +5,8 @@ Shape suffixes: B sequences, S tokens of a sequence, T = B * S, E experts, K cho
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,9 @@ def within_capacity(
     position_BNE = order_BNE.cumsum(1, dtype=torch.int32)
     position_BKSE = position_BNE.view(B, K, S, num_experts)
     position_TK = position_BKSE.transpose(1, 2).reshape(B * S, K, num_experts).gather(-1, ids_TK.unsqueeze(-1))
-    capacity_B = torch.ceil(capacity_factor * K * valid_BS.sum(-1).double() / num_experts)
+    # in whole numbers: not every device has float64, and float32 would round some capacities up
+    factor = Fraction(capacity_factor).limit_denominator(10_000)
+    room_B, unit = valid_BS.sum(-1) * (factor.numerator * K), factor.denominator * num_experts
+    capacity_B = (room_B + unit - 1) // unit
     capacity_T = capacity_B.unsqueeze(-1).expand(B, S).reshape(-1)
     return position_TK.squeeze(-1) <= capacity_T.unsqueeze(-1)
