@@ -89,6 +89,8 @@ class CompiledKernels:
         memory: Memory of this call.
     """
 
+    max_rows = 512
+
     def __init__(self, activation: ActivationVjp, memory: TileMemory) -> None:
         self.loops, self.memory = _loops(activation), memory
 

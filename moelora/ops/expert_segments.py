@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from moelora.ops.activation_vjp import ActivationVjp
 from moelora.ops.segment_kernels import FrozenProduct, LowRank, SegmentKernels, TileMemory, accumulate, multiply
-from moelora.ops.segments import MAX_ROWS, Layout, Segments, Tile
+from moelora.ops.segments import Layout, Segments, Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +84,10 @@ class _ExpertSegments(torch.autograd.Function):
             hidden_NF, kept_NF = hidden_PF[rows], None
             if down_a_ERF is not None and (keep_TF is not None or down_a_ERF.dtype != up_TF.dtype):
                 kept_NF = memory.rows("kept", num_rows, down_a_ERF.dtype)
-            up_NF = memory.rows("up_base", num_rows, up_TF.dtype) if kept_up_PF is None else kept_up_PF[rows]
-            gate_NF = None
-            if gate is not None:
-                gate_NF = (
-                    memory.rows("gate_base", num_rows, up_TF.dtype) if kept_gate_PF is None else kept_gate_PF[rows]
-                )
+            if kept_up_PF is not None:
+                up_NF, gate_NF = kept_up_PF[rows], None if kept_gate_PF is None else kept_gate_PF[rows]
+            else:
+                up_NF, gate_NF = _pre_activation_rows(memory, num_rows, up_TF.dtype, gate is not None)
             kernels.forward(tile, token_P[rows], up, gate, keep_TF, up_NF, gate_NF, hidden_NF, kept_NF)
             if down_inner_PR is not None:
                 multiply(tile, hidden_NF if kept_NF is None else kept_NF, down_a_FR, down_inner_PR[rows])
@@ -137,8 +135,7 @@ class _ExpertSegments(torch.autograd.Function):
             if plan.keeps_pre_activations:
                 up_NF, gate_NF = up_XF[rows], None if gate_XF is None else gate_XF[rows]
             else:
-                up_NF = memory.rows("up_base", num_rows, dtype)
-                gate_NF = None if gate_XF is None else memory.rows("gate_base", num_rows, dtype)
+                up_NF, gate_NF = _pre_activation_rows(memory, num_rows, dtype, gate_XF is not None)
                 kernels.forward(tile, token_N, base_up, base_gate, keep_TF, up_NF, gate_NF, None, None)
             kept_NF = memory.rows("kept", num_rows, down.dtype) if down.dtype is not None else None
             grads_up = (grad_up_PF[rows], _wide_rows(memory, "wide_up", num_rows, dtype, up.dtype))
@@ -178,7 +175,7 @@ class _ExpertSegments(torch.autograd.Function):
 
 
 def _memory(like_TF: Tensor, layout: Layout) -> TileMemory:
-    return TileMemory(like_TF, min(MAX_ROWS, layout.num_places), like_TF.shape[1])
+    return TileMemory(like_TF, layout.max_rows, like_TF.shape[1])
 
 
 def _gather_scaled(segments: Segments, table_TER: Tensor | None, scaling: float) -> Tensor | None:
@@ -189,6 +186,13 @@ def _added(inner_PR: Tensor | None, b_EFR: Tensor | None, memory: TileMemory) ->
     if inner_PR is None or b_EFR is None:
         return None
     return LowRank(inner_PR, b_EFR.transpose(1, 2).unbind(), memory)
+
+
+def _pre_activation_rows(
+    memory: TileMemory, num_rows: int, dtype: torch.dtype, gated: bool
+) -> tuple[Tensor, Tensor | None]:
+    up_NF = memory.rows("up_rows", num_rows, dtype)
+    return up_NF, memory.rows("gate_rows", num_rows, dtype) if gated else None
 
 
 def _wide_rows(

@@ -1,7 +1,7 @@
 """A feed-forward mixture for a handful of choices: each one's own factors are copied.
 
-Shape suffixes: T tokens, F inner features, D model features, R rank of one expert, K chosen experts of a token, N = T * K
-choices.
+Shape suffixes: T tokens, F inner features, D model features, R rank of one expert, K chosen experts of a token, N = T
+* K choices.
 """
 
 from __future__ import annotations

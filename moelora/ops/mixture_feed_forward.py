@@ -43,7 +43,7 @@ def choose_form(
       the device, so it is what accelerators get, and `torch.compile`, `torch.export` and `torch.jit.trace`, whose graph
       must not depend on the routing of one batch. Its cost grows with E * R.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "masked"
     if block.hidden_dropout is not None or routing.ids_TK is None:
         return "masked"
@@ -151,11 +151,12 @@ def _segments(
         None if inner_TER is None else inner_TER.expand(-1, num_experts, -1)
         for inner_TER in (up_inner_TER, gate_inner_TER)
     )
+    kernels = CompiledKernels if compiled else EagerKernels
     plan = SegmentPlan(
         activation_vjp(block.activation),
         1.0 if up is None else up.scaling,
         1.0 if gate is None else gate.scaling,
-        CompiledKernels if compiled else EagerKernels,
+        kernels,
         compiled or routing.num_choices <= KEEP_AT_MOST,
     )
     with torch.autocast(up_TF.device.type, enabled=False):
@@ -169,6 +170,6 @@ def _segments(
             None if down is None else down.expanded_a_ERD(),
             routing.weights_TK,
             keep_TF,
-            Segments.of(routing.ids_TK, num_experts),
+            Segments.of(routing.ids_TK, num_experts, kernels.max_rows),
             plan,
         )

@@ -97,7 +97,13 @@ class FrozenProduct(NamedTuple):
 
 
 class SegmentKernels(Protocol):
-    """The element-wise work of a mixture; all tensors called `out` are written, where they are not None."""
+    """The element-wise work of a mixture; all tensors called `out` are written, where they are not None.
+
+    Attributes:
+        max_rows: Rows of the largest tile. A tile is to stay in the processor's cache, and has a cost a call.
+    """
+
+    max_rows: int
 
     def forward(
         self,
@@ -139,8 +145,8 @@ class SegmentKernels(Protocol):
     ) -> None:
         """The gradients of `forward` and of the weighted sum behind it.
 
-        A row's weight is not applied to the gradients of the pre-activations: it rides on the small side of each product
-        and on the sum over a token's choices.
+        A row's weight is not applied to the gradients of the pre-activations: it rides on the small side of each
+        product and on the sum over a token's choices.
 
         Args:
             tile, token_N, keep_TF: As in `forward`.
@@ -164,6 +170,8 @@ class EagerKernels:
         activation: The block's activation.
         memory: Memory of this call.
     """
+
+    max_rows = 256
 
     def __init__(self, activation: ActivationVjp, memory: TileMemory) -> None:
         self.activation, self.memory = activation, memory

@@ -16,9 +16,6 @@ ALIGNMENT = 64
 """Segments are padded to a multiple of this. Matrix products in half precision are compiled for each new shape on CPU;
 free lengths would compile hundreds of kernels, multiples need a handful. With few tokens an expert it is a quarter."""
 
-MAX_ROWS = 512
-"""Places are worked on in tiles of at most so many rows, so that a tile stays in the processor's cache."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -54,9 +51,14 @@ class Layout:
     tiles: tuple[Tile, ...]
     idle: tuple[int, ...]
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest tile."""
+        return max((tile.stop - tile.start for tile in self.tiles), default=0)
+
     @classmethod
-    def of(cls, lengths: list[int]) -> Layout:
-        """Cut segments of these lengths into tiles; a segment is cut only where it is longer than a tile."""
+    def of(cls, lengths: list[int], max_rows: int) -> Layout:
+        """Cut segments of these lengths into tiles of at most `max_rows`; only one that is longer is cut in pieces."""
         tiles: list[Tile] = []
         parts: list[tuple[int, int, bool]] = []
         start = 0
@@ -69,9 +71,9 @@ class Layout:
             parts.clear()
 
         for expert, length in enumerate(lengths):
-            for row in range(0, length, MAX_ROWS):
-                size = min(MAX_ROWS, length - row)
-                if parts and sum(part[1] for part in parts) + size > MAX_ROWS:
+            for row in range(0, length, max_rows):
+                size = min(max_rows, length - row)
+                if parts and sum(part[1] for part in parts) + size > max_rows:
                     close()
                 parts.append((expert, size, row == 0))
         if parts:
@@ -97,7 +99,7 @@ class Segments:
     place_TK: Tensor
 
     @classmethod
-    def of(cls, ids_TK: Tensor, num_experts: int) -> Segments:
+    def of(cls, ids_TK: Tensor, num_experts: int, max_rows: int) -> Segments:
         """Sort choices by expert.
 
         It reads the number of tokens of each expert, which waits for the device where there is one to wait for; it is
@@ -106,13 +108,14 @@ class Segments:
         Args:
             ids_TK: Chosen experts.
             num_experts: E.
+            max_rows: Rows of the largest tile.
         """
         T, K = ids_TK.shape
         flat_N = ids_TK.reshape(-1)
         alignment = ALIGNMENT if 2 * ALIGNMENT * num_experts <= T * K else ALIGNMENT // 4
         counts_E = torch.bincount(flat_N, minlength=num_experts)
         lengths = [-(-count // alignment) * alignment for count in counts_E.tolist()]
-        layout = Layout.of(lengths)
+        layout = Layout.of(lengths, max_rows)
         lengths_E = counts_E.new_tensor(lengths)
         # from an expert's first choice among the sorted to its first place
         shift_E = (lengths_E.cumsum(0) - lengths_E) - (counts_E.cumsum(0) - counts_E)

@@ -11,7 +11,7 @@ from torch import nn
 
 from moelora.ops import compiled_kernels
 from moelora.ops.mixture_feed_forward import choose_form
-from tests.ops.compare import assert_close, assert_near, gradients
+from tests.ops.compare import assert_close, gradients
 from tests.ops.feed_forward_case import Case
 
 IGNORED = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

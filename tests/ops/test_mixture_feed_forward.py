@@ -17,6 +17,7 @@ from moelora.ops import compiled_kernels, segments
 from moelora.ops.expert_segments import SegmentPlan
 from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
 from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_forward
+from moelora.ops.segment_kernels import EagerKernels
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, assert_near, gradients
 from tests.ops.feed_forward_case import ROLES, Case
@@ -61,7 +62,8 @@ def test_experts_that_share_their_a(kind: str, K: int | None) -> None:
 @pytest.mark.parametrize("kind", ROLES)
 def test_segments_longer_than_a_tile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "ALIGNMENT", 4)
-    monkeypatch.setattr(segments, "MAX_ROWS", 8)
+    for kernels in (EagerKernels, compiled_kernels.CompiledKernels):
+        monkeypatch.setattr(kernels, "max_rows", 8)
     Case(kind, T=63, E=3, K=2).check()
 
 
@@ -122,8 +124,8 @@ def test_with_b_of_zero_it_is_the_frozen_block_bit_for_bit(
     kind: str, bias: bool, K: int | None, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     dtype, expert_dtype = dtypes
-    sizes = {"T": 63, "D": 36, "F": 52, "E": 8, "K": K}
-    case = Case(kind, **sizes, dtype=dtype, expert_dtype=expert_dtype, renormalize=True, bias=bias)
+    precision: dict[str, Any] = {"dtype": dtype, "expert_dtype": expert_dtype}
+    case = Case(kind, T=63, D=36, F=52, E=8, K=K, **precision, renormalize=True, bias=bias)
     for factors in case.factors.values():
         factors.b_EOR.data.zero_()
     for form in case.forms():
@@ -356,16 +358,22 @@ def test_what_the_backward_pass_needs_is_in_the_saved_tensors(form: Form, K: int
         return masks[-1]
 
     case.dropout = dropout
-    saved: set[int] = set()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.data_ptr()) or x, lambda x: x):
+    saved: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x.data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y_TD = case.fast(form)
     assert masks[1].shape == (63, 20)
     assert masks[1].data_ptr() in saved
-    nodes, kept = [y_TD.grad_fn], []
+    nodes: list[Any] = [y_TD.grad_fn]
+    kept: list[Any] = []
     while nodes:
         node = nodes.pop()
-        kept += [value for value in getattr(node, "__dict__", {}).values()]
-        nodes += [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
+        kept += getattr(node, "__dict__", {}).values()
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
     assert any(isinstance(value, SegmentPlan) for value in kept)
     for value in kept:
         assert not any(isinstance(part, Tensor) for part in (value, *vars(value).values()))

@@ -31,7 +31,7 @@ def test_shares_of_an_experts_tiles_add_up() -> None:
         rows = slice(tile.start, tile.stop)
         accumulate(tile, left_PI[rows], right_PO[rows], totals_EIO.unbind())
     for expert in (0, 2):
-        of_expert = EXPERT_P == expert
+        of_expert = EXPERT_P.eq(expert)
         torch.testing.assert_close(totals_EIO[expert], left_PI[of_expert].t() @ right_PO[of_expert])
     assert totals_EIO[1].isnan().all()
 
