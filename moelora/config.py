@@ -269,8 +269,9 @@ class MoeLoraConfig(PeftConfig):
         target_modules: The linears to adapt, in any form `peft.LoraConfig` takes: name endings, a regex, or
             "all-linear" (every linear but the output head).
         exclude_modules: Linears to leave out (name endings or a regex).
-        layers_to_transform: Indices of the layers to adapt; None is all of them.
-        layers_pattern: Name of the `nn.ModuleList` those indices belong to, if it is not the first one.
+        layers_to_transform: Indices of the layers to adapt; None is all of them. `target_modules` must list names then.
+        layers_pattern: Name of the `nn.ModuleList` those indices belong to, as "language_model.layers"; needed where
+            the targets are in several stacks of layers, and a list of names takes several stacks.
         modules_to_save: Modules that are trained and saved whole, next to the adapter.
         bias: "none", "all" or "moelora_only": which biases of the base are trained and saved.
         trainable_token_indices: Tokens whose embeddings are trained as well, as in `peft.LoraConfig`.
@@ -352,11 +353,11 @@ class MoeLoraConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             check(
-                value is None or not isinstance(self.target_modules, str) or self.target_modules == "all-linear",
+                value is None or not isinstance(self.target_modules, str),
                 name,
                 value,
-                "None when target_modules is a regex",
-                "Put the layer numbers into the regex, or list the module names.",
+                f"None when target_modules is a regex or 'all-linear' (it is {self.target_modules!r})",
+                "List the module names in target_modules, or put the layer numbers into the regex.",
             )
         check(
             self.layers_pattern is None or self.layers_to_transform is not None,

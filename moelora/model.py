@@ -15,14 +15,17 @@ from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, TargetError
+from moelora.inject.base_modules import base_modules
+from moelora.inject.plan import plan_sites
+from moelora.inject.site import Site
+from moelora.inject.wrapped import check_not_wrapped
 from moelora.layers.base import MERGE_REASON, MoeLoraLayer
-from moelora.layers.block_form import unwrapped
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
-from moelora.layers.split_block import MixtureSplitFeedForward, PassThrough, wrap_down
+from moelora.layers.modules import unwrapped
+from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough, wrap_down
 from moelora.loading import check_weights
 from moelora.peft_plugin import PREFIX
-from moelora.placement import Site, base_modules, plan_sites
 from moelora.routing.recorder import RoutingRecorder, attach_recorder, detach_recorder, own_recorder
 
 TAGS = ["moelora", "mixture-of-lora-experts"]
@@ -39,13 +42,17 @@ class MoeLoraModel(BaseTuner):
         state_dict: Inject where this adapter state dict has keys (see PEFT).
 
     Raises:
-        TargetError: If the configuration does not fit the model; the model is then unchanged.
+        TargetError: If the configuration does not fit the model, or the model is wrapped already; it is then unchanged.
         AdapterNameError: If the name is part of a module's path.
     """
 
     prefix: str = PREFIX
     tuner_layer_cls = MoeLoraLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_not_wrapped(model, peft_config)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self,

@@ -6,9 +6,10 @@ from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.experts.stack import lora_parameter_count
-from moelora.extras import count_extras
-from moelora.layers.block_form import linear_size
-from moelora.placement import base_modules, plan_sites
+from moelora.inject.base_modules import base_modules
+from moelora.inject.besides import count_besides
+from moelora.inject.plan import plan_sites
+from moelora.layers.modules import linear_size
 
 
 def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
@@ -29,4 +30,4 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
             total += lora_parameter_count(num_experts, experts.r, *sizes[role])
         if site.routed and routing.trainable:
             total += num_experts * sizes["up" if site.form else ""][0]
-    return total + count_extras(model, modules, planned, sites)
+    return total + count_besides(model, modules, planned, sites)

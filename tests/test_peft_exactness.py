@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from moelora.layers.split_block import MixtureSplitFeedForward
+from moelora.layers.split_feed_forward import MixtureSplitFeedForward
 from tests.adapters import (
     BLOCK_PRESETS,
     PRESETS,

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moelora import record_routing
-from moelora.layers.block_form import find_form
+from moelora.inject.blocks import find_form
 from moelora.layers.feed_forward import MixtureFeedForward
 from tests.adapters import adapter_tensors, assert_equal_tensors, outputs, shake, small_config, tuner_layers
 from tests.conftest import tiny_batch, tiny_model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moelora.errors import ConfigError
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.block_form import FeedForwardForm, linear_size, quantization_backend
+from moelora.layers.modules import FeedForwardForm, linear_size, quantization_backend
 from moelora.ops import reference
 from moelora.ops.mixture_feed_forward import FeedForwardExperts, FrozenFeedForward, mixture_feed_forward
 from moelora.routing.decision import Routing

@@ -11,7 +11,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.block_form import linear_size, quantization_backend
+from moelora.layers.modules import linear_size, quantization_backend
 from moelora.ops import reference
 from moelora.ops.mixture_linear import mixture_linear
 from moelora.routing.recorder import RoutingRecorder

@@ -6,74 +6,23 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import match_target_against_key
 from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
-from moelora.extras import check_extras, head_names
+from moelora.inject.base_modules import base_modules
+from moelora.inject.besides import check_besides
+from moelora.inject.blocks import find_form, looks_like_feed_forward
+from moelora.inject.site import Site
+from moelora.inject.split_blocks import check_split_block, find_split_blocks
+from moelora.inject.targets import find_targets, resolve_all_linear
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.block_form import FeedForwardForm, find_form, is_linear, looks_like_feed_forward, unwrapped
 from moelora.layers.feed_forward import MixtureFeedForward
-from moelora.layers.split_block import check_split_block, find_split_blocks
-
-
-@dataclass(frozen=True)
-class Site:
-    """One module to wrap.
-
-    Attributes:
-        name: Its name in the base model, without any adapter's wrapping.
-        roles: Linears that get experts: "" of a single linear; of a block "up", "down", "gate".
-        linears: Names of all its linears by role, with experts or without.
-        routed: Whether it gets a router.
-        form: The form of the block; None for a single linear.
-        split: Whether the block's `down` is in a sibling of the module.
-    """
-
-    name: str
-    roles: tuple[str, ...]
-    linears: dict[str, str]
-    routed: bool
-    form: FeedForwardForm | None = None
-    split: bool = False
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model under their own names, whatever adapters sit on it.
-
-    A wrapped module comes once, as its outermost tuner layer; the adapters' own modules do not come.
-    """
-    yield from _walk(model, "")
-
-
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    yield name, module
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return
-    for child_name, child in unwrapped(module).named_children():
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name)
-
-
-def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
-    """Replace "all-linear" in `config.target_modules` by names: every linear but the output head."""
-    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
-        return
-    modules = dict(base_modules(model))
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = head_names(config)
-    names = {
-        name
-        for name, module in modules.items()
-        if name and is_linear(module) and module is not output and not name.endswith(heads)
-    }
-    endings = {name.rsplit(".", 1)[-1] for name in names}
-    same = {name for name in modules if name.rsplit(".", 1)[-1] in endings}
-    config.target_modules = endings if same == names else names
+from moelora.layers.modules import unwrapped
 
 
 def _matches_explicitly(pattern: str | list[str] | None, key: str) -> bool:
@@ -95,33 +44,19 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, Site]:
         Sites by name, in the order of the model.
 
     Raises:
-        TargetError: If nothing matches, a target is not a linear, a block fits no known form, or the plan conflicts
+        TargetError: If nothing matches, a target cannot be adapted, a block fits no known form, or the plan conflicts
             with an adapter that is already there.
     """
     resolve_all_linear(model, config)
     modules = dict(base_modules(model))
-    targeted = [name for name in modules if name and check_target_module_exists(config, name)]
-    if not targeted:
-        some = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if name and is_linear(module)})
-        raise TargetError(
-            f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}, "
-            f"layers_to_transform={config.layers_to_transform!r}) match no module of {type(model).__name__}; its "
-            f"linears end in: {', '.join(some) or 'none'}."
-        )
-    for name in targeted:
-        if not is_linear(modules[name]):
-            raise TargetError(
-                f"target {name!r} is a {type(modules[name]).__name__}; allowed: linears (nn.Linear, Conv1D, quantised "
-                "linears). Name its linears in target_modules, or train it whole with modules_to_save."
-            )
+    targeted = find_targets(model, modules, config)
     if config.placement.feed_forward:
         sites = _plan_blocks(modules, targeted, config)
     else:
         sites = {name: _linear_site(name, config) for name in targeted}
     _check_unrouted(config, targeted)
-    _check_mamba(model, targeted)
     _check_conflicts(modules, sites)
-    check_extras(model, modules, config, sites)
+    check_besides(model, modules, config, sites)
     return sites
 
 
@@ -179,17 +114,6 @@ def _check_unrouted(config: MoeLoraConfig, targeted: list[str]) -> None:
         f"placement.unrouted_modules={unrouted!r} match none of the targets ({', '.join(targeted[:8])}, ...), so "
         "nothing would get a plain LoRA; allowed: name endings or a regex on full names, 'rest', or None."
     )
-
-
-def _check_mamba(model: nn.Module, targeted: list[str]) -> None:
-    """PEFT refuses these for its own LoRA-like methods only (`_check_lora_target_modules_mamba`)."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    fused = [name for name in targeted if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
-    if kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h") and fused:
-        raise TargetError(
-            f"target {fused[0]!r} cannot be adapted in a {kind} model: its kernels read the weight directly and pass "
-            "the adapter by; allowed: the other linears. Leave out_proj and conv1d out with exclude_modules."
-        )
 
 
 def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, Site]) -> None:

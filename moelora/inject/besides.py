@@ -13,11 +13,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from moelora.errors import TargetError
-from moelora.layers.block_form import unwrapped
+from moelora.layers.modules import unwrapped
 
 if TYPE_CHECKING:
     from moelora.config import MoeLoraConfig
-    from moelora.placement import Site
+    from moelora.inject.site import Site
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -52,14 +52,14 @@ def _token_embeddings(
         yield ending, {name: module for name, module in modules.items() if name.endswith(ending)}, list(tokens)
 
 
-def check_extras(
+def check_besides(
     model: nn.Module, modules: Mapping[str, nn.Module], config: MoeLoraConfig, sites: Mapping[str, Site]
 ) -> None:
-    """Refuse extras that match nothing or collide with the adapter's sites.
+    """Refuse what match nothing or collide with the adapter's sites.
 
     Args:
         model: The base model.
-        modules: Its modules by name (`placement.base_modules`).
+        modules: Its modules by name (`inject.base_modules`).
         config: The configuration.
         sites: The planned sites.
 
@@ -103,10 +103,10 @@ def check_extras(
                 raise TargetError(f"{what} has the tokens {wrong}; allowed: 0 to {size - 1}.")
 
 
-def count_extras(
+def count_besides(
     model: nn.Module, modules: Mapping[str, nn.Module], config: MoeLoraConfig, sites: Mapping[str, Site]
 ) -> int:
-    """Number of parameters that are trained besides the adapter's own; arguments as in `check_extras`."""
+    """Number of parameters that are trained besides the adapter's own; arguments as in `check_besides`."""
     counted: dict[int, int] = {}
     for module in _saved(modules, config).values():
         if isinstance(module, AuxiliaryTrainingWrapper):  # saved whole by another adapter already

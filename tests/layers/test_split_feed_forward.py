@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from moelora import MoeLoraConfig, PlacementConfig, record_routing
 from moelora.errors import TargetError
-from moelora.layers.split_block import MixtureSplitFeedForward, PassThrough, find_split_blocks
-from moelora.placement import base_modules
+from moelora.inject.base_modules import base_modules
+from moelora.inject.split_blocks import find_split_blocks
+from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough
 from tests.adapters import (
     adapted,
     adapter_tensors,

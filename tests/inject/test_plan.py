@@ -12,9 +12,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from moelora import MoeLoraConfig, PlacementConfig
 from moelora.errors import AdapterNameError, TargetError
+from moelora.inject.plan import plan_sites
+from moelora.inject.targets import resolve_all_linear
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
-from moelora.placement import plan_sites, resolve_all_linear
 from tests.adapters import PRESETS, adapted, outputs, shake, small_config, snapshot, tuner_layers
 from tests.conftest import MODEL_NAMES, tiny_batch, tiny_model
 
@@ -113,7 +114,7 @@ BLOCK = ("down", "gate", "up")
             {"1.self_attn.q_proj": (("",), False), "1.mlp": (BLOCK, True)},
         ),
         (
-            {"layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": r".*self_attn.*"},
+            {"target_modules": GATED, "layers_to_transform": [0], "layers_pattern": "layers"},
             {"0.mlp": (BLOCK, True)},
         ),
         (
@@ -286,7 +287,11 @@ def test_unrouted_modules_that_do_not_fit_are_refused(placement: PlacementConfig
 def test_mamba_projections_are_refused() -> None:
     # its fused kernels read the weight of out_proj directly: an adapter there would be ignored without a word
     model = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=11, state_size=4))
-    refuse(model, small_config("sira", target_modules=["in_proj", "out_proj"]), r"'backbone.*out_proj'.*mamba")
+    refuse(
+        model,
+        small_config("sira", target_modules=["in_proj", "out_proj"]),
+        r"'backbone.*out_proj' cannot be adapted.*MambaMixer",
+    )
     get_peft_model(model, small_config("sira", target_modules=["in_proj"]))
 
 

@@ -1,36 +1,21 @@
-"""Feed-forward blocks whose two linears are in sibling modules, as in BERT and its kin.
+"""Finding feed-forward blocks whose two linears are in sibling modules, as in BERT and its kin.
 
-    intermediate:  act(up x)                      output:  LayerNorm(dropout(down h) + x)
-
-The mixture layer takes the place of the first half and gives the output of the whole mixture, `down` included; a
-pass-through takes the place of `down` and hands on what it is given. What the second half does after `down` is left as
-it is.
+intermediate:  act(up x)                      output:  LayerNorm(dropout(down h) + x)
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.errors import TargetError
-from moelora.layers.block_form import (
-    FeedForwardForm,
-    is_activation,
-    is_linear,
-    linear_size,
-    shadow_of,
-    trace,
-    unwrapped,
-)
-from moelora.layers.feed_forward import MixtureFeedForward
-from moelora.routing.recorder import RoutingRecorder
+from moelora.inject.blocks import shadow_of, trace
+from moelora.layers.modules import FeedForwardForm, is_activation, is_linear, linear_size, unwrapped
 
 
 @dataclass(frozen=True)
@@ -142,94 +127,3 @@ def _refusal(name: str, half: nn.Module, reason: str) -> str:
         f"{reason}. Known: act(up x) in one module, and down of its output in the next. Leave its linears out with "
         "exclude_modules, or use a preset with a mixture on each linear (sira, smora, molora)."
     )
-
-
-class MixtureSplitFeedForward(MixtureFeedForward):
-    """`MixtureFeedForward` at the first half of a split block; give its `pass_through` the place of `down`.
-
-    Args:
-        base_layer: The first half.
-        name: Its name in the base model.
-        recorder: The model's routing recorder.
-        form: The form of the block.
-        down: The linear of the second half.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, form: FeedForwardForm, down: nn.Module
-    ) -> None:
-        super().__init__(base_layer, name, recorder, form)
-        self.__dict__["down"] = down  # not a submodule: its place is in the second half
-
-    def linear(self, role: str) -> nn.Module:
-        """The frozen linear of a role."""
-        down: nn.Module = self.__dict__["down"]
-        return down if role == "down" else super().linear(role)
-
-    def base_output(self, x: Tensor) -> Tensor:
-        """What the block gives without an adapter, up to and with `down`."""
-        output: Tensor = self.linear("down")(self.base_layer(x))
-        return output
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The mixture, `down` included, while an adapter is at work; else the first half."""
-        y = super().forward(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_given"] = weakref.ref(y)
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_given"}
-
-
-class PassThrough(nn.Module):
-    """Stands at the `down` of a split block: the plain linear, or nothing while the mixture has done its work.
-
-    Args:
-        base_layer: The linear.
-        mixture: The layer at the first half.
-    """
-
-    def __init__(self, base_layer: nn.Module, mixture: MixtureSplitFeedForward) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
-        self.__dict__["mixture"] = mixture  # not a submodule: it has a place of its own
-
-    def get_base_layer(self) -> nn.Module:
-        """The linear; PEFT puts it back when it unloads."""
-        return self.base_layer
-
-    @property
-    def weight(self) -> Any:
-        """The linear's weight, which model code may look at."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        """The linear's bias."""
-        return self.base_layer.bias
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`x` itself if the mixture is at work, else the linear.
-
-        Raises:
-            TargetError: If `x` is not what the mixture gave: the model does something between the two halves.
-        """
-        mixture: MixtureSplitFeedForward = self.__dict__["mixture"]
-        if not mixture.at_work(kwargs.pop("adapter_names", None)):
-            output: Tensor = self.base_layer(x, *args, **kwargs)
-            return output
-        if not torch.compiler.is_compiling() and mixture.__dict__["_given"]() is not x:
-            raise TargetError(
-                f"{mixture.name!r} was read as the first half of a feed-forward block, but the model changes its "
-                "output before the second half reads it. Leave its linears out with exclude_modules, or use a preset "
-                "with a mixture on each linear (sira, smora, molora)."
-            )
-        return x
-
-
-def wrap_down(model: nn.Module, name: str, mixture: MixtureSplitFeedForward) -> None:
-    """Put a pass-through in the place of the linear `name` of `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, PassThrough(mixture.linear("down"), mixture))

@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from moelora.errors import TargetError
-from moelora.layers.block_form import FeedForwardForm, find_form, is_linear, looks_like_feed_forward
+from moelora.inject.blocks import find_form, looks_like_feed_forward
+from moelora.layers.modules import FeedForwardForm, is_linear
 from tests.conftest import tiny_model
 
 D, F_ = 12, 20
