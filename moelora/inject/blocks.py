@@ -28,6 +28,17 @@ def looks_like_feed_forward(module: nn.Module) -> bool:
     return linears in (2, 3) and sum(map(is_activation, children)) == 1
 
 
+def is_feed_forward(module: nn.Module) -> bool:
+    """Whether `module` not only looks like a feed-forward block but computes what one computes."""
+    if not looks_like_feed_forward(module):
+        return False
+    try:
+        find_form(module, "")
+    except TargetError:
+        return False
+    return True
+
+
 def find_form(block: nn.Module, name: str) -> FeedForwardForm:
     """Find the form of a feed-forward block.
 

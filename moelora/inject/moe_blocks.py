@@ -2,8 +2,8 @@
 
 A block is found by its structure: a module holds several experts, as parameters stacked to three dimensions or as a
 list of equal modules, and a part beside them has one row of weights for each of those experts, which is what a router
-has. What runs beside the experts in the same block belongs to it: the shared expert with its gate, or a dense
-feed-forward block in parallel.
+has (or is named one, since some have rows for "no expert" as well). What runs beside the experts in the same block
+belongs to it: the shared expert with its gate, or a dense feed-forward block in parallel.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moelora.inject.blocks import looks_like_feed_forward
+from moelora.inject.blocks import is_feed_forward, looks_like_feed_forward
 from moelora.layers.modules import is_linear, unwrapped
 
 # a stack of layers and a head with as many outputs as there are layers have the same sizes
 _WORDS = re.compile(r"expert|moe|rout|gate|gating", re.IGNORECASE)
+_ROUTER = re.compile(r"rout|^gate ")
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,9 @@ class _Tree:
         yield name
         yield from self.children[name]
 
-    def ending(self, name: str) -> str:
-        """A module's name in its parent."""
-        return name.rpartition(".")[-1]
-
-    def is_dense(self, name: str) -> bool:
-        """Whether a module looks like a feed-forward block."""
-        return looks_like_feed_forward(self.modules[name])
+    def words(self, name: str) -> str:
+        """A module's name in its parent and its class."""
+        return f"{name.rpartition('.')[-1]} {type(self.modules[name]).__name__}".lower()
 
     def has_linears(self, name: str) -> bool:
         """Whether there is a linear in a module, or it is one."""
@@ -90,14 +87,15 @@ def _block_of(tree: _Tree, name: str) -> MoeBlock | None:
         counts = _stacked(tree.modules[experts])
         if experts != name:
             counts |= _listed(tree, experts) | _declared(tree, experts)
-        routers = [child for child in tree.children[name] if child != experts and _routes(tree, child, counts)]
-        members = (experts, *routers)
-        words = [word for part in members for word in (tree.ending(part), type(tree.modules[part]).__name__)]
-        if experts != name:  # else a parameter with a row for each expert is their bias
+        if not counts:
+            continue
+        routers = [child for child in tree.children[name] if child != experts and _routes(tree, child, experts, counts)]
+        words = [tree.words(part) for part in (experts, *routers)]
+        own: list[str] = []
+        if experts != name:  # of the experts themselves, a parameter with a row for each is their bias
             own = [key for key, tensor in tree.modules[name]._parameters.items() if _has_rows(tensor, counts)]
-            words, routers = [*words, *own], [*routers, *own]
-        if routers and any(map(_WORDS.search, words)):
-            parts = (name,) if experts == name else (*members, *_neighbours(tree, name, members))
+        if (routers or own) and any(map(_WORDS.search, (*words, *own))):
+            parts = (name,) if experts == name else (experts, *routers, *_neighbours(tree, name, (experts, *routers)))
             return MoeBlock(name, experts, parts)
     return None
 
@@ -119,13 +117,16 @@ def _listed(tree: _Tree, name: str) -> set[int]:
 
 def _declared(tree: _Tree, name: str) -> set[int]:
     """Numbers of experts that a module named like experts, or its only part, says it has (`num_experts`, ...)."""
-    if "expert" not in f"{tree.ending(name)} {type(tree.modules[name]).__name__}".lower():
+    if "expert" not in tree.words(name):
         return set()
     attributes = [pair for member in tree.family(name) for pair in vars(tree.modules[member]).items()]
     return {value for key, value in attributes if key.endswith("experts") and type(value) is int and value > 1}
 
 
-def _routes(tree: _Tree, name: str, counts: set[int]) -> bool:
+def _routes(tree: _Tree, name: str, experts: str, counts: set[int]) -> bool:
+    """Whether a module has a row of weights for each expert, or is named a router beside what is named experts."""
+    if "expert" in tree.words(experts) and _ROUTER.search(tree.words(name)):
+        return True
     tensors = (tensor for member in tree.family(name) for tensor in tree.modules[member]._parameters.values())
     return any(_has_rows(tensor, counts) for tensor in tensors)
 
@@ -137,13 +138,14 @@ def _has_rows(tensor: Tensor | None, counts: set[int]) -> bool:
 def _neighbours(tree: _Tree, name: str, members: tuple[str, ...]) -> list[str]:
     """What runs beside experts and router: all that has linears, or of a whole layer its feed-forward blocks only."""
     others = [child for child in tree.children[name] if child not in members and tree.has_linears(child)]
-    dense = [child for child in others if tree.is_dense(child)]
+    dense = [child for child in others if looks_like_feed_forward(tree.modules[child])]
     if any(child not in dense and not is_linear(tree.modules[child]) for child in others):
         return dense
     parent = name.rpartition(".")[0]
     if not name or isinstance(tree.modules[parent], (nn.ModuleList, nn.Sequential)):
         return others
-    return [*others, *(child for child in tree.children[parent] if child != name and tree.is_dense(child))]
+    siblings = [child for child in tree.children[parent] if child != name]
+    return [*others, *(child for child in siblings if is_feed_forward(tree.modules[child]))]
 
 
 def exclusion(blocks: Iterable[MoeBlock]) -> str:

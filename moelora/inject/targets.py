@@ -11,7 +11,7 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
 from moelora.inject.base_modules import base_modules, inside
 from moelora.inject.besides import head_names
-from moelora.inject.blocks import looks_like_feed_forward
+from moelora.inject.blocks import is_feed_forward
 from moelora.inject.moe_blocks import MoeBlock, exclusion, find_moe_blocks
 from moelora.inject.reach import find_unreached
 from moelora.inject.stacks import check_layers
@@ -29,7 +29,7 @@ def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
     modules = dict(base_modules(model))
     blocks = find_moe_blocks(modules)
     in_blocks = [part for block in blocks for part in block.parts]
-    kept = [block for block in blocks if not _is_excluded(block, modules, config)]
+    kept = _not_excluded(blocks, modules, config)
     if kept:
         raise TargetError(f"target_modules='all-linear' takes in {_moe_refusal(kept)}")
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -86,14 +86,19 @@ def find_targets(model: nn.Module, modules: Mapping[str, nn.Module], config: Moe
     return targeted
 
 
-def _is_excluded(block: MoeBlock, modules: Mapping[str, nn.Module], config: MoeLoraConfig) -> bool:
-    """Whether `exclude_modules` leaves out the block's linears, and its experts also where these have no linears."""
-    linears = [name for name, module in modules.items() if is_linear(module) and inside(name, block.parts)]
-    if not any(inside(name, [block.experts]) for name in linears):
-        experts = [name for name in modules if inside(name, [block.experts])]
-        if not any(_excludes(config, name) for name in experts):
-            return False
-    return all(_excludes(config, name) for name in linears)
+def _not_excluded(blocks: list[MoeBlock], modules: Mapping[str, nn.Module], config: MoeLoraConfig) -> list[MoeBlock]:
+    """The blocks of which `exclude_modules` does not leave out all linears, or experts that have no linears."""
+    linears = [name for name, module in modules.items() if is_linear(module)]
+    kept = []
+    for block in blocks:
+        held = [name for name in linears if inside(name, block.parts) is not None]
+        stacked = not any(inside(name, [block.experts]) is not None for name in held)
+        experts = [name for name in modules if stacked and inside(name, [block.experts]) is not None]
+        if not all(_excludes(config, name) for name in held) or (
+            stacked and not any(_excludes(config, name) for name in experts)
+        ):
+            kept.append(block)
+    return kept
 
 
 def _excludes(config: MoeLoraConfig, name: str) -> bool:
@@ -111,12 +116,12 @@ def _check_moe_blocks(targeted: list[str], modules: Mapping[str, nn.Module], con
         block = next((block for block in blocks if inside(name, block.parts) is not None), None)
         if block is not None:
             raise TargetError(f"target {name!r} is in {_moe_refusal([block])}")
-    kept = [block for block in blocks if not _is_excluded(block, modules, config)]
+    kept = _not_excluded(blocks, modules, config)
     if not kept:
         return
     for name in targeted:
         parent = name.rpartition(".")[0]
-        if looks_like_feed_forward(unwrapped(modules[parent])):
+        if is_feed_forward(unwrapped(modules[parent])):
             raise TargetError(
                 f"target {name!r} is in a dense feed-forward block, but other feed-forward blocks that the targets "
                 f"pass by are mixtures of experts: {_moe_refusal(kept)}"

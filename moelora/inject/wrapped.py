@@ -28,11 +28,9 @@ def check_not_wrapped(model: nn.Module, peft_config: PeftConfig | dict[str, Any]
     carries = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not wrapping and not (carries and isinstance(peft_config, dict)):
         return
-    what = (
-        f"the model is wrapped already (a {wrapping[0]})" if wrapping else f"{carries[0]!r} carries an adapter already"
-    )
+    reason = f"the model is wrapped already, in a {wrapping[0]}" if wrapping else f"{carries[0]!r} carries an adapter"
     raise TargetError(
-        f"{what}; allowed: a plain base model. To add an adapter beside the first, call "
+        f"{reason}; allowed: a plain base model. To add an adapter beside the first, call "
         "`peft_model.add_adapter(name, config)` or `load_adapter`; to start anew, take the base model that "
         "`peft_model.unload()` returns."
     )

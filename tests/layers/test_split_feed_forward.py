@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +309,84 @@ def test_something_between_the_halves_is_refused_at_the_first_forward() -> None:
         model(torch.randn(2, 3, 6))
     with model.disable_adapter():
         model(torch.randn(2, 3, 6))
+
+
+class ChangesInPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).mul_(0.5), x)
+        return y
+
+
+def test_a_change_in_place_between_the_halves_is_refused_too() -> None:
+    model = get_peft_model(ChangesInPlace(), config())
+    with torch.no_grad(), pytest.raises(TargetError, match="'a' was read as the first half .* changes its output"):
+        model(torch.randn(2, 3, 6))
+
+
+class Meets(Layer):
+    """Waits between its halves until another thread is there too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["barrier"] = threading.Barrier(2, timeout=30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        self.__dict__["barrier"].wait()
+        y: Tensor = self.b(hidden, x)
+        return y
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_two_threads_between_the_halves_at_once(gradients: bool) -> None:
+    base = Meets()
+    model = get_peft_model(base, config())
+    shake(model)
+    inputs = [torch.randn(2, 3, 6), torch.randn(4, 5, 6)]
+
+    def run(x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            y: Tensor = model(x)
+            return y
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, inputs))
+    base.__dict__["barrier"] = threading.Barrier(1)
+    for x, y in zip(inputs, together, strict=True):
+        assert torch.equal(y, run(x))
+        assert y.requires_grad is gradients
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_two_threads_running_one_model(gradients: bool) -> None:
+    model = adapted("mixlora", "bert")
+    batches = [tiny_batch("bert", batch_size=2 + seed % 2, seed=seed) for seed in range(24)]
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            logits: Tensor = model(**batch).logits
+            return logits
+
+    expected = [run(batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(run, batches))
+    finally:
+        sys.setswitchinterval(interval)
+    for y, y_alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, y_alone, atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_graphs_and_inference_tensors() -> None:
+    model = get_peft_model(Layer(), config()).eval()
+    shake(model)
+    x = torch.randn(2, 3, 6)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_other_neighbours_are_no_block() -> None:
