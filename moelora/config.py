@@ -350,15 +350,13 @@ class MoeLoraConfig(PeftConfig):
             layers,
             "an index, a list of indices, or None for all layers",
         )
-        for name in ("layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            check(
-                value is None or not isinstance(self.target_modules, str),
-                name,
-                value,
-                f"None when target_modules is a regex or 'all-linear' (it is {self.target_modules!r})",
-                "List the module names in target_modules, or put the layer numbers into the regex.",
-            )
+        check(
+            layers is None or not isinstance(self.target_modules, str),
+            "layers_to_transform",
+            layers,
+            f"None when target_modules is a regex or 'all-linear' (it is {self.target_modules!r})",
+            "List the module names in target_modules, or put the layer numbers into the regex.",
+        )
         check(
             self.layers_pattern is None or self.layers_to_transform is not None,
             "layers_pattern",

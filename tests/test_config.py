@@ -201,7 +201,8 @@ def test_other_formats_are_refused(version: object, tmp_path: Path) -> None:
         ({"target_modules": 3}, "target_modules is 3"),
         ({"exclude_modules": "["}, r"exclude_modules is '\['; .*regular expression"),
         ({"target_modules": r".*\.q_proj", "layers_to_transform": [0]}, "layer numbers into the regex"),
-        ({"target_modules": r".*\.q_proj", "layers_pattern": "h"}, "layer numbers into the regex"),
+        ({"target_modules": "all-linear", "layers_to_transform": 0}, "List the module names in target_modules"),
+        ({"target_modules": r".*\.q_proj", "layers_pattern": "h"}, "None without layers_to_transform"),
         ({"layers_pattern": "layers"}, "None without layers_to_transform"),
         ({"layers_to_transform": []}, r"layers_to_transform is \[\]"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]"),
@@ -229,7 +230,7 @@ def test_scaling(rslora: bool, scaling: float) -> None:
 
 COUNTED_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "layer": {"layers_to_transform": [1]},
+    "layer": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [1]},
     "saved": {"modules_to_save": ["embed_tokens"]},
     "tokens": {"trainable_token_indices": [3, 4, 5]},
     "tokens_by_name": {"trainable_token_indices": {"embed_tokens": [3, 4]}},
