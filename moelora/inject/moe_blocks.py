@@ -3,7 +3,8 @@
 A block is found by its structure: a module holds several experts, as parameters stacked to three dimensions or as a
 list of equal modules, and a part beside them has one row of weights for each of those experts, which is what a router
 has (or is named one, since some have rows for "no expert" as well). What runs beside the experts in the same block
-belongs to it: the shared expert with its gate, or a dense feed-forward block in parallel.
+belongs to it: the shared expert with its gate, or a dense feed-forward block in parallel. Experts that are kept in
+another way (in embeddings, as in Doge) are not found.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moelora.inject.blocks import is_feed_forward, looks_like_feed_forward
 from moelora.layers.modules import is_linear, unwrapped
 
 # a stack of layers and a head with as many outputs as there are layers have the same sizes
-_WORDS = re.compile(r"expert|moe|rout|gate|gating", re.IGNORECASE)
+_WORDS = re.compile(r"expert|moe|rout|gat(e|ing)", re.IGNORECASE)
 _ROUTER = re.compile(r"rout|^gate ")
 
 
@@ -150,6 +151,9 @@ def _neighbours(tree: _Tree, name: str, members: tuple[str, ...]) -> list[str]:
 
 def exclusion(blocks: Iterable[MoeBlock]) -> str:
     """A regex for `exclude_modules` that leaves out everything in these blocks."""
+    blocks = list(blocks)
+    if any("" in block.parts for block in blocks):  # the model is nothing but a block
+        return ".*"
     families: dict[str, list[str]] = {}
     for part in (part for block in blocks for part in block.parts):
         pattern = re.sub(r"\b\d+\b", r"\\d+", re.escape(part))

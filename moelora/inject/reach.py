@@ -2,8 +2,9 @@
 
 What can be read from the structure is found here, without running the model:
 
-- A fused operation of the parent takes the weights themselves and passes the modules by: `nn.MultiheadAttention`,
-  `nn.TransformerEncoderLayer` (in evaluation), and the kernels of state-space models (Mamba and its kin).
+- The parent takes the weights themselves for a fused operation and passes the modules by: `nn.MultiheadAttention`,
+  `nn.TransformerEncoderLayer` (in evaluation), the kernels of state-space models (Mamba and its kin), and every class
+  whose code reads a linear's weight and never calls the linear.
 - A subclass of `nn.Linear` has a forward of its own that computes something else, as Llama 4's router does.
 
 What cannot be known so: whether a forward calls a module at all, and whether the loss depends on it. A pooler that the
@@ -14,10 +15,11 @@ Leave such parts out with `exclude_modules`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from moelora.layers.modules import is_linear, quantization_backend, unwrapped
 
 # the weight itself; not its dtype or device, which code often asks for
 _WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
+# a call, or the module handed on
+_OTHER_USE = re.compile(r"\bself\.(\w+)\b(?!\.(?:weight|bias|in_features|out_features)\b)")
 
 
 def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -38,9 +42,10 @@ def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     forwards: dict[type[nn.Module], str | None] = {}
+    sources: dict[type[nn.Module], str] = {}
     for name, module in modules.items():
         base = unwrapped(module)
-        for child in _read_directly(base):
+        for child in sorted(_read_directly(base, sources)):
             reasons[join(name, child)] = (
                 f"the forward of {name!r} ({type(base).__name__}) reads its weight directly and passes an adapter by"
             )
@@ -54,20 +59,33 @@ def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return reasons
 
 
-def _read_directly(module: nn.Module) -> Iterator[str]:
+def _read_directly(module: nn.Module, sources: dict[type[nn.Module], str]) -> set[str]:
     """Names of the linears in `module` whose weights its forward takes without calling them."""
     if isinstance(module, nn.MultiheadAttention):
-        yield "out_proj"
-    elif isinstance(module, nn.TransformerEncoderLayer):
-        yield from ("linear1", "linear2")
-    elif {"A_log", "D"} <= module._parameters.keys():  # the state matrix and the skip of a state-space model
-        linears = {name for name, child in module.named_children() if is_linear(child)}
-        try:
-            source = inspect.getsource(type(module))
-        except (OSError, TypeError):
-            yield from sorted(linears)
-        else:
-            yield from sorted(linears & set(_WEIGHT_READ.findall(source)))
+        return {"out_proj"}
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return {"linear1", "linear2"}
+    linears = {name for name, child in module.named_children() if is_linear(child)}
+    if not linears:
+        return linears
+    kind = type(module)
+    if kind not in sources:
+        sources[kind] = _source(kind)
+    read = linears & set(_WEIGHT_READ.findall(sources[kind]))
+    if {"A_log", "D"} <= module._parameters.keys():  # a state-space model: a kernel, or else the modules are called
+        return read
+    return read - set(_OTHER_USE.findall(sources[kind]))
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """The code of a class's methods, but those that only initialise; "" where it cannot be read."""
+    methods = []
+    for parent in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(parent).items():
+            if inspect.isfunction(method) and "init" not in name and "reset" not in name:
+                with contextlib.suppress(OSError, TypeError):
+                    methods.append(inspect.getsource(method))
+    return "\n".join(methods)
 
 
 def _odd_forward(linear: nn.Linear) -> str | None:
@@ -80,10 +98,10 @@ def _odd_forward(linear: nn.Linear) -> str | None:
         shadow._forward_hooks, shadow._forward_pre_hooks = type(linear._forward_hooks)(), type(linear._forward_hooks)()
         shadow.in_features, shadow.out_features, shadow.training = 3, 5, False
         shadow._parameters = {
-            "weight": nn.Parameter(torch.randn(5, 3, dtype=torch.float64)),
-            "bias": None if linear.bias is None else nn.Parameter(torch.randn(5, dtype=torch.float64)),
+            "weight": nn.Parameter(torch.randn(5, 3, dtype=torch.float64, device="cpu")),
+            "bias": None if linear.bias is None else nn.Parameter(torch.randn(5, dtype=torch.float64, device="cpu")),
         }
-        x = torch.randn(2, 4, 3, dtype=torch.float64)
+        x = torch.randn(2, 4, 3, dtype=torch.float64, device="cpu")
         try:
             output = shadow(x)
         except Exception as error:

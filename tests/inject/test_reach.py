@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -13,6 +14,8 @@ from transformers import (
     MambaForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
+    WavLMConfig,
+    WavLMModel,
 )
 
 from moelora import MoeLoraConfig
@@ -135,6 +138,36 @@ def test_a_state_space_model_keeps_what_its_kernels_call() -> None:
     model = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=VOCAB, state_size=4))
     adapted = get_peft_model(model, small_config("sira"))
     assert set(tuner_layers(adapted)) == {"backbone.layers.0.mixer.in_proj"}
+
+
+class ReadsWeights(nn.Module):
+    """Takes the weight of one linear, calls the second, asks the third for its dtype only and hands on the fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.asked, self.handed_on = (nn.Linear(3, 3) for _ in range(4))
+        nn.init.zeros_(self.asked.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.read.weight, self.read.bias)
+        x = self.called(x) + self.called.weight.sum()
+        x = x.to(self.asked.weight.dtype) + self.asked.weight.shape[0]
+        return nn.Sequential(self.handed_on)(x) + self.handed_on.weight.sum()
+
+
+def test_a_weight_that_is_read_and_never_called() -> None:
+    model = get_peft_model(ReadsWeights(), config())
+    assert set(tuner_layers(model)) == {"called", "asked", "handed_on"}
+    with pytest.raises(TargetError, match=r"'read' cannot be adapted: .* \(ReadsWeights\) reads its weight"):
+        get_peft_model(ReadsWeights(), MoeLoraConfig(target_modules=["read"]))
+
+
+def test_attention_by_a_functional() -> None:
+    words = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    convolutions = {"conv_dim": [8], "conv_stride": [4], "conv_kernel": [4], "num_conv_pos_embeddings": 4}
+    model = WavLMModel(WavLMConfig(**words, **convolutions, num_conv_pos_embedding_groups=2, num_feat_extract_layers=1))
+    unreached = {name.rpartition(".")[-1] for name in find_unreached(dict(base_modules(model)))}
+    assert unreached == {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
 def test_a_vision_tower_with_a_pooling_head_of_torch_attention() -> None:
