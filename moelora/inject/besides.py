@@ -6,18 +6,16 @@ PEFT sets these up after the layers are in place and checks little, so what does
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.utils import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
+from moelora.inject.site import Site
 from moelora.layers.modules import unwrapped
-
-if TYPE_CHECKING:
-    from moelora.config import MoeLoraConfig
-    from moelora.inject.site import Site
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
