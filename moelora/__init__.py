@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moelora.runs.quiet import drop_kernel_notice
+
+drop_kernel_notice()
+
 from moelora import presets
 from moelora.config import (
     BalanceConfig,

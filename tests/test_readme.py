@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import moelora
-from eval.speed_report import ratios
+from eval.speed.report import ratios
 from tests.conftest import tiny_model
 
 README = Path(__file__).parent.parent / "README.md"

@@ -11,11 +11,11 @@ from eval.compare import pictures
 from eval.compare.cells import BASE, Board
 from eval.compare.summary import MethodSummary, Summary, summarize
 from eval.receipt import make_receipt
-from eval.scores import Score
-from eval.suite_scores import write_atomically
-from eval.suite_tables import FLOOR_NOTE, cell, floor
-from eval.tables import markdown, percent
-from train.console import minutes
+from eval.scoring.judging import FLOOR_NOTE, floor_cell, score_cell
+from eval.scoring.scores import Score, percent
+from moelora.runs.files import write_atomically
+from moelora.runs.tables import markdown
+from moelora.runs.wording import minutes
 
 
 def render(board: Board, command: str) -> Path | None:
@@ -84,15 +84,15 @@ def _title(method: MethodSummary) -> str:
 
 
 def score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a method each, a column a task with its metric, n and floor."""
+    """Header and rows: one method each, one column per task with its metric, n and floor."""
     tasks = summary.methods[0].first.tasks
     header = ["method", "seeds", *(f"{label} {tasks[label].metric}" for label in summary.labels)]
     rows = [
         ["n", "", *(str(len(tasks[label].values)) for label in summary.labels)],
-        ["majority", "", *(floor(tasks[label].majority) for label in summary.labels)],
+        ["majority", "", *(floor_cell(tasks[label].majority) for label in summary.labels)],
     ]
     for method in summary.methods:
-        cells = [cell(summary.score(method, [label]), method.at_floor(label)) for label in summary.labels]
+        cells = [score_cell(summary.score(method, [label]), method.at_floor(label)) for label in summary.labels]
         rows.append([_title(method), "" if method.key == BASE else str(len(method.seeds)), *cells])
     return header, rows
 
@@ -138,7 +138,7 @@ def _seed_note(summary: Summary) -> str:
 
 def size_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Header and rows: parameters, training and scoring speed."""
-    header = ["method", "trainable", "active a token", "of the base", "learning rate", "training", "tokens/s trained"]
+    header = ["method", "trainable", "active per token", "of the base", "learning rate", "training", "tokens/s trained"]
     header.append("tokens/s scored")
     rows = []
     for method in summary.methods:
@@ -174,7 +174,7 @@ def _trial_section(board: Board, summary: Summary) -> list[str]:
         cells = [_loss(trials.get(rate), rate == best) for rate in selection.learning_rates]
         rows.append([board.config.methods[key].title, *cells])
     note = (
-        f"Loss a token of the right answers on {board.config.data.selection_rows} rows of each seen task that are "
+        f"Loss per token of the right answers on {board.config.data.selection_rows} rows of each seen task that are "
         f"neither trained on nor scored, mean over the tasks, after {selection.steps} steps with a schedule of that "
         f"length; the lowest is taken. The grid is the same for all methods; it took "
         f"{minutes(summary.trial_seconds)}. A rate at the edge of the grid may not be the best there is."

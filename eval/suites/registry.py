@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import RunError, one_line
+from moelora.errors import RunError
+from moelora.runs.wording import one_line
 
 FOLDER = Path(__file__).parent
 PROTOCOLS = ("loglik", "letters", "instruct")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import main
-from tests.train.tiny import write_run
+from tests.runs.tiny import write_run
 from train.__main__ import main as train
 
 ADAPTER = {"preset": "mixlora", "r": 24, "lora_alpha": 48, "num_experts": 3, "top_k": 2}

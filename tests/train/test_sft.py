@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.train.tiny import write_run
+from tests.runs.tiny import write_run
 from train import sft
 from train.__main__ import main
 
