@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
 
     # after the words are read, so that --help answers at once
     from moelora.runs.program import exit_status

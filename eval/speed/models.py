@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# First: it drops what bitsandbytes prints when PEFT imports it.
+from moelora import MoeLoraConfig
+
+# isort: split
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moelora import MoeLoraConfig
 from moelora.runs.models import DEMO_MODEL, resolve_model
 
 SMOLLM2, SLICE = "SmolLM2-135M", "Llama slice"

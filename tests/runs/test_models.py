@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from moelora.errors import RunError
 from moelora.runs import models
 from moelora.runs.config import DatasetConfig, RunConfig
-from moelora.runs.models import DEMO_MODEL, cache_dir, load_model, load_skeleton, load_tokenizer, resolve_model
+from moelora.runs.models import (
+    DEMO_MODEL,
+    cache_dir,
+    load_adapter,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    resolve_model,
+)
+from tests.adapters import adapted
+from tests.conftest import tiny_batch, tiny_model
 from tests.hub_server import HubServer
 from tests.runs.tiny import tiny_folder
 
@@ -110,3 +122,35 @@ def test_the_demo_model_speaks_and_stops() -> None:
     output = model.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(output)
     assert output[-1] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("preset", ["mixlora", "random_router", "smora"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_an_adapter_has_the_data_types_that_it_is_stored_in(tmp_path: Path, preset: str, stored: torch.dtype) -> None:
+    trained = adapted(preset)
+    for name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
+        if "moelora_" in name and not name.endswith(".bias"):
+            tensor.data = tensor.data.to(stored)
+    trained.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for base in (torch.bfloat16, torch.float32):
+        model = load_adapter(tiny_model().to(base), str(tmp_path))
+        found = get_peft_model_state_dict(model)
+        assert found.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert tensor.dtype == (torch.float32 if name.endswith(".bias") else stored)
+            assert found[name].dtype == tensor.dtype, name
+            assert found[name].equal(tensor), name
+        assert {p.dtype for n, p in model.named_parameters() if "moelora_" not in n} == {base}
+        with torch.no_grad():
+            assert model(**tiny_batch()).logits.isfinite().all()
+
+
+def test_a_head_that_is_saved_whole_has_its_data_type_too(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    trained = get_peft_model(tiny_model(), config)
+    trained.save_pretrained(tmp_path)
+    model = load_adapter(tiny_model().to(torch.bfloat16), str(tmp_path))
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert head.dtype == torch.float32
+    assert head.equal(trained.base_model.model.lm_head.modules_to_save["default"].weight)
