@@ -152,6 +152,7 @@ class BenchmarkConfig:
         data: The training mixture.
         training: Fields of `trl.SFTConfig`, the same for all methods.
         evaluation: How the trained models are scored.
+        note: What a reader of the tables has to know beside them.
     """
 
     model: str
@@ -167,6 +168,7 @@ class BenchmarkConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    note: str | None = None
 
     def __post_init__(self) -> None:
         self.methods = {
