@@ -31,7 +31,7 @@ class Timing:
     """Seconds of an average optimizer step, by method, and of scoring, by cell kind.
 
     Args:
-        steps: Method to seconds a step.
+        steps: Method to seconds per step.
         scoring: Method, or "base", to seconds of scoring.
     """
 

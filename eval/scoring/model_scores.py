@@ -56,7 +56,7 @@ class ModelScores:
         suite: Name of the suite.
         protocol: How it was scored.
         chat: Whether prompts were put into the model's chat template.
-        limit: Rows a task that were asked for; None for all.
+        limit: Rows per task that were asked for; None for all.
         tasks: Label of a task to its scores.
         parameters: `trainable`, `active` and `base`.
         seconds: Wall time of scoring.

@@ -197,7 +197,7 @@ def _training(training: Mapping[str, Any] | None, run: Mapping[str, Any]) -> lis
 
 
 def _scores(evaluation: Evaluation) -> str:
-    """The section of scores: a line a task and metric, a column a model."""
+    """The section of scores: one line per task and metric, one column per model."""
     models = list(dict.fromkeys(str(row.get("model", "value")) for row in evaluation.scores))
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in evaluation.scores:

@@ -98,7 +98,7 @@ class EvaluationConfig:
     """How `python -m eval` scores the run.
 
     Args:
-        rows_per_task: Fresh problems a task.
+        rows_per_task: Fresh problems per task.
         seed: Seed of the problems; it must not be near the training rows' (reasoning-gym uses `seed + index`).
         batch_size: Problems answered at once.
         max_new_tokens: Longest answer in tokens; None takes the longest reference answer of the task and a little more.

@@ -136,7 +136,7 @@ class RunDir:
 
 
 def changes(before: Any, now: Any, ignored: Sequence[str] = ()) -> list[str]:
-    """What differs between two nested mappings, a text a dotted key.
+    """What differs between two nested mappings, one text per dotted key.
 
     Args:
         before, now: The mappings.

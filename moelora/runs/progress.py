@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one bar with live values, or a line a log where there is no terminal."""
+"""What a run shows while it trains: one bar with live values, or one line per log where there is no terminal."""
 
 from __future__ import annotations
 
