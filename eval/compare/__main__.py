@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Do what is left of a comparison.
 
     Raises:
-        RunError: If the configuration is not valid, its methods are not of equal size, results of another
+        MoeLoraError: If the configuration is not valid, its methods are not of equal size, results of another
             configuration are in the way, or there is nothing to draw yet.
     """
     from eval.compare import plan

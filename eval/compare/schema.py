@@ -193,7 +193,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
         overrides: `key=value` each, as for `python -m train`.
 
     Raises:
-        RunError: If the file cannot be read, or a key or value in it is not allowed.
+        MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.
     """
     config = build(BenchmarkConfig, read_words(path, overrides), "the configuration")
     for method in config.methods.values():

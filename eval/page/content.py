@@ -15,6 +15,7 @@ import yaml
 
 from eval.scoring.judging import is_at_floor
 from moelora.errors import ReportError
+from moelora.runs.wording import commit_words
 
 Json = dict[str, Any]
 # A verifier's partial points are not a share of right answers, so that the floor says nothing about them.
@@ -208,9 +209,8 @@ def _receipt(run: Path) -> Json:
     for _, content in _found(run, "metrics.json"):
         receipt = content.get("receipt")
         if isinstance(receipt, dict):
-            return {
-                key: receipt[key] for key in ("command", "finished", "git", "packages", "machine") if key in receipt
-            }
+            shown = {key: receipt[key] for key in ("command", "finished", "packages", "machine") if key in receipt}
+            return shown | ({"code": commit_words(receipt["git"])} if "git" in receipt else {})
     return {}
 
 

@@ -153,7 +153,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: `key=value` each, with dots for nested keys; the value is parsed as YAML.
 
     Raises:
-        RunError: If the file cannot be read, or a key or value in it is not allowed.
+        MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.
     """
     config = build(RunConfig, read_words(path, overrides), "the configuration")
     # Everything that can be refused is refused here, before a model is loaded or a file written.
@@ -202,6 +202,6 @@ def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | No
         changes: Fields to set over those of the run.
 
     Raises:
-        RunError: If a field is unknown or its value is refused.
+        MoeLoraError: If a field is unknown or its value is refused.
     """
     return sft_arguments({**config.training, **(changes or {})}, output_dir)

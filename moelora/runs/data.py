@@ -36,7 +36,7 @@ def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
         Rows of `prompt` and `completion`, `messages`, or `text`, and of `task` where it is known.
 
     Raises:
-        RunError: If there are no rows, or they have none of these forms.
+        MoeLoraError: If there are no rows, or they have none of these forms.
     """
     if config.tasks:
         rows = _generated(config)

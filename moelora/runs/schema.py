@@ -22,7 +22,7 @@ def build(kind: type[Section], given: Any, where: str) -> Section:
         where: Name of the section for messages.
 
     Raises:
-        RunError: If a key is unknown or missing, or a value has the wrong type.
+        MoeLoraError: If a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(given, dict):
         raise RunError(f"{where} is {given!r}; it must be a mapping of keys to values.")

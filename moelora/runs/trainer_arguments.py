@@ -19,7 +19,7 @@ def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
         output_dir: Folder of the checkpoints.
 
     Raises:
-        RunError: If a field is unknown or its value is refused.
+        MoeLoraError: If a field is unknown or its value is refused.
     """
     import torch
     from trl import SFTConfig, TrlParser

@@ -63,6 +63,7 @@ def test_the_command_writes_one_page_without_network(tmp_path: Path, capsys: pyt
         assert expected in text
     assert text.count("▼") == 2 + 2  # one score at its floor in each evaluation, and the note of each
     assert "python -m eval runs/x" in text
+    assert "0123456789ab with local changes" in text
     assert main(["report", str(run), "--output", str(tmp_path / "deep/page.html")]) == 0
     assert (tmp_path / "deep/page.html").read_text() == text
 
