@@ -95,6 +95,9 @@ def check_at_least_one(section: object, where: str, *names: str) -> None:
         section: What has the fields.
         where: Its name for the message.
         names: The fields.
+
+    Raises:
+        ConfigError: Names the field and its value.
     """
     for name in names:
         value = getattr(section, name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelora.errors import RunError
+from moelora.errors import MoeLoraError, RunError
 from moelora.runs.wording import one_line
 
 FOLDER = Path(__file__).parent
@@ -126,7 +126,7 @@ def _task_manager() -> Any:
 def _load(manager: Any, name: str, protocol: str, tasks: list[str], system: str | None = None) -> Suite:
     try:
         loaded = manager.load(tasks)["tasks"]
-    except RunError:
+    except MoeLoraError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"suite {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
