@@ -163,10 +163,10 @@ def test_peft_words_pass_through(name: str) -> None:
     ("name", "words", "message"),
     [
         ("mixlorra", {}, r"unknown preset 'mixlorra'; allowed: mixlora, .*Did you mean 'mixlora'"),
-        ("mixlora", {"num_expert": 4}, r"\['num_expert'\] for preset 'mixlora'.*Did you mean 'num_experts'"),
-        ("mixlora", {"experts": {}}, r"\['experts'\] for preset 'mixlora'"),
+        ("mixlora", {"num_expert": 4}, r"unknown key 'num_expert' in preset 'mixlora'.*Did you mean 'num_experts'"),
+        ("mixlora", {"experts": {}}, r"unknown key 'experts' in preset 'mixlora'"),
         ("lora", {"top_k": 1}, r"unknown key 'top_k' in preset 'lora'. Allowed: .*lora_alpha"),
-        ("smora", {"num_experts": 4}, r"\['num_experts'\] for preset 'smora'"),
+        ("smora", {"num_experts": 4}, r"unknown key 'num_experts' in preset 'smora'"),
         ("mixlora", {"top_k": 9}, r"top_k is 9; allowed: 1 to num_experts \(8\)"),
         ("smora", {"r": 4}, r"top_k is 8; allowed: 1 to num_experts \(4\)"),
         ("sira", {"balance_loss": "x"}, "balance.loss is 'x'"),
