@@ -37,14 +37,6 @@ torch.set_num_threads(1)
 # The device context compares functions by identity with a set it builds at first use: build it of the real ones.
 _device_constructors()
 
-# Before transformers 5.23 checkpointing has its older name everywhere.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
-    CHECKPOINTING = "gradient_checkpointing"
-    transformers.PreTrainedModel.activation_checkpointing_enable = (
-        transformers.PreTrainedModel.gradient_checkpointing_enable
-    )
-
 VOCAB = 97
 # No size is a power of two unless the architecture demands it, so that a swapped dimension cannot go unnoticed.
 _DECODER = {

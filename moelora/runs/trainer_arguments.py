@@ -41,14 +41,12 @@ def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
     check_keys("training", words, fields - set(ours))
     # transformers 5.23 warns at the old name, which TRL's own default still uses.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        if new in fields and old in words:
-            words.setdefault(new, words.pop(old))
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        if old in words:
+            words.setdefault(old.replace("gradient", "activation"), words.pop(old))
     defaults = {
         "report_to": "none",
         # TRL recomputes activations by default, which costs a third of the speed.
-        checkpointing: False,
+        "activation_checkpointing": False,
         # TRL turns autocast on by default; here `dtype` and `adapter_dtype` say what is computed in what.
         "bf16": False,
         # transformers refuses bf16 on CPU unless told that CPU is meant.

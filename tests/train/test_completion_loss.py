@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from tests.conftest import CHECKPOINTING, tiny_model
+from tests.conftest import tiny_model
 from tests.runs.tiny import tiny_tokenizer
 from train.completion_loss import CompletionLossTrainer
 
@@ -31,7 +31,7 @@ def trainer(kind: type[SFTTrainer], folder: Path, **words: Any) -> Any:
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
-        CHECKPOINTING: False,
+        "activation_checkpointing": False,
         "save_strategy": "no",
         "dataloader_pin_memory": False,
         **words,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 
 from moelora import MoeLoraTrainer
 from tests.adapters import adapted
-from tests.conftest import CHECKPOINTING, VOCAB, tiny_batch
+from tests.conftest import VOCAB, tiny_batch
 
 Rows = list[dict[str, Tensor]]
 
@@ -61,7 +61,7 @@ def arguments(cls: type[TrainingArguments] = TrainingArguments, **words: Any) ->
         "max_grad_norm": 0.0,
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",
-        CHECKPOINTING: False,
+        "activation_checkpointing": False,
         "bf16": False,
     }
     return cls(**{**defaults, **words})
@@ -71,7 +71,7 @@ def checkpointing_words(reentrant: bool | None) -> dict[str, Any]:
     """Training arguments for one kind of gradient checkpointing, or none."""
     if reentrant is None:
         return {}
-    return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
 
 
 @dataclass

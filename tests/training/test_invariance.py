@@ -12,7 +12,7 @@ from peft import get_peft_model
 from moelora import MoeLoraTrainer, record_routing
 from moelora.losses import RoutingTotals, balance_losses
 from tests.adapters import adapted, shake, small_config
-from tests.conftest import CHECKPOINTING, tiny_batch, tiny_model
+from tests.conftest import tiny_batch, tiny_model
 from tests.ops.compare import assert_close
 from tests.training.runs import Run, assert_same_step, checkpointing_words, one_step, rows_of, toy_rows, train
 
@@ -105,7 +105,7 @@ def test_more_padding_changes_nothing(method: str, side: str, accumulate: int) -
 def test_checkpointing_every_other_layer(reentrant: bool) -> None:
     preset, words = METHODS["mixlora"]
     settings = checkpointing_words(reentrant)
-    settings[f"{CHECKPOINTING}_kwargs"]["every_n_layers"] = 2
+    settings["activation_checkpointing_kwargs"]["every_n_layers"] = 2
     assert_same_step(one_step(preset, words=words, batch=2, accumulate=2, **settings), whole("mixlora"))
 
 
