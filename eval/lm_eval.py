@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run lm-eval's command line."""
-    from lm_eval.__main__ import cli_evaluate
-
-    import moelora  # noqa: F401 - registers the adapter type
+    import moelora  # noqa: F401 - registers the adapter type, and comes before what imports PEFT
     from eval.suites.registry import FOLDER
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and not {"-h", "--help", "--include_path"} & set(words):
         words += ["--include_path", str(FOLDER)]
+    from lm_eval.__main__ import cli_evaluate
+
     before, sys.argv = sys.argv, ["lm_eval", *words]
     try:
         cli_evaluate()

@@ -107,9 +107,3 @@ def _processor() -> str:
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def commit_of(receipt: Mapping[str, Any]) -> str:
-    """The commit of a receipt, and whether there were local changes, for a reader."""
-    git = receipt["git"]
-    return f"{git['commit'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "not a git checkout"

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moelora import presets
-from moelora.config import (
-    BalanceConfig,
-    ComputeConfig,
-    ExpertsConfig,
-    MoeLoraConfig,
-    PlacementConfig,
-    RoutingConfig,
-)
+from moelora.runs.quiet import drop_kernel_notice
+
+drop_kernel_notice()
+
+# the packages of the axes register their choices
+from moelora import balance, experts, presets, scores, selection  # noqa: F401
+from moelora.balance.losses import balance_losses
+from moelora.config import MoeLoraConfig
 from moelora.errors import MoeLoraError
+from moelora.inject import placement  # noqa: F401
 from moelora.model import MoeLoraModel
+from moelora.ops import compute  # noqa: F401
 from moelora.peft_plugin import register
-from moelora.routing.recorder import RoutingRecord, record_routing
+from moelora.routing.record import RoutingRecord
+from moelora.routing.run import batch_facts, record_routing
 from moelora.version import __version__
 
 if TYPE_CHECKING:
@@ -30,19 +32,16 @@ if TYPE_CHECKING:
 register(MoeLoraConfig, MoeLoraModel)
 
 __all__ = [
-    "BalanceConfig",
-    "ComputeConfig",
-    "ExpertsConfig",
     "MoeLoraConfig",
     "MoeLoraError",
     "MoeLoraModel",
     "MoeLoraSFTTrainer",
     "MoeLoraTrainer",
     "MoeLoraTrainerMixin",
-    "PlacementConfig",
-    "RoutingConfig",
     "RoutingRecord",
     "__version__",
+    "balance_losses",
+    "batch_facts",
     "presets",
     "push_to_hub",
     "record_routing",

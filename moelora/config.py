@@ -1,242 +1,28 @@
-"""The configuration of a mixture of LoRA experts: one nested part for each axis of the design, and PEFT's own words."""
+"""The configuration of a mixture of LoRA experts: PEFT's own words, and a choice on each axis of the design."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
 from peft import PeftConfig
+from torch import nn
 
+from moelora import preset_registry
+from moelora.choices import Param, Site, read, write
 from moelora.errors import ConfigError, FormatVersionError
-from moelora.validation import (
-    check,
-    check_bool,
-    check_choice,
-    check_keys,
-    check_pattern,
-    is_count,
-    is_index,
-    is_real,
-    is_share,
-)
+from moelora.formats import upgrade_config
+from moelora.peft_plugin import tuner_class
+from moelora.peft_type import PEFT_TYPE
+from moelora.validation import check, check_bool, check_choice, check_keys, check_pattern, is_count, is_index
 from moelora.version import FORMAT_VERSION, __version__
 
-if TYPE_CHECKING:
-    from torch import nn
-
-Initialisation = Literal["kaiming", "normal"]
-Score = Literal["softmax", "sigmoid"]
-BalanceForm = Literal["switch", "mixtral"]
 BalanceScope = Literal["global", "micro_batch"]
-Implementation = Literal["fast", "compiled", "reference"]
 
-
-@dataclass(kw_only=True)
-class ExpertsConfig:
-    """What one expert computes: `scaling * B A x`, with `scaling = lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
-
-    Args:
-        num_experts: Number of experts E of a mixture.
-        r: Rank of **one** expert.
-        lora_alpha: LoRA's alpha, for one expert.
-        lora_dropout: Probability of dropping an element of the input of A, in training. The experts of a mixture share
-            one draw (the papers' codes draw one each; the expectation is the same).
-        use_rslora: Scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
-        init: How A starts: "kaiming" is `kaiming_uniform_(a=sqrt(5))` as in LoRA, "normal" is N(0, `init_std`). B is 0.
-        init_std: Standard deviation of the "normal" initialisation.
-    """
-
-    num_experts: int = 8
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    init: Initialisation = "kaiming"
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
-        check(is_count(self.r), "r", self.r, "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
-        check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
-        check_bool("use_rslora", self.use_rslora)
-        check_choice("experts.init", self.init, Initialisation)
-        check(is_real(self.init_std) and self.init_std > 0, "init_std", self.init_std, "a positive number")
-
-    @property
-    def scaling(self) -> float:
-        """The factor of `B A x`."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-@dataclass(kw_only=True)
-class PlacementConfig:
-    """What a mixture wraps.
-
-    Args:
-        feed_forward: Whether the targeted linears of a feed-forward block form one mixture of whole feed-forward
-            experts (MixLoRA). If not, each targeted linear has a mixture and a router of its own.
-        unrouted_modules: Targeted linears that get one ordinary LoRA instead of a mixture: "rest" (every target
-            outside the feed-forward blocks), a regex, a list of name endings as in `target_modules`, or None.
-    """
-
-    feed_forward: bool = False
-    unrouted_modules: str | list[str] | None = None
-
-    def __post_init__(self) -> None:
-        check_bool("placement.feed_forward", self.feed_forward)
-        if self.unrouted_modules is not None:
-            check_pattern(
-                "placement.unrouted_modules", self.unrouted_modules, "'rest', a regex, a list of name endings, or None"
-            )
-        if isinstance(self.unrouted_modules, (set, tuple)):
-            self.unrouted_modules = sorted(self.unrouted_modules)
-        check(
-            self.unrouted_modules != "rest" or self.feed_forward,
-            "placement.unrouted_modules",
-            self.unrouted_modules,
-            "'rest' only together with feed_forward=True",
-            "With feed_forward=False nothing would be routed; set unrouted_modules=None or name the linears.",
-        )
-
-
-@dataclass(kw_only=True)
-class RoutingConfig:
-    """Who is chosen, and with what weight.
-
-    Args:
-        score: "softmax" over the experts, or an independent "sigmoid" for each.
-        top_k: Number of experts a token is sent to; None is dense routing (all experts, weighted by their scores).
-        renormalize: Whether the weights of the chosen experts are divided by their sum.
-        trainable: Whether the router is trained. If not it is a saved buffer: a fixed random router.
-        init_std: The router starts at N(0, `init_std`); None is `nn.Linear`'s default (kaiming uniform).
-        expert_dropout: Probability of dropping an expert's score, for one token, in training (SiRA).
-        capacity_factor: An expert takes at most `ceil(capacity_factor * top_k * S / E)` tokens of a sequence of S valid
-            tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
-        capacity_in_eval: Whether the capacity holds outside training too. It makes an output depend on later tokens
-            of the sequence, so generation with and without a KV cache can then differ.
-        bias_update_rate: Step u of the bias-based balancing: after each training forward an expert's bias moves by u
-            up if it got fewer tokens than the mean, else down (SMoRA). 0 is no bias.
-    """
-
-    score: Score = "softmax"
-    top_k: int | None = 2
-    renormalize: bool = True
-    trainable: bool = True
-    init_std: float | None = 0.02
-    expert_dropout: float = 0.0
-    capacity_factor: float | None = None
-    capacity_in_eval: bool = False
-    bias_update_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_choice("routing.score", self.score, Score)
-        check(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "an integer of at least 1, or None")
-        check_bool("routing.renormalize", self.renormalize)
-        check_bool("routing.trainable", self.trainable)
-        check_bool("routing.capacity_in_eval", self.capacity_in_eval)
-        std = self.init_std
-        check(std is None or (is_real(std) and std >= 0), "routing.init_std", std, "a number of at least 0, or None")
-        check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
-        capacity = self.capacity_factor
-        check(
-            capacity is None or (is_real(capacity) and capacity > 0),
-            "capacity_factor",
-            capacity,
-            "a positive number, or None",
-        )
-        check(
-            capacity is None or self.top_k is not None,
-            "capacity_factor",
-            capacity,
-            "None with dense routing (top_k=None)",
-            "A capacity limits how many tokens choose an expert; with dense routing all do. Set top_k.",
-        )
-        check(
-            self.capacity_factor is not None or not self.capacity_in_eval,
-            "capacity_in_eval",
-            self.capacity_in_eval,
-            "False without a capacity_factor",
-        )
-        rate = self.bias_update_rate
-        check(is_real(rate) and rate >= 0, "bias_update_rate", rate, "a number of at least 0")
-        check(
-            rate == 0 or (self.top_k is not None and self.score == "sigmoid"),
-            "bias_update_rate",
-            rate,
-            "0 unless routing is sigmoid top-k",
-        )
-
-
-@dataclass(kw_only=True)
-class BalanceConfig:
-    """What keeps the experts in use. The trainers of `moelora.training` add it to the loss; see `moelora.losses`.
-
-    Args:
-        loss: "switch": `E * sum_e f_e P_e` a layer, 1.0 at perfect balance, then the mean over the layers. "mixtral":
-            the pooled form of Mixtral's and MixLoRA's code, top_k at perfect balance.
-        coef: Coefficient of the balance loss, in the convention of the chosen form. 0 switches it off.
-        z_loss_coef: Coefficient of the router z-loss `mean_t logsumexp(z_t)^2` (arXiv 2202.08906), mean over layers.
-        scope: Which tokens share one balance: "global" is the whole optimizer step, over all accumulated micro-batches
-            and all processes, so that the loss does not depend on how the batch was cut (with gradient accumulation
-            this costs one more forward without gradients a micro-batch); "micro_batch" takes each alone.
-    """
-
-    loss: BalanceForm = "switch"
-    coef: float = 0.0
-    z_loss_coef: float = 0.0
-    scope: BalanceScope = "global"
-
-    def __post_init__(self) -> None:
-        check_choice("balance.loss", self.loss, BalanceForm)
-        check_choice("balance.scope", self.scope, BalanceScope)
-        for name in ("coef", "z_loss_coef"):
-            value = getattr(self, name)
-            check(is_real(value) and value >= 0, f"balance.{name}", value, "a number of at least 0")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any loss is to be added."""
-        return self.coef > 0 or self.z_loss_coef > 0
-
-
-@dataclass(kw_only=True)
-class ComputeConfig:
-    """How the mixture is computed; the result is the same up to rounding.
-
-    Args:
-        implementation: "fast" takes the fast operations of `moelora.ops`; "reference" the per-token loops they are
-            tested against (slow, to find faults); "compiled" has `torch.compile` make the element-wise part of
-            feed-forward mixtures on the CPU. Where that fails, a warning says why and "fast" goes on.
-    """
-
-    implementation: Implementation = "fast"
-
-    def __post_init__(self) -> None:
-        check_choice("compute.implementation", self.implementation, Implementation)
-
-
-_PART = TypeVar("_PART")
-_PARTS: dict[str, type] = {
-    "experts": ExpertsConfig,
-    "placement": PlacementConfig,
-    "routing": RoutingConfig,
-    "balance": BalanceConfig,
-    "compute": ComputeConfig,
-}
-
-
-def _build_part(name: str, part: type[_PART], value: Any) -> _PART:
-    if isinstance(value, part):
-        return value
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} is {value!r}; allowed: a {part.__name__} or a dict of its fields.")
-    check_keys(f"{name} ({part.__name__})", value, get_type_hints(part))
-    return part(**value)
+_DEFAULTS = {"experts": "lora", "placement": "linear", "scores": "linear", "selection": "top_k", "compute": "fast"}
+"""The axes that have one choice, and its kind where none is given."""
 
 
 def _strict(cls: type) -> type:
@@ -246,18 +32,25 @@ def _strict(cls: type) -> type:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        found = kwargs.get("format_version", FORMAT_VERSION)
-        if not is_count(found) or found > FORMAT_VERSION:
-            raise FormatVersionError(
-                f"the adapter has format_version {found!r}, written by moelora "
-                f"{kwargs.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads 1 to "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U moelora`."
-            )
+        if "format_version" in kwargs:
+            kwargs = _of_file(kwargs)
         check_keys(cls.__name__, kwargs, names)
         original(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
+
+
+def _of_file(words: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved configuration in today's words."""
+    found = words["format_version"]
+    if not is_count(found) or found > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"the adapter has format_version {found!r}, written by moelora "
+            f"{words.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads 1 to "
+            f"{FORMAT_VERSION}. Upgrade with `pip install -U moelora`."
+        )
+    return {**upgrade_config(words, found), "format_version": FORMAT_VERSION}
 
 
 @_strict
@@ -269,12 +62,18 @@ class MoeLoraConfig(PeftConfig):
         target_modules: The linears to adapt, in any form `peft.LoraConfig` takes: name endings, a regex, or
             "all-linear" (every linear but the output head).
         exclude_modules: Linears to leave out (name endings or a regex).
-        layers_to_transform: Indices of the layers to adapt; None is all of them.
-        layers_pattern: Name of the `nn.ModuleList` those indices belong to, if it is not the first one.
+        layers_to_transform: Indices of the layers to adapt; None is all of them. `target_modules` must list names then.
+        layers_pattern: Name of the `nn.ModuleList` those indices belong to, as "language_model.layers"; needed where
+            the targets are in several stacks of layers, and a list of names takes several stacks.
         modules_to_save: Modules that are trained and saved whole, next to the adapter.
         bias: "none", "all" or "moelora_only": which biases of the base are trained and saved.
         trainable_token_indices: Tokens whose embeddings are trained as well, as in `peft.LoraConfig`.
-        experts, placement, routing, balance, compute: The five axes; each takes a dict of its fields too.
+        experts, placement, scores, selection, compute: A choice on each axis: its kind, or a dict of its kind and
+            fields such as `{"kind": "top_k", "k": 2}`, or the choice itself.
+        balance: Any number of choices of balance.
+        balance_scope: Which tokens share one balance: "global" is the whole optimizer step, over all accumulated
+            micro-batches and all processes, so that the loss does not depend on how the batch was cut (with gradient
+            accumulation this costs one more forward without gradients per micro-batch); "micro_batch" takes each alone.
         preset: Name of the preset this came from, for information.
         moelora_version: Version of moelora that wrote it.
         format_version: Version of the file format.
@@ -291,11 +90,13 @@ class MoeLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     bias: str = field(default="none")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
-    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
-    routing: RoutingConfig = field(default_factory=RoutingConfig)
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    experts: Any = field(default=_DEFAULTS["experts"])
+    placement: Any = field(default=_DEFAULTS["placement"])
+    scores: Any = field(default=_DEFAULTS["scores"])
+    selection: Any = field(default=_DEFAULTS["selection"])
+    balance: Any = field(default=())
+    balance_scope: BalanceScope = field(default="global")
+    compute: Any = field(default=_DEFAULTS["compute"])
     preset: str | None = field(default=None)
     moelora_version: str = field(default=__version__)
     format_version: int = field(default=FORMAT_VERSION)
@@ -305,19 +106,38 @@ class MoeLoraConfig(PeftConfig):
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        from moelora.peft_plugin import PEFT_TYPE
-
         given: Any = getattr(self, "peft_type", None)
         check(given in (None, PEFT_TYPE), "peft_type", given, f"{PEFT_TYPE.value!r}, or None")
         self.peft_type = PEFT_TYPE
-        for name, part in _PARTS.items():
-            setattr(self, name, _build_part(name, part, getattr(self, name)))
+        for axis in _DEFAULTS:
+            setattr(self, axis, read(axis, getattr(self, axis)))
+        balance = self.balance if isinstance(self.balance, (list, tuple)) else [self.balance]
+        self.balance = [read("balance", choice) for choice in balance]
+        check_choice("balance_scope", self.balance_scope, BalanceScope)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
+        check_bool("inference_mode", self.inference_mode)
         self._check_targets()
-        self._check_axes()
+        for choice in self.choices():
+            choice.check(self)
+        self._check_balance()
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Called by PEFT with the fields of a file: refuse one that does not say its format.
+
+        Raises:
+            FormatVersionError: If `format_version` is missing.
+        """
+        if "format_version" not in kwargs:
+            raise FormatVersionError(
+                "the adapter's configuration has no format_version; allowed: 1 to "
+                f"{FORMAT_VERSION}. The file is not as it was saved."
+            )
+        checked: dict[str, Any] = super().check_kwargs(**kwargs)
+        return checked
 
     def _check_targets(self) -> None:
         targets = "name endings, a regex, or 'all-linear'"
@@ -331,11 +151,22 @@ class MoeLoraConfig(PeftConfig):
         )
         if self.exclude_modules is not None:
             check_pattern("exclude_modules", self.exclude_modules, "name endings, a regex, or None")
+        for name in ("modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (list, set, tuple)) else [value]
+            one_name = isinstance(value, str) and name == "layers_pattern"
+            check(
+                value is None or one_name or (names is value and all(isinstance(item, str) for item in names)),
+                name,
+                value,
+                "a list of names, or None",
+            )
+        tokens = self.trainable_token_indices
         check(
-            self.modules_to_save is None or isinstance(self.modules_to_save, (list, set, tuple)),
-            "modules_to_save",
-            self.modules_to_save,
-            "a list of names, or None",
+            tokens is None or isinstance(tokens, (list, dict)),
+            "trainable_token_indices",
+            tokens,
+            "a list of token indices, a dict of such lists by the name of an embedding, or None",
         )
         if isinstance(self.modules_to_save, (set, tuple)):  # PEFT appends to it
             self.modules_to_save = sorted(self.modules_to_save)
@@ -349,15 +180,13 @@ class MoeLoraConfig(PeftConfig):
             layers,
             "an index, a list of indices, or None for all layers",
         )
-        for name in ("layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            check(
-                value is None or not isinstance(self.target_modules, str) or self.target_modules == "all-linear",
-                name,
-                value,
-                "None when target_modules is a regex",
-                "Put the layer numbers into the regex, or list the module names.",
-            )
+        check(
+            layers is None or not isinstance(self.target_modules, str),
+            "layers_to_transform",
+            layers,
+            f"None when target_modules is a regex or 'all-linear' (it is {self.target_modules!r})",
+            "List the module names in target_modules, or put the layer numbers into the regex.",
+        )
         check(
             self.layers_pattern is None or self.layers_to_transform is not None,
             "layers_pattern",
@@ -365,38 +194,67 @@ class MoeLoraConfig(PeftConfig):
             "None without layers_to_transform",
         )
 
-    def _check_axes(self) -> None:
-        top_k, num_experts = self.routing.top_k, self.experts.num_experts
+    def _check_balance(self) -> None:
+        losses = [choice for choice in self.balance if choice.has_loss]
+        names = [choice.logged_as if choice.is_loss else choice.kind for choice in self.balance]
         check(
-            top_k is None or top_k <= num_experts,
-            "top_k",
-            top_k,
-            f"1 to num_experts ({num_experts}), or None for dense routing",
-            "Lower top_k or raise num_experts.",
-        )
-        check(
-            self.routing.trainable or not self.balance.enabled,
+            len(set(names)) == len(names),
             "balance",
             self.balance,
-            "coef=0 and z_loss_coef=0 with routing.trainable=False",
-            "The router is not trained, so a balance loss changes nothing.",
+            "one load-balancing loss, one z-loss, one update of biases",
+            "Two of a sort would be added up and logged as one.",
         )
+        check(
+            self.scores.is_trained or not losses,
+            "balance",
+            losses,
+            "no loss with a router that is not trained",
+            "A balance loss would change nothing.",
+        )
+
+    def choices(self) -> list[Any]:
+        """The choices of all axes."""
+        return [*(getattr(self, axis) for axis in _DEFAULTS), *self.balance]
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether a trainer has a loss to add."""
+        return any(choice.has_loss for choice in self.balance)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Facts of a batch that routing cannot do without."""
+        return frozenset().union(*(choice.needs for choice in self.choices()))
+
+    def expert_params(self, site: Site) -> list[Param]:
+        """The tensors of the experts at a site."""
+        return list(self.experts.params(site))
+
+    def router_params(self, site: Site) -> list[Param]:
+        """The tensors of the router at a site; none where there is no router."""
+        return [*self.scores.params(site), *self.selection.params(site)] if site.routed else []
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, as adapter_config.json holds them."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        written = {axis: write(getattr(self, axis)) for axis in _DEFAULTS}
+        return {**fields, **written, "balance": [write(choice) for choice in self.balance]}
 
     # What PEFT and transformers read of every config that can be hot-swapped or resized.
     @property
     def r(self) -> int:
         """Rank of one expert."""
-        return self.experts.r
+        return int(self.experts.r)
 
     @property
     def lora_alpha(self) -> float:
         """LoRA's alpha, for one expert."""
-        return self.experts.lora_alpha
+        return float(self.experts.lora_alpha)
 
     @property
     def use_rslora(self) -> bool:
         """Whether the scaling is `lora_alpha / sqrt(r)`."""
-        return self.experts.use_rslora
+        return bool(self.experts.use_rslora)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -415,8 +273,8 @@ class MoeLoraConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor of one expert's `B A x`."""
-        return self.experts.scaling
+        """The factor of one expert's low-rank product."""
+        return float(self.experts.scaling)
 
     @classmethod
     def from_preset(cls, name: str, **words: Any) -> MoeLoraConfig:
@@ -429,9 +287,19 @@ class MoeLoraConfig(PeftConfig):
         Raises:
             ConfigError: For an unknown preset or word, or a value out of range.
         """
-        from moelora.presets import build
+        check_keys(f"preset {name!r}", words, [*preset_registry.own_words(name), *cls.peft_words()])
+        compute = words.get("compute")
+        if isinstance(compute, dict) and set(compute) == {"implementation"}:
+            words["compute"] = compute["implementation"]
+        config: MoeLoraConfig = preset_registry.find(name)(**words)
+        return config
 
-        return build(name, words)
+    @classmethod
+    def peft_words(cls) -> list[str]:
+        """The words that every preset takes beside its own."""
+        ours = {"self", "args", "kwargs", "auto_mapping", "peft_type", "peft_version", "balance"}
+        ours |= {"preset", "moelora_version", "format_version", *_DEFAULTS} - {"compute"}
+        return sorted(set(inspect.signature(cls.__init__).parameters) - ours)
 
     def num_trainable_parameters(self, model: nn.Module) -> int:
         """Count the parameters that `peft.get_peft_model(model, self)` would train, without changing `model`.
@@ -442,10 +310,10 @@ class MoeLoraConfig(PeftConfig):
         Raises:
             TargetError: If the configuration does not fit the model.
         """
-        from moelora.parameter_count import count_trainable_parameters
+        return int(tuner_class().count_trainable_parameters(model, self))
 
-        return count_trainable_parameters(model, self)
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """The five axes as plain dicts, for reports."""
-        return {name: dataclasses.asdict(getattr(self, name)) for name in _PARTS}
+    def describe(self) -> dict[str, str]:
+        """A phrase for each axis, for reports."""
+        phrases = {axis: getattr(self, axis).describe() for axis in _DEFAULTS}
+        phrases["balance"] = ", ".join(choice.describe() for choice in self.balance) or "none"
+        return phrases

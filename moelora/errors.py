@@ -37,3 +37,7 @@ class HubError(MoeLoraError):
 
 class ReportError(MoeLoraError):
     """A folder holds nothing that a report could show, or what makes the page is not installed."""
+
+
+class RunError(MoeLoraError):
+    """A program cannot start what it was asked for, or cannot resume it."""

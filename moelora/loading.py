@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
 from moelora.layers.base import MoeLoraLayer
-from moelora.peft_plugin import PREFIX
+from moelora.peft_type import PREFIX
 
 
 def check_weights(model: nn.Module, adapter_name: str, config: MoeLoraConfig, weights: Mapping[str, Tensor]) -> None:
@@ -60,10 +60,9 @@ def _discard_if_fresh(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if not isinstance(layer, MoeLoraLayer) or not layer.has_adapter(adapter_name):
             continue
-        for role in layer.linears():
-            pair = layer.pair(role, adapter_name)
-            if pair is not None and not pair[1].is_meta and bool(pair[1].any()):
-                return
+        factors = (layer.lora_factors(role, adapter_name) for role in layer.linear_sizes())
+        if any(found is not None and not found.b_EOR.is_meta and bool(found.b_EOR.any()) for found in factors):
+            return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
     else:

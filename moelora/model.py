@@ -15,15 +15,21 @@ from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, TargetError
+from moelora.formats import upgrade_keys
+from moelora.inject.base_modules import base_modules
+from moelora.inject.plan import count_trainable_parameters, plan_sites
+from moelora.inject.site import PlannedSite
+from moelora.inject.wrapped import check_not_wrapped
 from moelora.layers.base import MERGE_REASON, MoeLoraLayer
-from moelora.layers.block_form import unwrapped
+from moelora.layers.biases import move_biases
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
-from moelora.layers.split_block import MixtureSplitFeedForward, PassThrough, wrap_down
+from moelora.layers.modules import unwrapped
+from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough, wrap_down
 from moelora.loading import check_weights
-from moelora.peft_plugin import PREFIX
-from moelora.placement import Site, base_modules, plan_sites
-from moelora.routing.recorder import RoutingRecorder, attach_recorder, detach_recorder, own_recorder
+from moelora.peft_type import PREFIX
+from moelora.routing.batch import FACTS
+from moelora.routing.run import RunHooks, attach_hooks, batch_facts, detach_hooks, own_hooks
 
 TAGS = ["moelora", "mixture-of-lora-experts"]
 
@@ -39,13 +45,17 @@ class MoeLoraModel(BaseTuner):
         state_dict: Inject where this adapter state dict has keys (see PEFT).
 
     Raises:
-        TargetError: If the configuration does not fit the model; the model is then unchanged.
+        TargetError: If the configuration does not fit the model, or the model is wrapped already; it is then unchanged.
         AdapterNameError: If the name is part of a module's path.
     """
 
     prefix: str = PREFIX
     tuner_layer_cls = MoeLoraLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_not_wrapped(model, peft_config)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -55,9 +65,7 @@ class MoeLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """See `BaseTuner.inject_adapter`; the recorder is installed once the adapter is in place."""
-        recorder = own_recorder(model) or RoutingRecorder()
-        self.__dict__["_recorder"] = recorder
+        """See `BaseTuner.inject_adapter`; the hooks are installed once the adapter is in place."""
         self.__dict__["_state_dict_keys"] = tuple(state_dict or ())
         try:
             _check_adapter_name(model, adapter_name)
@@ -75,9 +83,9 @@ class MoeLoraModel(BaseTuner):
         for layer in _layers(model):
             if layer.name not in self.__dict__["_plan"]:
                 layer.forget(adapter_name)  # of an adapter of this name that was replaced
-        config = self.peft_config[adapter_name]
-        recorder.expects_loss = recorder.expects_loss or (config.balance.enabled and not config.inference_mode)
-        attach_recorder(model, recorder)
+        hooks = own_hooks(model) or RunHooks(move_biases)
+        hooks.layers = list(_layers(model))
+        attach_hooks(model, hooks)
         add_tags = getattr(model, "add_model_tags", None)
         if add_tags is not None:
             add_tags(TAGS)
@@ -119,21 +127,22 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        site: Site = self.__dict__["_plan"][current_key]
+        planned: PlannedSite = self.__dict__["_plan"][current_key]
         layer: MixtureLinear | MixtureFeedForward
         if isinstance(target, (MixtureLinear, MixtureFeedForward)):
             layer = target
-        elif site.form is None:
-            layer = MixtureLinear(target, current_key, self.__dict__["_recorder"])
-        elif site.split:
-            down = unwrapped(self.model.get_submodule(site.linears["down"]))
-            layer = MixtureSplitFeedForward(target, current_key, self.__dict__["_recorder"], site.form, down)
-            wrap_down(self.model, site.linears["down"], layer)
+        elif planned.form is None:
+            layer = MixtureLinear(target, current_key)
+        elif planned.split:
+            down = unwrapped(self.model.get_submodule(planned.linears["down"]))
+            layer = MixtureSplitFeedForward(target, current_key, planned.form, down)
+            wrap_down(self.model, planned.linears["down"], layer)
         else:
-            layer = MixtureFeedForward(target, current_key, self.__dict__["_recorder"], site.form)
+            layer = MixtureFeedForward(target, current_key, planned.form)
         if layer is not target:
             layer._active_adapter = self.active_adapter
-        layer.update_layer(adapter_name, peft_config, site.roles, site.routed, peft_config.inference_mode)
+        site = planned.declare(peft_config, layer.linear_sizes())
+        layer.update_layer(adapter_name, peft_config, site, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         if layer is not target:
@@ -144,16 +153,6 @@ class MoeLoraModel(BaseTuner):
         if any(self.peft_config[adapter].bias == "moelora_only" for adapter in self.active_adapters):
             for name in _block_bias_names(model):
                 model.get_parameter(name).requires_grad = True
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            return
-        # PEFT raises parameters only; a fixed router is a buffer, and rounded it would route otherwise
-        for layer in _layers(self.model):
-            for name, tensor in layer.moelora_router.named_buffers():
-                if name.startswith(f"{adapter_name}.") and tensor.dtype in (torch.float16, torch.bfloat16):
-                    tensor.data = tensor.data.float()
 
     @classmethod
     def _get_learnable_bias_state_dict(
@@ -169,7 +168,7 @@ class MoeLoraModel(BaseTuner):
         cls, model: nn.Module, config: MoeLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
+            model, config, adapter_name, upgrade_keys(state_dict)
         )
         check_weights(model, adapter_name, config, weights)
         return weights
@@ -179,10 +178,31 @@ class MoeLoraModel(BaseTuner):
         # moved to the base layer's device by `update_layer`.
         setattr(parent, child_name, new_module)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model with its adapters; facts such as `task_ids` are for the routing, see `batch_facts`."""
+        return self._with_facts(self.model, *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generation by the base model with its adapters; facts are given once for each prompt."""
+        return self._with_facts(self.model.generate, *args, **kwargs)
+
+    @staticmethod
+    def _with_facts(call: Any, *args: Any, **kwargs: Any) -> Any:
+        facts = {name: kwargs.pop(name) for name in FACTS if name in kwargs}
+        if not facts:
+            return call(*args, **kwargs)
+        with batch_facts(**facts):
+            return call(*args, **kwargs)
+
+    @classmethod
+    def count_trainable_parameters(cls, model: nn.Module, config: MoeLoraConfig) -> int:
+        """See `MoeLoraConfig.num_trainable_parameters`."""
+        return count_trainable_parameters(model, config)
+
     def unload(self) -> nn.Module:
         """Return the base model without adapters and hooks."""
         model: nn.Module = super().unload()
-        detach_recorder(model)
+        detach_hooks(model)
         tags: list[str] = getattr(model, "model_tags", None) or []
         for tag in TAGS:
             if tag in tags:
@@ -210,7 +230,9 @@ class MoeLoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise AdapterNameError("`adapter_names` picks adapters a sample and works in eval mode only; call eval().")
+            raise AdapterNameError(
+                "`adapter_names` picks one adapter per sample and works in eval mode only; call eval()."
+            )
         known = set(self.peft_config) | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -249,7 +271,7 @@ def _block_bias_names(model: nn.Module) -> list[str]:
         for layer in _layers(model)
         if isinstance(layer, MixtureFeedForward)
         for role in layer.form.linears
-        if layer.factors(role)[0]
+        if any(layer.lora_factors(role, adapter) is not None for adapter in layer.configs)
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in biases]
 

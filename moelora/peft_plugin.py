@@ -6,8 +6,7 @@ tables are filled directly, under a str-Enum of our own: PEFT, transformers and 
 
 from __future__ import annotations
 
-import enum
-from typing import TYPE_CHECKING
+from typing import Any
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -17,26 +16,15 @@ from peft.mapping import (
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from moelora.errors import RegistrationError
-
-if TYPE_CHECKING:
-    from moelora.config import MoeLoraConfig
-    from moelora.model import MoeLoraModel
-
-PREFIX = "moelora_"
-"""transformers builds it as `peft_type.lower() + "_"`, so it cannot be chosen freely."""
+from moelora.peft_type import PEFT_TYPE, PREFIX
 
 
-class MoeLoraPeftType(str, enum.Enum):
-    """moelora's entry in place of a `peft.PeftType` member. Name and value are equal, since lookups come by either."""
-
-    MOELORA = "MOELORA"
-
-
-PEFT_TYPE = MoeLoraPeftType.MOELORA
-
-
-def register(config_cls: type[MoeLoraConfig], model_cls: type[MoeLoraModel]) -> None:
+def register(config_cls: type[Any], model_cls: type[Any]) -> None:
     """Make `peft.get_peft_model` and `PeftModel.from_pretrained` know the method.
+
+    Args:
+        config_cls: `MoeLoraConfig`.
+        model_cls: `MoeLoraModel`.
 
     Raises:
         RegistrationError: If another package has registered the name or the parameter prefix.
@@ -54,4 +42,9 @@ def register(config_cls: type[MoeLoraConfig], model_cls: type[MoeLoraModel]) -> 
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
-    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = ["experts", "placement", "routing"]
+    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = ["experts", "placement", "scores", "selection"]
+
+
+def tuner_class() -> Any:
+    """The registered `MoeLoraModel`."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE]

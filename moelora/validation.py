@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from moelora.errors import ConfigError
@@ -63,16 +64,41 @@ def is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
 
-def check_keys(what: str, given: Any, valid: Any) -> None:
-    """Refuse unknown keys.
+def did_you_mean(word: object, allowed: Iterable[str]) -> str:
+    """The most similar of the allowed words as a question with a space before it; empty if none is similar."""
+    close = difflib.get_close_matches(str(word), list(allowed), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_keys(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
+    """Refuse a key that is not allowed.
+
+    Args:
+        where: What the keys are in.
+        given: The keys.
+        allowed: All that there may be.
 
     Raises:
-        ConfigError: Names each unknown key, its likely meaning, and all valid keys.
+        ConfigError: Names the first such key, its likely meaning, and all allowed keys.
     """
-    valid = sorted(valid)
-    unknown = sorted(set(given) - set(valid))
-    if not unknown:
-        return
-    hints = [(key, difflib.get_close_matches(key, valid, n=1)) for key in unknown]
-    guess = "".join(f" Did you mean {match[0]!r} instead of {key!r}?" for key, match in hints if match)
-    raise ConfigError(f"unknown key(s) {unknown} for {what}; valid keys: {', '.join(valid)}.{guess}")
+    allowed = sorted(allowed)
+    for key in given:
+        if key not in allowed:
+            hint = did_you_mean(key, allowed)
+            raise ConfigError(f"unknown key {key!r} in {where}.{hint} Allowed: {', '.join(allowed)}.")
+
+
+def check_at_least_one(section: object, where: str, *names: str) -> None:
+    """Refuse a field that is neither None nor 1 or more.
+
+    Args:
+        section: What has the fields.
+        where: Its name for the message.
+        names: The fields.
+
+    Raises:
+        ConfigError: Names the field and its value.
+    """
+    for name in names:
+        value = getattr(section, name)
+        check(value is None or value >= 1, f"{where}.{name}", value, "at least 1")

@@ -94,11 +94,23 @@ def adapted_linears(model: nn.Module) -> dict[str, tuple[str, Any, str]]:
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     for path, layer in tuner_layers(model).items():
-        for role in layer.linears():
+        for role in layer.linear_sizes():
             linear = layer.linear(role) if role else layer.get_base_layer()
             name = names[id(linear)].replace(".base_layer", "").removeprefix("base_model.model.")
             found[name] = path, layer, role
     return found
+
+
+def stacks(layer: Any, role: str, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """A [E, R, in] and B [E, out, R] of an adapter's experts on a linear."""
+    factors = layer.lora_factors(role, adapter)
+    return factors.a_ERD, factors.b_EOR
+
+
+def expert_tensors(layer: Any, adapter: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter's experts by their declared names."""
+    parts = {first: part for first, part in layer.parts[adapter].items() if first != "router"}
+    return {f"{first}.{name}": part.get_parameter(name) for first, part in parts.items() for name in part.declared}
 
 
 def two_adapters() -> Any:
@@ -128,3 +140,24 @@ def assert_equal_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor])
     for key, tensor in expected.items():
         assert actual[key].dtype == tensor.dtype, key
         assert torch.equal(actual[key], tensor), key
+
+
+def gradients(model: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the sum of the model's own losses: all forwards first, then one backward pass."""
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches or (tiny_batch(),)]
+    torch.stack(losses).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same parameters have a gradient, and it is the same up to rounding."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=f"{name}: {{}}".format)
+
+
+def router_biases(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Copies of the biases that smora moves."""
+    ending = f"moelora_router.{adapter_name}.bias"
+    return {name: bias.detach().clone() for name, bias in model.named_parameters() if name.endswith(ending)}

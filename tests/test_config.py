@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -12,15 +13,17 @@ import pytest
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from moelora import (
-    BalanceConfig,
-    ComputeConfig,
-    ExpertsConfig,
-    MoeLoraConfig,
-    PlacementConfig,
-    RoutingConfig,
-)
+from moelora import MoeLoraConfig
+from moelora.balance.bias_update import BiasUpdate
+from moelora.balance.mixtral import MixtralBalance
+from moelora.balance.z_loss import ZLoss
+from moelora.choices import AXES
 from moelora.errors import ConfigError, FormatVersionError, MoeLoraError
+from moelora.experts.lora import LoraExperts
+from moelora.inject.placement import FeedForwardPlacement
+from moelora.ops.compute import Reference
+from moelora.scores.linear import LinearScores
+from moelora.selection.top_k import TopK
 from moelora.version import FORMAT_VERSION, __version__
 from tests.adapters import PRESETS, adapted, small_config, snapshot, tuner_layers
 from tests.conftest import MODEL_NAMES, tiny_model
@@ -33,22 +36,15 @@ EVERYTHING: dict[str, Any] = {
     "modules_to_save": ["lm_head"],
     "bias": "all",
     "trainable_token_indices": {"embed_tokens": [3, 4]},
-    "experts": ExpertsConfig(
+    "experts": LoraExperts(
         num_experts=5, r=3, lora_alpha=7.5, lora_dropout=0.1, use_rslora=True, init="normal", init_std=0.3
     ),
-    "placement": PlacementConfig(feed_forward=True, unrouted_modules=["q_proj"]),
-    "routing": RoutingConfig(
-        score="sigmoid",
-        top_k=3,
-        renormalize=False,
-        init_std=None,
-        expert_dropout=0.25,
-        capacity_factor=1.5,
-        capacity_in_eval=True,
-        bias_update_rate=1e-4,
-    ),
-    "balance": BalanceConfig(loss="mixtral", coef=0.5, z_loss_coef=0.25, scope="micro_batch"),
-    "compute": ComputeConfig(implementation="reference"),
+    "placement": FeedForwardPlacement(unrouted_modules=["q_proj"]),
+    "scores": LinearScores(activation="sigmoid", init_std=None, bias=True),
+    "selection": TopK(k=3, renormalize=False, expert_dropout=0.25, capacity_factor=1.5, capacity_in_eval=True),
+    "balance": [MixtralBalance(coef=0.5), ZLoss(coef=0.25), BiasUpdate(coef=1e-4)],
+    "balance_scope": "micro_batch",
+    "compute": Reference(),
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": "some/base",
     "revision": "abc",
@@ -64,7 +60,7 @@ def write(config: MoeLoraConfig, folder: Path, edit: dict[str, Any]) -> Path:
         *parents, last = key.split(".")
         part = content
         for parent in parents:
-            part = part[parent]
+            part = part[int(parent) if parent.isdigit() else parent]
         part[last] = value
     path.write_text(json.dumps(content))
     return folder
@@ -87,11 +83,20 @@ def test_round_trip_through_the_file_is_lossless(preset: str, tmp_path: Path) ->
 def test_everything_of_the_round_trip_differs_from_its_default() -> None:
     default, given = MoeLoraConfig().to_dict(), MoeLoraConfig(**EVERYTHING).to_dict()
     for name in EVERYTHING:
-        if name in ("experts", "placement", "routing", "balance", "compute"):
+        if name in AXES and name != "balance":
             same = {key for key, value in default[name].items() if given[name][key] == value}
-            assert same == ({"trainable"} if name == "routing" else set())  # a frozen router is random_router's
+            kind = set() if name in ("placement", "compute") else {"kind"}
+            assert same == kind | ({"trainable"} if name == "scores" else set())  # a frozen router is random_router's
         else:
             assert given[name] != default[name], name
+
+
+def test_the_file_names_every_axis(tmp_path: Path) -> None:
+    MoeLoraConfig().save_pretrained(str(tmp_path))
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["balance"] == []
+    for axis in set(AXES) - {"balance"}:
+        assert content[axis]["kind"] == getattr(MoeLoraConfig(), axis).kind
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -101,28 +106,46 @@ def test_copies_are_equal_and_independent(preset: str) -> None:
         assert other == config
         assert other.peft_type == config.peft_type
         assert type(other.peft_type) is type(config.peft_type)
-        other.experts.num_experts += 1
+        other.experts = dataclasses.replace(other.experts, num_experts=other.experts.num_experts + 1)
+        assert other != config
+        other = copy.deepcopy(config)
+        other.balance.append(ZLoss(coef=0.3))
         assert other != config
 
 
-def test_parts_may_be_given_as_dicts() -> None:
-    config = MoeLoraConfig(experts={"num_experts": 3}, routing={"top_k": 3})  # type: ignore[arg-type]
-    assert config.experts == ExpertsConfig(num_experts=3)
-    assert config.routing == RoutingConfig(top_k=3)
+def test_an_axis_may_be_given_as_a_kind_a_dict_or_a_choice() -> None:
+    config = MoeLoraConfig(
+        experts={"kind": "lora", "num_experts": 3},
+        selection={"kind": "top_k", "k": 3},
+        balance="z",
+        compute=Reference(),
+    )
+    assert config.experts == LoraExperts(num_experts=3)
+    assert config.selection == TopK(k=3)
+    assert config.balance == [ZLoss()]
+    assert config.compute == Reference()
+    assert config == MoeLoraConfig(
+        experts=LoraExperts(num_experts=3), selection=TopK(k=3), balance=[{"kind": "z"}], compute="reference"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        ({"num_expert": 4}, ["unknown key(s) ['num_expert'] for MoeLoraConfig", "valid keys: auto_mapping, balance"]),
-        ({"target_module": "x"}, ["Did you mean 'target_modules' instead of 'target_module'?"]),
-        ({"experts": {"num_expert": 4}}, ["for experts (ExpertsConfig)", "Did you mean 'num_experts'"]),
-        ({"routing": {"topk": 4}}, ["for routing (RoutingConfig)", "Did you mean 'top_k'"]),
-        ({"balance": {"coeff": 4}}, ["for balance (BalanceConfig)", "Did you mean 'coef'"]),
-        ({"placement": {"feedforward": True}}, ["Did you mean 'feed_forward'"]),
-        ({"compute": {"impl": "fast"}}, ["for compute (ComputeConfig)", "valid keys: implementation"]),
-        ({"experts": 4}, ["experts is 4; allowed: a ExpertsConfig or a dict of its fields"]),
+        ({"num_expert": 4}, ["unknown key 'num_expert' in MoeLoraConfig", "Allowed: auto_mapping, balance"]),
+        ({"routing": {"top_k": 2}}, ["unknown key 'routing' in MoeLoraConfig"]),
+        ({"target_module": "x"}, ["Did you mean 'target_modules'?"]),
+        ({"experts": {"kind": "lora", "num_expert": 4}}, ["in experts 'lora'", "Did you mean 'num_experts'"]),
+        ({"selection": {"kind": "top_k", "top_k": 4}}, ["in selection 'top_k'", "Allowed: capacity_factor"]),
+        ({"scores": {"kind": "linear", "activations": 4}}, ["in scores 'linear'", "Did you mean 'activation'"]),
+        ({"balance": {"kind": "switch", "coeff": 4}}, ["in balance 'switch'", "Did you mean 'coef'"]),
+        ({"placement": {"kind": "linear", "unrouted_module": "x"}}, ["Did you mean 'unrouted_modules'"]),
+        ({"compute": {"kind": "fast", "impl": 1}}, ["unknown key 'impl' in compute 'fast'"]),
+        ({"experts": 4}, ["experts is 4; allowed: a kind ('lora', 'lora_shared_a')", "{'kind': 'lora', 'num_experts'"]),
         ({"experts": None}, ["experts is None"]),
+        ({"selection": {"k": 2}}, ["selection is {'k': 2}; allowed: a kind"]),
+        ({"selection": "topk"}, ["selection is 'topk'; allowed: a kind"]),
+        ({"balance": ["switch", "gshard"]}, ["balance is 'gshard'; allowed: a kind"]),
     ],
 )
 def test_unknown_keys_are_refused(words: dict[str, Any], messages: list[str]) -> None:
@@ -132,23 +155,38 @@ def test_unknown_keys_are_refused(words: dict[str, Any], messages: list[str]) ->
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["top_q", "experts.num_expert", "routing.jitter", "balance.coeff"])
+def refused_by_every_loader(folder: Path, match: str) -> None:
+    base = tiny_model()
+    before = snapshot(base)
+    for load in (
+        lambda: PeftConfig.from_pretrained(str(folder)),
+        lambda: MoeLoraConfig.from_pretrained(str(folder)),
+        lambda: PeftModel.from_pretrained(base, str(folder)),
+        lambda: base.load_adapter(str(folder)),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            load()
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("key", ["top_q", "experts.num_expert", "selection.jitter", "scores.jitter", "balance.0.coeff"])
 def test_unknown_keys_of_a_file_are_refused(key: str, tmp_path: Path) -> None:
     model = adapted("mixlora")
     model.save_pretrained(str(tmp_path))
     write(model.peft_config["default"], tmp_path, {key: 1})
-    base = tiny_model()
-    before = snapshot(base)
-    last = key.rpartition(".")[-1]
-    for load in (
-        lambda: PeftConfig.from_pretrained(str(tmp_path)),
-        lambda: MoeLoraConfig.from_pretrained(str(tmp_path)),
-        lambda: PeftModel.from_pretrained(base, str(tmp_path)),
-        lambda: base.load_adapter(str(tmp_path)),
-    ):
-        with pytest.raises(ConfigError, match=last):
-            load()
-    assert snapshot(base) == before
+    refused_by_every_loader(tmp_path, key.rpartition(".")[-1])
+
+
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "compute"])
+def test_a_file_that_lacks_an_axis_is_refused(axis: str, tmp_path: Path) -> None:
+    """Its default would be another adapter than the one that was saved. How it is computed shapes nothing."""
+    model = adapted("mixlora")
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text())
+    del content[axis]
+    path.write_text(json.dumps(content))
+    refused_by_every_loader(tmp_path, rf"\(format version {FORMAT_VERSION}\) lacks {axis}; allowed: all of experts")
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, "2", None, 1.5, 0])
@@ -160,52 +198,79 @@ def test_other_formats_are_refused(version: object, tmp_path: Path) -> None:
         PeftConfig.from_pretrained(str(tmp_path))
 
 
+def of(axis: str, kind: str, **fields: Any) -> dict[str, Any]:
+    """A word of the configuration: one axis."""
+    return {axis: {"kind": kind, **fields}}
+
+
+BIASED = {"kind": "linear", "bias": True}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"experts": {"num_experts": 0}}, "num_experts is 0; allowed: an integer of at least 1"),
-        ({"experts": {"num_experts": True}}, "num_experts is True"),
-        ({"experts": {"r": 2.0}}, r"r is 2\.0; allowed: an integer"),
-        ({"experts": {"lora_alpha": float("nan")}}, "lora_alpha is nan"),
-        ({"experts": {"lora_alpha": "16"}}, "lora_alpha is '16'"),
-        ({"experts": {"lora_dropout": 1.0}}, r"lora_dropout is 1\.0; allowed: 0 <= lora_dropout < 1"),
-        ({"experts": {"use_rslora": "no"}}, "use_rslora is 'no'; allowed: True, False"),
-        ({"experts": {"init": "zeros"}}, "init is 'zeros'; allowed: 'kaiming', 'normal'"),
-        ({"experts": {"init_std": 0}}, "init_std is 0"),
-        ({"placement": {"feed_forward": 1}}, "feed_forward is 1; allowed: True, False"),
-        ({"placement": {"unrouted_modules": "rest"}}, "'rest' only together with feed_forward=True"),
-        ({"placement": {"unrouted_modules": 3}}, "unrouted_modules is 3"),
-        ({"placement": {"unrouted_modules": "("}}, r"unrouted_modules is '\('; .*regular expression"),
-        ({"routing": {"score": "cosine"}}, "score is 'cosine'; allowed: 'softmax', 'sigmoid'"),
-        ({"routing": {"top_k": 0}}, "top_k is 0; allowed: an integer of at least 1, or None"),
-        ({"routing": {"top_k": 9}}, r"top_k is 9; allowed: 1 to num_experts \(8\).*raise num_experts"),
-        ({"routing": {"renormalize": None}}, "renormalize is None; allowed: True, False"),
-        ({"routing": {"trainable": "yes"}}, "trainable is 'yes'; allowed: True, False"),
-        ({"routing": {"init_std": -1}}, "init_std is -1"),
-        ({"routing": {"expert_dropout": 1}}, "expert_dropout is 1"),
-        ({"routing": {"capacity_factor": 0}}, "capacity_factor is 0"),
-        ({"routing": {"top_k": None, "capacity_factor": 1.0}}, "None with dense routing"),
-        ({"routing": {"capacity_in_eval": True}}, "capacity_in_eval is True; allowed: False without a capacity"),
-        ({"routing": {"bias_update_rate": -1.0}}, r"bias_update_rate is -1\.0"),
-        ({"routing": {"bias_update_rate": 1e-3}}, "0 unless routing is sigmoid top-k"),
-        ({"routing": {"bias_update_rate": 1e-3, "score": "sigmoid", "top_k": None}}, "0 unless routing is sigmoid"),
-        ({"balance": {"loss": "gshard"}}, "loss is 'gshard'; allowed: 'switch', 'mixtral'"),
-        ({"balance": {"coef": -0.1}}, r"coef is -0\.1"),
-        ({"balance": {"z_loss_coef": None}}, "z_loss_coef is None"),
-        ({"balance": {"scope": "batch"}}, "scope is 'batch'; allowed: 'global', 'micro_batch'"),
-        ({"balance": {"coef": 0.1}, "routing": {"trainable": False}}, "router.*not trained|not trained.*router"),
-        ({"compute": {"implementation": "cuda"}}, "implementation is 'cuda'; allowed: 'fast', 'compiled', 'reference'"),
+        (of("experts", "lora", num_experts=0), "num_experts is 0; allowed: an integer of at least 1"),
+        (of("experts", "lora", num_experts=True), "num_experts is True"),
+        (of("experts", "lora", r=2.0), r"r is 2\.0; allowed: an integer"),
+        (of("experts", "lora", lora_alpha=float("nan")), "lora_alpha is nan"),
+        (of("experts", "lora", lora_alpha="16"), "lora_alpha is '16'"),
+        (of("experts", "lora", lora_dropout=1.0), r"lora_dropout is 1\.0; allowed: 0 <= lora_dropout < 1"),
+        (of("experts", "lora", use_rslora="no"), "use_rslora is 'no'; allowed: True, False"),
+        (of("experts", "lora", init="zeros"), "init is 'zeros'; allowed: 'kaiming', 'normal'"),
+        (of("experts", "lora", init_std=0), "init_std is 0"),
+        (of("experts", "lora_shared_a", r=0), "r is 0; allowed: an integer of at least 1"),
+        (of("placement", "linear", unrouted_modules="rest"), "'rest' only with the placement 'feed_forward'"),
+        (of("placement", "linear", unrouted_modules=3), "unrouted_modules is 3"),
+        (of("placement", "linear", unrouted_modules="("), r"unrouted_modules is '\('; .*regular expression"),
+        (of("scores", "linear", activation="cosine"), "activation is 'cosine'; allowed: 'softmax', 'sigmoid'"),
+        (of("scores", "linear", trainable="yes"), "trainable is 'yes'; allowed: True, False"),
+        (of("scores", "linear", init_std=-1), "init_std is -1"),
+        (of("scores", "linear", bias=1), "bias is 1; allowed: True, False"),
+        (of("selection", "top_k", k=0), "top_k is 0; allowed: an integer of at least 1"),
+        (of("selection", "top_k", k=None), "top_k is None; allowed: an integer of at least 1"),
+        (of("selection", "top_k", k=9), r"top_k is 9; allowed: 1 to num_experts \(8\).*raise num_experts"),
+        (
+            of("selection", "top_k", k=1),
+            "top_k is 1 with renormalize=True: .* gives the router no gradient|no gradient",
+        ),
+        (of("selection", "top_k", renormalize=None), "renormalize is None; allowed: True, False"),
+        (of("selection", "dense", renormalize=None), "renormalize is None; allowed: True, False"),
+        (of("selection", "top_k", expert_dropout=1), "expert_dropout is 1"),
+        (of("selection", "top_k", capacity_factor=0), "capacity_factor is 0"),
+        (of("selection", "dense", capacity_factor=1.0), "unknown key 'capacity_factor' in selection 'dense'"),
+        (
+            of("selection", "top_k", capacity_in_eval=True),
+            "capacity_in_eval is True; allowed: False without a capacity",
+        ),
+        (of("selection", "learned_threshold", max_threshold=0), "max_threshold is 0; allowed: 0 < max_threshold <= 1"),
+        (of("selection", "learned_threshold", max_threshold=1.5), r"max_threshold is 1\.5"),
+        (of("balance", "bias_update", coef=-1.0), r"bias_update_rate is -1\.0"),
+        (of("balance", "bias_update", coef=1e-3), "a bias that 'linear' scores do not have"),
+        ({"scores": BIASED, "selection": "dense", **of("balance", "bias_update", coef=1e-3)}, "counts choices"),
+        (of("balance", "gshard"), "balance is {'kind': 'gshard'}; allowed: a kind .*'switch'"),
+        (of("balance", "switch", coef=-0.1), r"coef is -0\.1"),
+        (of("balance", "switch", coef=float("inf")), "coef is inf"),
+        (of("balance", "z", coef=None), "z_loss_coef is None"),
+        (of("balance", "threshold", coef=0.1), "'threshold' needs a threshold"),
+        ({"balance_scope": "batch"}, "balance_scope is 'batch'; allowed: 'global', 'micro_batch'"),
+        (
+            {**of("balance", "switch", coef=0.1), **of("scores", "linear", trainable=False)},
+            "router.*not trained|not trained.*router",
+        ),
+        (of("compute", "cuda"), "compute is {'kind': 'cuda'}; allowed: a kind .*'fast', 'compiled', 'reference'"),
         ({"target_modules": []}, "target_modules is .*would adapt nothing"),
         ({"target_modules": None}, "target_modules is None; allowed: name endings, a regex, or 'all-linear'"),
         ({"target_modules": "("}, r"target_modules is '\('; .*regular expression"),
         ({"target_modules": 3}, "target_modules is 3"),
         ({"exclude_modules": "["}, r"exclude_modules is '\['; .*regular expression"),
         ({"target_modules": r".*\.q_proj", "layers_to_transform": [0]}, "layer numbers into the regex"),
-        ({"target_modules": r".*\.q_proj", "layers_pattern": "h"}, "layer numbers into the regex"),
+        ({"target_modules": r".*\.q_proj", "layers_pattern": "h"}, "None without layers_to_transform"),
+        ({"layers_to_transform": [1]}, r"None when target_modules is a regex or 'all-linear' \(it is 'all-linear'\)"),
         ({"layers_pattern": "layers"}, "None without layers_to_transform"),
-        ({"layers_to_transform": []}, r"layers_to_transform is \[\]"),
-        ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]"),
-        ({"layers_to_transform": "0"}, "layers_to_transform is '0'"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "None without layers_to_transform"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": []}, r"layers_to_transform is \[\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": "0"}, "layers_to_transform is '0'"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; allowed: a list of names"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; allowed: 'none', 'all', 'moelora_only'"),
         ({"task_type": "CLASSIFY"}, "CLASSIFY"),
@@ -223,13 +288,13 @@ def test_every_error_is_a_value_error() -> None:
 
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 32 / 16), (True, 32 / 4)])
 def test_scaling(rslora: bool, scaling: float) -> None:
-    config = MoeLoraConfig(experts=ExpertsConfig(r=16, lora_alpha=32, use_rslora=rslora))
+    config = MoeLoraConfig(experts=LoraExperts(r=16, lora_alpha=32, use_rslora=rslora))
     assert config.scaling == config.experts.scaling == scaling
 
 
 COUNTED_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "layer": {"layers_to_transform": [1]},
+    "layer": {"target_modules": ["q_proj", "gate_proj", "up_proj"], "layers_to_transform": [1]},
     "saved": {"modules_to_save": ["embed_tokens"]},
     "tokens": {"trainable_token_indices": [3, 4, 5]},
     "tokens_by_name": {"trainable_token_indices": {"embed_tokens": [3, 4]}},

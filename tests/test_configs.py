@@ -9,11 +9,12 @@ import pytest
 
 from eval.__main__ import main as evaluate
 from moelora import presets
+from moelora.runs.config import adapter_config, load_config
+from moelora.runs.models import DEMO_MODEL
+from moelora.runs.parameters import TOLERANCE
+from moelora.runs.tasks import fresh_problems, problems
 from train.__main__ import main as train
-from train.baseline import TOLERANCE, baseline_config
-from train.config import adapter_config, load_config
-from train.models import DEMO_MODEL
-from train.tasks import fresh_problems, problems
+from train.baseline import baseline_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Comparisons have a form of their own and are read by tests/eval/compare/test_schema.py.
@@ -65,7 +66,7 @@ def test_the_quickstart_has_enough_fresh_problems() -> None:
 
 @pytest.mark.real_model
 def test_the_methods_have_about_as_many_trainable_parameters() -> None:
-    from train.models import load_skeleton
+    from moelora.runs.models import load_skeleton
 
     counts = {}
     for file in (CONFIGS / "smollm2-135m").glob("*.yaml"):
@@ -81,7 +82,7 @@ def test_the_methods_have_about_as_many_trainable_parameters() -> None:
 def test_the_quickstart_compares_with_a_lora_of_equal_size() -> None:
     from peft import get_peft_model
 
-    from train.models import load_model
+    from moelora.runs.models import load_model
 
     config = load_config(QUICKSTART)
     assert config.model == DEMO_MODEL

@@ -71,12 +71,14 @@ def test_keys_of_the_file(preset: str, tmp_path: Path) -> None:
     keys = set(load_file(str(tmp_path / "adapter_model.safetensors")))
     expected = set()
     for path, layer in tuner_layers(model).items():
-        roles = [f"{role}_" if role else "" for role in layer.linears()]
-        expected |= {f"{path}.moelora_{role}{factor}.weight" for role in roles for factor in "AB"}
+        roles = [role or "weight" for role in layer.linear_sizes()]
+        expected |= {f"{path}.moelora_{factor}.{role}" for role in roles for factor in "AB"}
         if layer.moelora_router:
             expected.add(f"{path}.moelora_router.weight")
             if preset == "smora":
                 expected.add(f"{path}.moelora_router.bias")
+            if preset == "adamole":
+                expected |= {f"{path}.moelora_router.threshold_{name}" for name in ("weight", "bias")}
     assert keys == {f"base_model.model.{key}" for key in expected}
     assert {path.name for path in tmp_path.iterdir()} == {
         "adapter_config.json",
@@ -224,7 +226,8 @@ def test_hotswap(preset: str, low_memory: bool, saved: Callable[..., str]) -> No
     model = PeftModel.from_pretrained(tiny_model(), first, low_cpu_mem_usage=low_memory)
     assert not torch.equal(outputs(model), expected)
     hotswap_adapter(model, second, adapter_name="default", torch_device="cpu")
-    assert torch.equal(outputs(model), expected)
+    # tensors that are views of a file need not be aligned, and a matrix product then sums in another order
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-6 if low_memory else 0)
     assert_equal_tensors(adapter_tensors(model), adapter_tensors(adapted(preset, seed=2)))
 
 
@@ -234,8 +237,8 @@ def test_hotswap(preset: str, low_memory: bool, saved: Callable[..., str]) -> No
         ({"r": 2}, "experts"),
         ({"lora_alpha": 5}, "experts"),
         ({"num_experts": 3}, "experts"),
-        ({"top_k": 1}, "routing"),
-        ({"renormalize": True}, "routing"),
+        ({"top_k": 1}, "selection"),
+        ({"renormalize": True}, "selection"),
     ],
 )
 def test_hotswap_of_another_shape_or_meaning_is_refused(
@@ -250,7 +253,7 @@ def test_hotswap_of_another_shape_or_meaning_is_refused(
 
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
-    "wider": ({"hidden_size": 48}, r"tensors have another shape \(.*moelora_\w+\.default\.weight is \[.*36.*48"),
+    "wider": ({"hidden_size": 48}, r"tensors have another shape \(.*moelora_\w+\.default\.\w+ is \[.*36.*48"),
     "deeper": ({"num_hidden_layers": 3}, r"places get no tensor \(.*layers\.2\."),
     "shallower": ({"num_hidden_layers": 1}, r"tensors have no place \(.*layers\.1\."),
 }

@@ -97,7 +97,7 @@ def test_deleting() -> None:
     assert torch.equal(outputs(model), expected)
     assert set(model.peft_config) == {"second"}
     assert not any(".first." in key for key in model.state_dict())
-    assert not any("first" in layer.experts or "first" in layer.scaling for layer in tuner_layers(model).values())
+    assert not any("first" in layer.configs or "first" in layer.scaling for layer in tuner_layers(model).values())
     model.delete_adapter("second")
     assert torch.equal(outputs(model.base_model.model), outputs(tiny_model()))  # a PeftModel without any does not run
     assert not adapter_tensors(model)

@@ -13,8 +13,9 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moelora import record_routing
-from moelora.layers.block_form import find_form
+from moelora.inject.blocks import find_form
 from moelora.layers.feed_forward import MixtureFeedForward
+from moelora.ops.compute import Reference
 from tests.adapters import adapter_tensors, assert_equal_tensors, outputs, shake, small_config, tuner_layers
 from tests.conftest import tiny_batch, tiny_model
 
@@ -72,7 +73,7 @@ def test_sites_count_and_b_zero(scheme: str, preset: str, load: Load) -> None:
     kind = bitsandbytes.nn.Linear8bitLt if scheme == "int8" else bitsandbytes.nn.Linear4bit
     for layer in tuner_layers(model).values():
         blocks = isinstance(layer, MixtureFeedForward)
-        assert all(isinstance(layer.linear(role), kind) for role in layer.linears()) if blocks else True
+        assert all(isinstance(layer.linear(role), kind) for role in layer.linear_sizes()) if blocks else True
         assert blocks or isinstance(layer.base_layer, kind)
     torch.testing.assert_close(outputs(model), expected, **TOLERANCE)
     shake(model)
@@ -165,6 +166,5 @@ def test_reference_implementation_on_quantised_linears(scheme: str, load: Load) 
     model = get_peft_model(load(scheme), small_config("mixlora", lora_alpha=1))
     shake(model)
     fast = outputs(model)
-    for layer in tuner_layers(model).values():
-        layer.compute["default"].implementation = "reference"
+    model.peft_config["default"].compute = Reference()
     torch.testing.assert_close(outputs(model), fast, **TOLERANCE)

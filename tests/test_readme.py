@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import moelora
-from eval.speed_report import ratios
+from eval.speed.report import ratios
 from tests.conftest import tiny_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -56,6 +56,9 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "my-adapter" / "adapter_config.json").exists()
     logged = [entry for entry in namespace["trainer"].state.log_history if "balance_loss" in entry]
     assert len(logged) == 2
+    assert len(namespace["terms"]) == len(namespace["balance"]) == 2
+    assert namespace["loss"].isfinite()
+    assert namespace["loss"].requires_grad
     assert len(namespace["recorder"].records) == tiny_model("llama").config.num_hidden_layers
 
 

@@ -17,7 +17,7 @@ from moelora.cli import main as moelora
 from tests.eval.compare.tiny import write_benchmark
 from tests.eval.suites.test_registry import write_task
 from tests.eval.tiny_suite import write_rows
-from tests.train.tiny import write_run
+from tests.runs.tiny import write_run
 from train.__main__ import main as train
 
 README = Path(__file__).parent.parent / "README.md"

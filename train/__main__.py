@@ -2,7 +2,7 @@
 
 For example `python -m train configs/quickstart.yaml`, or with changes
 `python -m train configs/quickstart.yaml adapter.r=8 training.max_steps=20 output_dir=runs/short`.
-Run the same command again to go on with a run that was stopped.
+Run the same command again to resume a run that was stopped.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-
-from train.errors import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,11 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="throw away what this run has trained so far")
     options = parser.parse_intermixed_args(arguments)
 
-    from train.quiet import quiet_libraries
+    # after the words are read, so that --help answers at once
+    from moelora.runs.program import exit_status
+    from moelora.runs.quiet import quiet_libraries
 
     quiet_libraries()
     return exit_status(
-        lambda: run(options), stopped="Stopped. Run the same command again to go on from the last checkpoint."
+        lambda: run(options), stopped="Stopped. Run the same command again to resume from the last checkpoint."
     )
 
 
@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> None:
     """Train as the configuration says.
 
     Raises:
-        RunError: If the configuration is not valid or the run cannot go on.
+        MoeLoraError: If the configuration is not valid or the run cannot start or be resumed.
     """
-    from train.config import load_config
+    from moelora.runs.config import load_config
 
     config = load_config(options.config, options.overrides)
     from train import sft

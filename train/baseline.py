@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.errors import RunError
-from train.models import load_skeleton
-from train.schema import BaselineConfig, RunConfig
-
-# How far the number of trainable parameters of a matched LoRA may be from the adapter's.
-TOLERANCE = 0.02
+from moelora.errors import RunError
+from moelora.runs.config import BaselineConfig, RunConfig
+from moelora.runs.models import load_skeleton
+from moelora.runs.parameters import TOLERANCE, count_parameters, is_equal_size
 
 
 def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -> Any:
@@ -27,16 +25,18 @@ def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -
 
     r = baseline.r
     if r == "match":
-        target = adapter.num_trainable_parameters(load_skeleton(config))
-        unit = _parameters_of_rank_one(load_skeleton(config), baseline.target_modules)
-        r = max(1, round(target / unit))
-        if abs(r * unit - target) > TOLERANCE * target:
+        target = count_parameters(load_skeleton(config), adapter).trainable
+        of_rank_one = LoraConfig(r=1, target_modules=baseline.target_modules)
+        unit = count_parameters(load_skeleton(config), of_rank_one).trainable
+        rank = max(1, round(target / unit))
+        if not is_equal_size(rank * unit, target):
             raise RunError(
                 f"baseline.r is 'match', but the adapter has {target:,} trainable parameters and a LoRA on "
-                f"{baseline.target_modules!r} has {unit:,} a rank: the nearest rank, {r}, is "
-                f"{r * unit / target - 1:+.1%} off, allowed: {TOLERANCE:.0%}. Set baseline.r to a number, or change "
+                f"{baseline.target_modules!r} has {unit:,} per rank: the nearest rank, {rank}, is "
+                f"{rank * unit / target - 1:+.1%} off, allowed: {TOLERANCE:.0%}. Set baseline.r to a number, or change "
                 "adapter.r or adapter.num_experts."
             )
+        r = rank
     alpha = baseline.lora_alpha
     return LoraConfig(
         r=r,
@@ -46,13 +46,3 @@ def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -
         target_modules=baseline.target_modules,
         task_type=adapter.task_type,
     )
-
-
-def _parameters_of_rank_one(skeleton: Any, target_modules: str | list[str]) -> int:
-    """Trainable parameters of a LoRA of rank one."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    with torch.device("meta"):
-        model = get_peft_model(skeleton, LoraConfig(r=1, target_modules=target_modules))
-    return int(model.get_nb_trainable_parameters()[0])

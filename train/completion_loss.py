@@ -6,13 +6,14 @@ answers of a few tokens and SmolLM2's vocabulary of 49,152 that is nearly half o
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trl import SFTTrainer
+
+from moelora.forward import takes_logits_to_keep
 
 
 class CompletionLossTrainer(SFTTrainer):
@@ -55,8 +56,6 @@ class CompletionLossTrainer(SFTTrainer):
 
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether the batch and the arguments ask for the ordinary loss of a causal language model."""
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return (
             self.args.device.type == "cpu"
             and self.args.loss_type == "nll"
@@ -64,8 +63,7 @@ class CompletionLossTrainer(SFTTrainer):
             and self.compute_loss_func is None
             and not self.aux_loss_enabled
             and inputs.get("labels") is not None
-            # TRL replaces the instance's own forward, so the class is asked.
-            and "logits_to_keep" in inspect.signature(type(base).forward).parameters
+            and takes_logits_to_keep(self.accelerator.unwrap_model(self.model))
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

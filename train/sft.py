@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
 
 from moelora import MoeLoraTrainerMixin
+from moelora.runs.config import RunConfig, adapter_config, sft_config
+from moelora.runs.console import IS_MAIN, say
+from moelora.runs.data import load_rows
+from moelora.runs.files import new_folder
+from moelora.runs.folder import ADAPTER, BASELINE, RunDir
+from moelora.runs.models import ModelSource, load_model, load_tokenizer
+from moelora.runs.progress import LiveProgress
+from moelora.runs.wording import minutes
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
-from train.config import adapter_config, sft_config
-from train.console import IS_MAIN, LiveProgress, minutes, say
-from train.data import load_rows
-from train.models import ModelSource, load_model, load_tokenizer
-from train.run_dir import ADAPTER, BASELINE, RunDir
-from train.schema import RunConfig
 
 
 class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
@@ -28,14 +30,14 @@ class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
-    """Train what `config` says into `config.output_dir`, from where an earlier call stopped.
+    """Train what `config` says into `config.output_dir`, from the last checkpoint of an earlier call if there is one.
 
     Args:
         config: The run.
         restart: Throw away what an earlier call has trained.
 
     Raises:
-        RunError: If the run cannot start or go on.
+        RunError: If the run cannot start or be resumed.
     """
     folder = RunDir(config.output_dir)
     if IS_MAIN:
@@ -69,6 +71,12 @@ def make_trainer(
 ) -> RunTrainer:
     """A trainer of a new adapter on a base model, without a progress display."""
     model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype != "bfloat16")
+    if adapter_dtype != "auto":
+        # PEFT knows float32 and the base's own data type; with a base in float32 it would leave bfloat16 undone
+        dtype = getattr(torch, adapter_dtype)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -86,7 +94,7 @@ def train_stage(
     adapter_dtype: str = "auto",
     label: str | None = None,
 ) -> None:
-    """Train one adapter into a run's folder from where an earlier call stopped, unless that is done.
+    """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
     Args:
         stage: Its name in the folder.
@@ -140,9 +148,7 @@ def _compact(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _save(model: Any, tokenizer: Any, record: dict[str, Any], folder: Path) -> None:
     """Write the finished adapter; the folder appears with everything in it, or not at all."""
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        ready = Path(temporary) / folder.name
+    with new_folder(folder) as ready:
         model.save_pretrained(str(ready))
         tokenizer.save_pretrained(str(ready))
         (ready / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        ready.rename(folder)

@@ -1,8 +1,8 @@
 """Train and score several methods alike, and render the table.
 
 For example `python -m eval.compare configs/benchmarks/commonsense.yaml`. It says first what it will do and how long
-that takes. Run the same command again to go on after it was stopped, however it was stopped; what is finished is never
-done again. `--plan` only says, `--render` only draws the tables of what is there.
+that takes. Run the same command again to resume it after it was stopped, however it was stopped; what is finished is
+never done again. `--plan` only says, `--render` only draws the tables of what is there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-
-from train.errors import RunError, exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,18 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-probe", action="store_true", help="do not time a few steps for the estimate")
     options = parser.parse_intermixed_args(arguments)
 
-    from train.quiet import quiet_libraries
+    # after the words are read, so that --help answers at once
+    from moelora.runs.program import exit_status
+    from moelora.runs.quiet import quiet_libraries
 
     quiet_libraries()
     command = f"python -m eval.compare {' '.join([options.config, *options.overrides])}"
-    return exit_status(lambda: run(options, command), stopped="Stopped. Run the same command again to go on.")
+    return exit_status(lambda: run(options, command), stopped="Stopped. Run the same command again to resume it.")
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Do what is left of a comparison.
 
     Raises:
-        RunError: If the configuration is not valid, its methods are not of equal size, results of another
+        MoeLoraError: If the configuration is not valid, its methods are not of equal size, results of another
             configuration are in the way, or there is nothing to draw yet.
     """
     from eval.compare import plan
@@ -57,7 +57,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     from eval.compare.schema import load_benchmark
     from eval.compare.sizes import check_sizes
     from eval.compare.work import Bench
-    from train.console import minutes, say
+    from moelora.errors import RunError
+    from moelora.runs.console import say
+    from moelora.runs.wording import minutes
 
     config = load_benchmark(options.config, options.overrides)
     board = Board(config)
@@ -69,7 +71,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     sizes = check_sizes(config)
     for key, size in sizes.items():
-        say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active a token")
+        say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active per token")
     if options.plan:
         plan.show(board, plan.Timing.of(board))
         return

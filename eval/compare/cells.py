@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.compare.schema import BenchmarkConfig
-from eval.suite_scores import ModelScores, write_atomically
-from train.errors import RunError
-from train.run_dir import HARMLESS, changes
+from eval.scoring.model_scores import ModelScores
+from moelora.errors import RunError
+from moelora.runs.files import write_atomically
+from moelora.runs.folder import HARMLESS, changes
 
 BASE = "base"
 
@@ -88,10 +89,10 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
 
 
 class Board:
-    """The files of a comparison: what is finished, and where the rest goes on.
+    """The files of a comparison: what is finished, and where the rest is resumed.
 
     A cell is finished when its JSON file in `results_dir/cells` is there; the file appears whole, as the last thing a
-    cell does. What a killed run leaves in `output_dir` is gone on with, or made again.
+    cell does. What a killed run leaves in `output_dir` is resumed, or made again.
 
     Args:
         config: The comparison.

@@ -40,7 +40,7 @@ class Mixture:
         Args:
             config: Has the size of a bucket.
             steps: Optimizer steps.
-            batch_size: Rows a step.
+            batch_size: Rows per step.
             seed: Seed of the order.
         """
         generator = random.Random(f"order {seed}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval import figures
 from eval.compare.cells import BASE
 from eval.compare.summary import MethodSummary, Summary
 
@@ -18,18 +19,11 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
     """Write scores.png, and seen_unseen.png if there are tasks of both kinds."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "scores.png"]
-    _save(_scores(summary), files[0])
+    figures.save(_scores(summary), files[0])
     if summary.seen and summary.unseen:
         files.append(folder / "seen_unseen.png")
-        _save(_seen_unseen(summary), files[1])
+        figures.save(_seen_unseen(summary), files[1])
     return files
-
-
-def _save(figure: Any, file: Path) -> None:
-    """The picture is there whole or as it was before."""
-    temporary = file.with_name(f".{file.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(file)
 
 
 def _color(summary: Summary, method: MethodSummary) -> str:
@@ -40,7 +34,7 @@ def _color(summary: Summary, method: MethodSummary) -> str:
 
 
 def _scores(summary: Summary) -> Any:
-    """A panel a task and one of their mean: a dot a method with its error, the floor, and the seeds as light dots."""
+    """One panel per task and one of their mean: a dot per method with its error, the floor, the seeds as light dots."""
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, list[str]]] = [(label, [label]) for label in summary.labels]

@@ -13,9 +13,10 @@ from eval.compare.cells import BASE, Board, Cell
 from eval.compare.mixture import as_dataset, padded
 from eval.compare.sizes import source_of
 from eval.compare.work import Bench, rows_a_step
-from eval.suite_scores import write_atomically
-from train.console import minutes, say
-from train.models import load_model
+from moelora.runs.console import say
+from moelora.runs.files import write_atomically
+from moelora.runs.models import load_model
+from moelora.runs.wording import minutes
 
 PROBE_STEPS = 3
 # Of a training step: what scoring a token costs beside training on it, before a measurement is there.
@@ -30,7 +31,7 @@ class Timing:
     """Seconds of an average optimizer step, by method, and of scoring, by cell kind.
 
     Args:
-        steps: Method to seconds a step.
+        steps: Method to seconds per step.
         scoring: Method, or "base", to seconds of scoring.
     """
 

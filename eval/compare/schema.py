@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.suites.registry import COMMONSENSE, PROTOCOLS
-from train.config import read_words
-from train.errors import RunError, one_line
-from train.schema import build, check_keys
+from moelora.errors import RunError
+from moelora.runs.schema import build
+from moelora.runs.wording import one_line
+from moelora.runs.yaml_file import read_words
+from moelora.validation import check_at_least_one, check_keys
 
 # Tasks without a training split of their own stay unseen.
 UNSEEN = ("piqa", "hellaswag")
@@ -49,7 +51,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_keys("data.tasks", self.tasks, [task for task in COMMONSENSE if task not in UNSEEN])
-        _positive(self, "data", "rows_per_task", "selection_rows", "steps", "max_length", "bucket")
+        check_at_least_one(self, "data", "rows_per_task", "selection_rows", "steps", "max_length", "bucket")
 
 
 @dataclass(kw_only=True)
@@ -67,7 +69,7 @@ class SelectionConfig:
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        _positive(self, "selection", "steps")
+        check_at_least_one(self, "selection", "steps")
         if not self.learning_rates:
             raise RunError("selection.learning_rates is empty; give at least one.")
 
@@ -87,7 +89,7 @@ class ScoringConfig:
     routing_rows: int = 48
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluation", "limit", "batch_size", "routing_rows")
+        check_at_least_one(self, "evaluation", "limit", "batch_size", "routing_rows")
 
 
 @dataclass(kw_only=True)
@@ -116,7 +118,7 @@ class MethodConfig:
         Raises:
             RunError: If it is neither a preset nor `peft: lora`, or PEFT refuses a word.
         """
-        from train.config import preset_config
+        from moelora.runs.config import preset_config
 
         words = dict(self.adapter)
         kind = words.pop("peft", None)
@@ -150,6 +152,7 @@ class BenchmarkConfig:
         data: The training mixture.
         training: Fields of `trl.SFTConfig`, the same for all methods.
         evaluation: How the trained models are scored.
+        note: What a reader of the tables has to know beside them.
     """
 
     model: str
@@ -165,6 +168,7 @@ class BenchmarkConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    note: str | None = None
 
     def __post_init__(self) -> None:
         self.methods = {
@@ -189,16 +193,9 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
         overrides: `key=value` each, as for `python -m train`.
 
     Raises:
-        RunError: If the file cannot be read, or a key or value in it is not allowed.
+        MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.
     """
     config = build(BenchmarkConfig, read_words(path, overrides), "the configuration")
     for method in config.methods.values():
         method.peft_config()
     return config
-
-
-def _positive(section: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < 1:
-            raise RunError(f"{where}.{name} is {value}; it must be at least 1.")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from eval.compare.schema import BenchmarkConfig
-from eval.parameters import ParameterCount, count_parameters
-from eval.suite_tables import TOLERANCE
-from train.errors import RunError
-from train.models import ModelSource, load_skeleton
+from moelora.errors import RunError
+from moelora.runs.models import ModelSource, load_skeleton
+from moelora.runs.parameters import TOLERANCE, ParameterCount, count_parameters, is_equal_size
 
 
 def source_of(config: BenchmarkConfig) -> ModelSource:
@@ -32,7 +31,7 @@ def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
     for key, method in config.methods.items():
         wanted = reference.trainable if method.equal == "trainable" else reference.active
         found = sizes[key].trainable
-        if abs(found - wanted) > TOLERANCE * wanted:
+        if not is_equal_size(found, wanted):
             wrong.append(
                 f"{key} has {found:,} ({found / wanted - 1:+.1%} of {wanted:,}{_advice(method, found, wanted)})"
             )

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.compare.cells import BASE, Board, Cell, selection_cells
-from eval.scores import Score, difference, is_at_floor, macro, mean
-from eval.suite_scores import ModelScores
-from eval.suite_tables import check_comparable
-from train.errors import RunError
+from eval.scoring.judging import is_at_floor
+from eval.scoring.model_scores import ModelScores
+from eval.scoring.scores import Score, difference, macro, mean
+from eval.scoring.suite_tables import check_comparable
+from moelora.errors import RunError
 
 
 @dataclass
@@ -47,7 +48,7 @@ class MethodSummary:
 
     def at_floor(self, label: str) -> bool:
         """Whether its mean is no better than always giving the most frequent answer."""
-        return is_at_floor(mean(self.rows(label)), self.first.tasks[label].majority)
+        return is_at_floor(mean(self.rows(label)).value, self.first.tasks[label].majority)
 
     def training(self, word: str) -> float | None:
         """Mean over the seeds of a number that the trainer noted."""

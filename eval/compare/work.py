@@ -13,16 +13,17 @@ from eval.compare.cells import Board, Cell, identity
 from eval.compare.mixture import Mixture, Tokens, as_dataset, digest, make_mixture
 from eval.compare.schema import BenchmarkConfig
 from eval.compare.sizes import source_of
-from eval.parameters import ParameterCount
-from eval.routing import analyse
-from eval.scorer import Scorer
-from eval.sources import Contestant
-from eval.suite_run import card_metrics, score_model
-from eval.suite_scores import ModelScores, write_atomically
+from eval.scoring.model_scores import ModelScores
+from eval.scoring.routing import analyse
+from eval.scoring.scorer import Scorer
+from eval.scoring.sources import Contestant
+from eval.scoring.suite_run import card_metrics, score_model
 from eval.suites.registry import Suite, load_suite
-from train.config import sft_arguments
-from train.models import load_model, load_tokenizer
-from train.run_dir import ADAPTER, RunDir
+from moelora.runs.files import write_atomically
+from moelora.runs.folder import ADAPTER, RunDir
+from moelora.runs.models import load_model, load_tokenizer
+from moelora.runs.parameters import ParameterCount
+from moelora.runs.trainer_arguments import sft_arguments
 
 # Between two checkpoints: what a kill can cost.
 STEPS_BETWEEN_CHECKPOINTS = 25
@@ -193,6 +194,7 @@ class Bench:
             self.suite,
             name=name,
             rows=self.config.evaluation.routing_rows,
+            batch_size=self.config.evaluation.batch_size,
             folder=self.board.folder(cell),
         )
 

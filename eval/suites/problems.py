@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.tasks import fresh_problems, task_data_set
+from moelora.runs.tasks import fresh_problems, task_data_set
 
 
 def load(*, task: str, options: Mapping[str, Any], seed: int, size: int, **_: Any) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import RunError, one_line
+from moelora.errors import MoeLoraError, RunError
+from moelora.runs.wording import one_line
 
 FOLDER = Path(__file__).parent
 PROTOCOLS = ("loglik", "letters", "instruct")
@@ -125,7 +126,7 @@ def _task_manager() -> Any:
 def _load(manager: Any, name: str, protocol: str, tasks: list[str], system: str | None = None) -> Suite:
     try:
         loaded = manager.load(tasks)["tasks"]
-    except RunError:
+    except MoeLoraError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"suite {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error

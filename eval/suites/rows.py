@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from train.errors import RunError, one_line
+from moelora.errors import RunError
+from moelora.runs.wording import one_line
 
 LOCAL_FOLDER = "MOELORA_DATA_DIR"
 SPLITS = ("train", "validation", "test")

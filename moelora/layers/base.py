@@ -1,23 +1,27 @@
 """What all mixture layers share: the containers of the adapters, routing, and the rules of PEFT's layer contract.
 
-Shape suffixes: B sequences, S tokens of a sequence, T = B * S tokens, D input features.
+Shape suffixes: T tokens, D input features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora.config import ComputeConfig, ExpertsConfig, MoeLoraConfig
+from moelora.choices import Site
+from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, MoeLoraError
-from moelora.experts.stack import ExpertStack, init_a, init_b
+from moelora.ops.factors import Factors
+from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
-from moelora.routing.recorder import RoutingRecorder
+from moelora.routing.record import Mixture
 from moelora.routing.router import Router
+from moelora.routing.run import Place, current_place, in_backward
+from moelora.tensors import AdapterTensors
 
 MERGE_REASON = (
     "a routed mixture of LoRA experts depends on its input, so it cannot be merged into the base weights. Keep the "
@@ -25,87 +29,94 @@ MERGE_REASON = (
 )
 
 
-class MoeLoraLayer(nn.Module, BaseTunerLayer):
-    """Base of the mixture layers: adapters by name, each with stacked experts and (unless un-routed) a router.
+_NO_BATCH = Batch()
 
-    Subclasses name their expert stacks in `adapter_layer_names` (one attribute a factor, all starting with `moelora_`,
-    since PEFT and transformers derive checkpoint keys from exactly one such path component).
+
+class Here(NamedTuple):
+    """Where a layer runs, and what the batch says of the tokens it is given."""
+
+    place: Place | None
+    tokens: Tokens
+
+
+class MoeLoraLayer(nn.Module, BaseTunerLayer):
+    """Base of the mixture layers: adapters by name, each with the tensors its choices declare.
+
+    The tensors of experts are in a container for each first part of their names ("A.up" in `moelora_A`), those of
+    routers in `moelora_router`. PEFT and transformers derive checkpoint keys from exactly one component `moelora_...`
+    of a path, and PEFT's optimizers find the factors by `lora_A` and `lora_B` in it.
 
     Args:
         base_layer: The wrapped module.
         name: Its name in the base model.
-        recorder: The model's routing recorder.
     """
 
-    other_param_names: tuple[str, ...] = ("experts", "scaling", "compute", "moelora_dropout")
+    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "moelora_dropout")
 
     # PEFT's classes are Any to the type checker, and nn.Module would answer for their attributes with Tensor | Module
     adapter_layer_names: tuple[str, ...]
     base_layer: nn.Module
+    moelora_router: Any
     active_adapters: list[str]
     disable_adapters: bool
     get_base_layer: Callable[[], nn.Module]
-    set_adapter: Callable[..., None]
     set_requires_grad: Callable[[str, bool], None]
+    set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
-    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
         self.name = name
-        self.stream = "decoder" if "decoder" in name.split(".") else "main"
-        self.recorder = recorder
-        self.experts: dict[str, ExpertsConfig] = {}
+        self.configs: dict[str, MoeLoraConfig] = {}
         self.scaling: dict[str, float] = {}
-        self.compute: dict[str, ComputeConfig] = {}
+        # the modules that hold an adapter's tensors, by the first parts of their names: "A", "B", "router"
+        self.parts: dict[str, dict[str, AdapterTensors]] = {}
         self.moelora_dropout = nn.ModuleDict({})
-        self.moelora_router: nn.ModuleDict
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ModuleDict({}))
+        self.adapter_layer_names = ()
+        for container in ("moelora_A", "moelora_B", "moelora_router"):
+            self._container(container)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
 
-    def linears(self) -> dict[str, tuple[int, int]]:
+    def _container(self, name: str) -> nn.ModuleDict:
+        if name not in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict({}))
+            self.adapter_layer_names = (*self.adapter_layer_names, name)
+        found: nn.ModuleDict = getattr(self, name)
+        return found
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of each linear by its role; "" for a layer of one linear."""
         raise NotImplementedError
 
-    def update_layer(
-        self, adapter_name: str, config: MoeLoraConfig, roles: Iterable[str], routed: bool, inference_mode: bool
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: MoeLoraConfig, site: Site, inference_mode: bool) -> None:
         """Add (or replace) an adapter.
 
         Args:
             adapter_name: Its name.
             config: Its configuration.
-            roles: The linears that get experts, of `linears()`.
-            routed: Whether there is a router; without one the layer has one expert, ordinary LoRA.
+            site: Where the layer is: which linears get experts, and whether there is a router.
             inference_mode: Whether its parameters start frozen.
         """
         self.forget(adapter_name)
-        experts = config.experts
-        num_experts = experts.num_experts if routed else 1
-        self.experts[adapter_name] = experts
-        self.scaling[adapter_name] = experts.scaling
-        self.compute[adapter_name] = config.compute
-        dropout = nn.Dropout(experts.lora_dropout) if experts.lora_dropout > 0 else nn.Identity()
-        self.moelora_dropout[adapter_name] = dropout
-        sizes = self.linears()
-        for role in roles:
-            in_features, out_features = sizes[role]
-            a, b = self.factors(role)
-            a[adapter_name] = ExpertStack(num_experts, experts.r, in_features)
-            b[adapter_name] = ExpertStack(num_experts, out_features, experts.r)
-            init_a(a[adapter_name], experts)  # type: ignore[arg-type]
-            init_b(b[adapter_name])  # type: ignore[arg-type]
-        if routed:
-            self.moelora_router[adapter_name] = Router(self.router_features(), num_experts, config.routing)
-        for attribute in (*self.adapter_layer_names, "moelora_dropout"):
-            container = getattr(self, attribute)
-            if adapter_name in container:
-                container[adapter_name].train(self.training)
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = config.experts.scaling
+        self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.dropouts().get("lora_dropout", 0.0))
+        declared = config.expert_params(site)
+        parts: dict[str, AdapterTensors] = {}
+        for first in dict.fromkeys(param.name.partition(".")[0] for param in declared):
+            parts[first] = AdapterTensors(param for param in declared if param.name.partition(".")[0] == first)
+        if site.routed:
+            parts["router"] = Router(site, config.scores, config.selection)
+        self.parts[adapter_name] = parts
+        for first, part in parts.items():
+            self._container(f"moelora_{first}")[adapter_name] = part
+        for module in (*parts.values(), self.moelora_dropout[adapter_name]):
+            module.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -116,34 +127,105 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if adapter_name in container:
                 del container[adapter_name]
 
-    def factors(self, role: str) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-        """The containers of A and B of a linear, keyed by adapter."""
-        infix = f"{role}_" if role else ""
-        return getattr(self, f"moelora_{infix}A"), getattr(self, f"moelora_{infix}B")
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """PEFT calls it wherever it has given an adapter's tensors their gradients."""
+        for parts in self.parts.values():
+            for part in parts.values():
+                part.freeze_untrained()
 
-    def pair(self, role: str, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """A [E, R, in] and B [E, out, R] of a linear, or None if the adapter has no experts there."""
-        a, b = self.factors(role)
-        return (a[adapter].weight, b[adapter].weight) if adapter in a else None  # type: ignore[return-value]
-
-    def router_features(self) -> int:
-        """Features of the router's input."""
-        raise NotImplementedError
+    def lora_factors(self, role: str, adapter: str) -> Factors | None:
+        """The low-rank factors of a linear, or None if the adapter has no experts there."""
+        experts = self.configs[adapter].experts
+        found: Factors | None = experts.factors(self.parts[adapter], role, self.scaling[adapter])
+        return found
 
     def has_adapter(self, adapter: str) -> bool:
         """Whether the layer holds an adapter of that name."""
-        return adapter in self.experts
+        return adapter in self.configs
 
-    def route(self, adapter: str, x: Tensor, valid_BS: Tensor) -> Routing:
-        """Decide for the T tokens of `x` [..., D]."""
-        router: Router = self.moelora_router[adapter]  # type: ignore[assignment]
-        return router(x.reshape(-1, x.shape[-1]), valid_BS)
+    def mixtures(self) -> dict[Mixture, int]:
+        """The active adapters that route here, with their number of experts."""
+        if self.disable_adapters:
+            return {}
+        routers = self.moelora_router
+        return {(self.name, a): self.configs[a].experts.num_experts for a in self.active_adapters if a in routers}
 
-    def forward_active(self, x: Tensor, valid_BS: Tensor | None) -> Tensor:
-        """The output with the active adapters; `valid_BS` is None if none of the layer's adapters has a router."""
+    def expects_balance_loss(self) -> bool:
+        """Whether an active adapter that trains is configured with a balance loss, which somebody has to add."""
+        configs = [self.configs[adapter] for _, adapter in self.mixtures()]
+        return any(config.has_balance_loss and not config.inference_mode for config in configs)
+
+    def route(self, adapter: str, x: Tensor, here: Here) -> Routing:
+        """Decide for the T tokens of `x` [..., D].
+
+        Raises:
+            MoeLoraError: If checkpointing of another kind than transformers' repeats a layer whose routing depends on
+                the batch, which is not known then.
+        """
+        router: Router = self.moelora_router[adapter]
+        place, replaced = here.place, None
+        bias: Any = router.bias if router.has_moving_bias else None
+        if place is None and (router.reads_batch or bias is not None) and in_backward():
+            raise MoeLoraError(self._not_repeatable())
+        if place is not None and bias is not None:
+            biases = place.run.biases
+            if not place.repeated:
+                biases[self.name, adapter] = bias.detach()
+            elif (self.name, adapter) in biases:
+                replaced = {"bias": biases[self.name, adapter]}
+            elif self.training and self._moves_bias(adapter):
+                raise MoeLoraError(self._not_repeatable())
+        found: Routing = router(x.reshape(-1, x.shape[-1]), here.tokens, replaced)
+        return found
+
+    def _not_repeatable(self) -> str:
+        return (
+            f"{self.name!r} is run again in the backward pass by other means than transformers' gradient "
+            "checkpointing, and its routing depends on the first run (a capacity, a bias that moves, given facts); "
+            "allowed: model.gradient_checkpointing_enable(), or none."
+        )
+
+    def report_routing(self, adapter: str, routing: Routing, here: Here, output: Tensor) -> Tensor:
+        """Let those who listen know of a decision.
+
+        Returns:
+            `output`, with the gradient of a balance loss attached where it cannot reach the router otherwise.
+        """
+        place = here.place
+        if place is None:
+            return output
+        run = place.run
+        if place.repeated:
+            return run.attach((self.name, adapter), routing, here.tokens.valid_T, output)
+        if run.listeners:
+            run.record(self.name, adapter, routing, here.tokens.valid_T)
+        if self.training and run.grad_enabled and self._moves_bias(adapter):
+            run.add_load((self.name, adapter), routing.counts_E(here.tokens.valid_T))
+        return output
+
+    def _moves_bias(self, adapter: str) -> bool:
+        """Whether an adapter's bias moves in training: not that of a frozen adapter."""
+        moves = any(choice.moves_bias for choice in self.configs[adapter].balance)
+        return moves and any(part.is_trained() for part in self.parts[adapter].values())
+
+    def moving_biases(self) -> dict[Mixture, Tensor]:
+        """The biases that move after a training forward, of the active adapters."""
+        moving = [mixture for mixture in self.mixtures() if self.training and self._moves_bias(mixture[1])]
+        return {mixture: self.moelora_router[mixture[1]].bias for mixture in moving}
+
+    @torch.no_grad()
+    def move_bias(self, adapter: str, load_E: Tensor) -> None:
+        """Move a bias by the load of one forward; the value that the forward used stays as it is, for its backward."""
+        bias: nn.Parameter = self.moelora_router[adapter].bias
+        for choice in self.configs[adapter].balance:
+            if choice.moves_bias:
+                bias.data = choice.moved(bias.data, load_E.to(bias.device))
+
+    def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
+        """The output with the active adapters; `here` is None if none of the layer's adapters has a router."""
         raise NotImplementedError
 
-    def forward_one(self, adapter: str, x: Tensor, valid_BS: Tensor | None) -> Tensor:
+    def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:
         """The output with one adapter."""
         raise NotImplementedError
 
@@ -152,7 +234,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         output: Tensor = self.base_layer(x)
         return output
 
-    def at_work(self, adapter_names: list[str] | None) -> bool:
+    def is_active(self, adapter_names: list[str] | None) -> bool:
         """Whether the next forward takes an adapter into account.
 
         Args:
@@ -165,19 +247,22 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped module with its active adapters; `adapter_names` picks one for each sample of the batch."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if not self.at_work(adapter_names):
+        if not self.is_active(adapter_names):
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise MoeLoraError(
                 f"{self.name!r} was called with more than its input ({len(args)} further arguments, keywords "
                 f"{sorted(kwargs)}); allowed: the input alone. Leave it out with exclude_modules."
             )
-        valid_BS = self.recorder.valid_BS(self, x) if self.moelora_router else None
+        here = None
+        if self.moelora_router:
+            place = current_place()
+            here = Here(place, (_NO_BATCH if place is None else place.batch).tokens(x))
         if adapter_names is not None:
-            return self._forward_mixed(x, valid_BS, adapter_names)
-        return self.forward_active(x, valid_BS)
+            return self._forward_mixed(x, here, adapter_names)
+        return self.forward_active(x, here)
 
-    def _forward_mixed(self, x: Tensor, valid_BS: Tensor | None, adapter_names: list[str]) -> Tensor:
+    def _forward_mixed(self, x: Tensor, here: Here | None, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
             raise AdapterNameError(
                 f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}; allowed: one for each sample."
@@ -190,7 +275,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if name == "__base__":
                 parts.append(self.base_output(x[rows]))
             else:
-                parts.append(self.forward_one(name, x[rows], None if valid_BS is None else valid_BS[rows]))
+                of_rows = None if here is None else Here(here.place, here.tokens.rows(rows))
+                parts.append(self.forward_one(name, x[rows], of_rows))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(parts)[order.argsort()]
 
@@ -216,4 +302,4 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply an adapter's scaling by `scale` (of what it was configured with)."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.experts[adapter].scaling
+            self.scaling[adapter] = scale * self.configs[adapter].experts.scaling

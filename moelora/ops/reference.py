@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -30,31 +31,32 @@ def mixture_linear(x_TD: Tensor, a_ERD: Tensor, b_EOR: Tensor, gates_TE: Tensor 
 
     Args:
         x_TD: Tokens.
-        a_ERD, b_EOR: The experts.
+        a_ERD, b_EOR: The experts; A [1, R, D] if they share it.
         gates_TE: Weights of the experts; None for un-routed LoRA (E = 1, weight 1).
         scaling: LoRA's scaling.
 
     Returns:
         delta_TO, fp32.
     """
+    num_experts = b_EOR.shape[0]
     rows = []
     for t in range(x_TD.shape[0]):
-        row_O = torch.zeros(b_EOR.shape[1], dtype=_high(x_TD).dtype)
-        for e in range(a_ERD.shape[0]):
+        row_O = _high(x_TD).new_zeros(b_EOR.shape[1])
+        for e in range(num_experts):
             gate = 1.0 if gates_TE is None else _high(gates_TE)[t, e]
-            row_O = row_O + gate * lora(x_TD[t], a_ERD[e], b_EOR[e], scaling)
+            a_RD = a_ERD.expand(num_experts, -1, -1)[e]
+            row_O = row_O + gate * lora(x_TD[t], a_RD, b_EOR[e], scaling)
         rows.append(row_O)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, b_EOR.shape[1])
 
 
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,
     linears: Mapping[str, tuple[Tensor, Tensor | None]],
-    loras: Mapping[str, tuple[Tensor, Tensor]],
+    loras: Mapping[str, tuple[Tensor, Tensor, float]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
-    scaling: float,
 ) -> Tensor:
     """One whole feed-forward expert on one token (MixLoRA, arXiv 2404.15159, Eq. 5-6).
 
@@ -62,10 +64,9 @@ def feed_forward_expert(
         x_D: The token.
         expert: Index e.
         linears: Frozen (weight [out, in], bias or None) of "up", "down" and, if `kind` is "gated", "gate".
-        loras: (A [E, R, in], B [E, out, R]) of those linears that have experts.
+        loras: (A [E, R, in] or [1, R, in], B [E, out, R], LoRA's scaling) of those linears that have experts.
         kind: "gated": `down(act(gate x) * up x)`; "plain": `down(act(up x))`; "fused": up gives gate and up halves.
         activation: act.
-        scaling: LoRA's scaling.
 
     Returns:
         y_D, fp32.
@@ -77,8 +78,8 @@ def feed_forward_expert(
         if bias is not None:
             y = y + _high(bias)
         if role in loras:
-            a, b = loras[role]
-            y = y + lora(x, a[expert], b[expert], scaling)
+            a, b, scaling = loras[role]
+            y = y + lora(x, a.expand(b.shape[0], -1, -1)[expert], b[expert], scaling)
         return y
 
     if kind == "gated":
@@ -95,30 +96,29 @@ def mixture_feed_forward(
     x_TD: Tensor,
     gates_TE: Tensor,
     linears: Mapping[str, tuple[Tensor, Tensor | None]],
-    loras: Mapping[str, tuple[Tensor, Tensor]],
+    loras: Mapping[str, tuple[Tensor, Tensor, float]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
-    scaling: float,
 ) -> Tensor:
     """A mixture of whole feed-forward experts: `sum_e g_te E_e(x_t)`, evaluated where the gate is not 0.
 
     Args:
         x_TD: Tokens.
         gates_TE: Weights of the experts; 0 where an expert was not chosen.
-        linears, loras, kind, activation, scaling: As in `feed_forward_expert`.
+        linears, loras, kind, activation: As in `feed_forward_expert`.
 
     Returns:
         y_TD, fp32.
     """
     rows = []
     for t in range(x_TD.shape[0]):
-        row_D = torch.zeros(linears["down"][0].shape[0], dtype=_high(x_TD).dtype)
+        row_D = _high(x_TD).new_zeros(linears["down"][0].shape[0])
         for e in range(gates_TE.shape[1]):
             if gates_TE[t, e] != 0:
-                y_D = feed_forward_expert(x_TD[t], e, linears, loras, kind, activation, scaling)
+                y_D = feed_forward_expert(x_TD[t], e, linears, loras, kind, activation)
                 row_D = row_D + _high(gates_TE)[t, e] * y_D
         rows.append(row_D)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, linears["down"][0].shape[0])
 
 
 def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Ten
         best = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:top_k]
         chosen = torch.stack([probs[e] for e in best])
         weights.append(chosen / chosen.sum() if renormalize else chosen)
-        ids.append(torch.tensor(best))
+        ids.append(torch.tensor(best, device=logits_TE.device))
     return torch.stack(weights), torch.stack(ids)
 
 
@@ -151,7 +151,7 @@ def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor
         best = sorted(range(len(values)), key=lambda e: -values[e].item())[:top_k]
         chosen = torch.stack([values[e] for e in best])
         weights.append(chosen / chosen.sum())
-        ids.append(torch.tensor(best))
+        ids.append(torch.tensor(best, device=logits_TE.device))
     return torch.stack(weights), torch.stack(ids)
 
 
@@ -171,9 +171,10 @@ def capacity_kept(ids_BSK: Tensor, num_experts: int, capacity_factor: float, val
         Boolean kept_BSK.
     """
     B, S, K = ids_BSK.shape
-    kept_BSK = torch.zeros(B, S, K, dtype=torch.bool)
+    factor = Fraction(capacity_factor).limit_denominator(10_000)  # 1.1 is 11/10
+    kept_BSK = torch.zeros(B, S, K, dtype=torch.bool, device=ids_BSK.device)
     for b in range(B):
-        capacity = math.ceil(capacity_factor * K * int(valid_BS[b].sum()) / num_experts)
+        capacity = math.ceil(factor * K * int(valid_BS[b].sum()) / num_experts)
         taken = [0] * num_experts
         for k in range(K):
             for s in range(S):
@@ -195,10 +196,10 @@ def switch_balance_loss(probs_TE: Tensor, load_TE: Tensor, valid_T: Tensor) -> T
     E = probs_TE.shape[1]
     tokens = [t for t in range(len(valid_T)) if valid_T[t]]
     total = sum(float(load_TE[t, e]) for t in tokens for e in range(E))
-    loss = torch.zeros((), dtype=_high(probs_TE).dtype)
+    loss = _high(probs_TE).new_zeros(())
     for e in range(E):
         f_e = sum(float(load_TE[t, e]) for t in tokens) / total
-        p_e = sum((_high(probs_TE)[t, e] for t in tokens), start=torch.zeros(())) / len(tokens)
+        p_e = sum((_high(probs_TE)[t, e] for t in tokens), start=_high(probs_TE).new_zeros(())) / len(tokens)
         loss = loss + E * f_e * p_e
     return loss
 
@@ -218,7 +219,7 @@ def mixtral_balance_loss(logits_LTE: Tensor, top_k: int, valid_T: Tensor) -> Ten
     probs_NE = _high(logits_LTE).softmax(-1).flatten(0, 1)
     valid_N = valid_T.repeat(L)
     ids_NK = probs_NE.topk(top_k, -1).indices
-    loss = torch.zeros((), dtype=probs_NE.dtype)
+    loss = probs_NE.new_zeros(())
     count = int(valid_N.sum())
     for e in range(E):
         p_e = probs_NE[valid_N, e].sum() / count

@@ -1,12 +1,11 @@
 """Tokens sorted by expert, in segments of few different lengths.
 
-Shape suffixes: T tokens, K chosen experts of a token, E experts, P places: the T * K choices sorted by expert, each
-expert's segment padded.
+Shape suffixes: T tokens, K chosen experts of a token, E experts, R rank, F features, P places: the T * K choices sorted
+by expert, each expert's segment padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +14,72 @@ from torch.nn import functional as F
 
 ALIGNMENT = 64
 """Segments are padded to a multiple of this. Matrix products in half precision are compiled for each new shape on CPU;
-free lengths would compile hundreds of kernels, multiples need a handful. With few tokens an expert it is a quarter."""
+free lengths would compile hundreds of kernels, multiples need a handful. With few tokens per expert it is a quarter."""
 
-MAX_ROWS = 512
-"""Segments are worked on in tiles of at most so many rows, so that a tile stays in the processor's cache."""
+
+@dataclass(frozen=True)
+class Tile:
+    """A stretch of places: rows of one expert or of several.
+
+    Attributes:
+        start, stop: The places.
+        experts: The experts whose rows it holds, in order.
+        sizes: How many rows of each.
+        starts_expert: Whether those are the expert's first rows; an expert of many tokens continues in the next tile.
+    """
+
+    start: int
+    stop: int
+    experts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    starts_expert: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the segments lie: everything about them that is not a tensor.
+
+    Attributes:
+        num_experts: E.
+        num_places: P.
+        tiles: The tiles, in order.
+        idle: Experts that nobody chose.
+    """
+
+    num_experts: int
+    num_places: int
+    tiles: tuple[Tile, ...]
+    idle: tuple[int, ...]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest tile."""
+        return max((tile.stop - tile.start for tile in self.tiles), default=0)
+
+    @classmethod
+    def of(cls, lengths: list[int], max_rows: int) -> Layout:
+        """Cut segments of these lengths into tiles of at most `max_rows`; only one that is longer is cut in pieces."""
+        tiles: list[Tile] = []
+        parts: list[tuple[int, int, bool]] = []
+        start = 0
+
+        def close() -> None:
+            nonlocal start
+            experts, sizes, starts_expert = zip(*parts, strict=True)
+            tiles.append(Tile(start, start + sum(sizes), experts, sizes, starts_expert))
+            start = tiles[-1].stop
+            parts.clear()
+
+        for expert, length in enumerate(lengths):
+            for row in range(0, length, max_rows):
+                size = min(max_rows, length - row)
+                if parts and sum(part[1] for part in parts) + size > max_rows:
+                    close()
+                parts.append((expert, size, row == 0))
+        if parts:
+            close()
+        idle = tuple(expert for expert, length in enumerate(lengths) if not length)
+        return cls(len(lengths), start, tuple(tiles), idle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,27 +87,19 @@ class Segments:
     """Where each choice of each token stands after sorting.
 
     Attributes:
+        layout: What is not a tensor.
         token_P: The token at each place (0 at padding).
         row_P: The row of each place in a [T * E, ...] table (0 at padding).
-        row_N: The row of each choice in such a table, choice by choice; no two are the same.
-        place_N: The place of each choice.
-        place_TK: The same by token.
-        tiles: (expert, start, stop) of each tile, in order.
-        experts: The expert of each tile.
-        idle: Experts that nobody chose.
+        place_TK: The place of each choice.
     """
 
+    layout: Layout
     token_P: Tensor
     row_P: Tensor
-    row_N: Tensor
-    place_N: Tensor
     place_TK: Tensor
-    tiles: tuple[tuple[int, int, int], ...]
-    experts: tuple[int, ...]
-    idle: tuple[int, ...]
 
     @classmethod
-    def of(cls, ids_TK: Tensor, num_experts: int) -> Segments:
+    def of(cls, ids_TK: Tensor, num_experts: int, max_rows: int) -> Segments:
         """Sort choices by expert.
 
         It reads the number of tokens of each expert, which waits for the device where there is one to wait for; it is
@@ -55,67 +108,55 @@ class Segments:
         Args:
             ids_TK: Chosen experts.
             num_experts: E.
+            max_rows: Rows of the largest tile.
         """
         T, K = ids_TK.shape
         flat_N = ids_TK.reshape(-1)
         alignment = ALIGNMENT if 2 * ALIGNMENT * num_experts <= T * K else ALIGNMENT // 4
         counts_E = torch.bincount(flat_N, minlength=num_experts)
-        counts = counts_E.tolist()
-        starts, tiles, start = [], [], 0
-        for expert, count in enumerate(counts):
-            starts.append(start)
-            stop = start + -(-count // alignment) * alignment
-            tiles += [(expert, row, min(row + MAX_ROWS, stop)) for row in range(start, stop, MAX_ROWS)]
-            start = stop
+        lengths = [-(-count // alignment) * alignment for count in counts_E.tolist()]
+        layout = Layout.of(lengths, max_rows)
+        lengths_E = counts_E.new_tensor(lengths)
+        # from an expert's first choice among the sorted to its first place
+        shift_E = (lengths_E.cumsum(0) - lengths_E) - (counts_E.cumsum(0) - counts_E)
         order_N = flat_N.argsort(stable=True)
         sorted_N = flat_N[order_N]
-        first_E = counts_E.cumsum(0) - counts_E
-        place_of_sorted_N = torch.tensor(starts)[sorted_N] + torch.arange(T * K) - first_E[sorted_N]
-        row_N = torch.arange(T).repeat_interleave(K) * num_experts + flat_N
-        token_P, row_P = torch.zeros(start, dtype=torch.long), torch.zeros(start, dtype=torch.long)
-        token_P[place_of_sorted_N] = order_N // K
-        row_P[place_of_sorted_N] = row_N[order_N]
+        place_of_sorted_N = shift_E[sorted_N] + torch.arange(T * K, device=flat_N.device)
+        token_of_sorted_N = order_N // K
+        token_P, row_P = flat_N.new_zeros(layout.num_places), flat_N.new_zeros(layout.num_places)
+        token_P[place_of_sorted_N] = token_of_sorted_N
+        row_P[place_of_sorted_N] = token_of_sorted_N * num_experts + sorted_N
         place_N = torch.empty_like(order_N)
         place_N[order_N] = place_of_sorted_N
-        idle = tuple(expert for expert, count in enumerate(counts) if not count)
-        experts = tuple(expert for expert, _, _ in tiles)
-        return cls(token_P, row_P, row_N, place_N, place_N.view(T, K), tuple(tiles), experts, idle)
+        return cls(layout, token_P, row_P, place_N.view(T, K))
 
-    def accumulate(self, totals: Sequence[Tensor], i: int, left_NI: Tensor, right_NO: Tensor) -> None:
-        """Add the share of tile i, `left^T right`, to its expert's total; the expert's first tile overwrites it.
-
-        Args:
-            totals: [I, O] of each expert.
-            i: Index of the tile; all tiles must come in order.
-            left_NI, right_NO: Rows of the tile.
-        """
-        expert = self.experts[i]
-        if i > 0 and self.experts[i - 1] == expert:
-            totals[expert].addmm_(left_NI.t(), right_NO)
-        else:
-            torch.mm(left_NI.t(), right_NO, out=totals[expert])
-
-    def split(self, rows_P: Tensor) -> tuple[Tensor, ...]:
-        """Views of the tiles."""
-        return rows_P.split([stop - start for _, start, stop in self.tiles])
-
-    def spread(self, values_TK: Tensor) -> Tensor:
+    def place_values(self, values_TK: Tensor) -> Tensor:
         """A value for each choice, at its place; 0 at padding: [P]."""
-        out_P = values_TK.new_zeros(len(self.token_P))
-        out_P[self.place_N] = values_TK.reshape(-1)
+        out_P = values_TK.new_zeros(self.layout.num_places)
+        out_P[self.place_TK] = values_TK
         return out_P
 
-    def take(self, table_TER: Tensor) -> Tensor:
+    def gather_rows(self, table_TER: Tensor) -> Tensor:
         """The row of each place's token and expert: [P, R]; something arbitrary at padding."""
         return table_TER.flatten(0, 1).index_select(0, self.row_P)
 
-    def combine(self, rows_PF: Tensor, weights_TK: Tensor) -> Tensor:
-        """For each token the weighted sum of its choices' rows: [T, F]."""
-        weights_TK = weights_TK.to(rows_PF.dtype)
-        return F.embedding_bag(self.place_TK, rows_PF, mode="sum", per_sample_weights=weights_TK)
-
-    def put(self, rows_PR: Tensor, table_shape: torch.Size) -> Tensor:
+    def scatter_rows(self, rows_PR: Tensor) -> Tensor:
         """A [T, E, R] table with each place's row at its token and expert, 0 where nobody chose."""
-        table_TER = rows_PR.new_zeros(table_shape)
-        table_TER.flatten(0, 1)[self.row_N] = rows_PR.index_select(0, self.place_N)
+        place_N = self.place_TK.flatten()
+        table_TER = rows_PR.new_zeros(len(self.place_TK), self.layout.num_experts, rows_PR.shape[1])
+        table_TER.flatten(0, 1)[self.row_P[place_N]] = rows_PR.index_select(0, place_N)
         return table_TER
+
+    def combine(self, rows_PF: Tensor, weights_TK: Tensor) -> Tensor:
+        """For each token the weighted sum of its choices' rows: [T, F].
+
+        The sum is fp32 inside; the weights of half-precision rows are given as the sum of two such numbers, since one
+        would lose so many bits that equal rows under weights of sum one would not give that row again.
+        """
+        place_TK, dtype = self.place_TK, rows_PF.dtype
+        high_TK = weights_TK.to(dtype)
+        if dtype.itemsize < weights_TK.dtype.itemsize:
+            low_TK = (weights_TK - high_TK).to(dtype)
+            high_TK = torch.stack((high_TK, low_TK), -1).flatten(1)
+            place_TK = place_TK.repeat_interleave(2, dim=1)
+        return F.embedding_bag(place_TK, rows_PF, mode="sum", per_sample_weights=high_TK)

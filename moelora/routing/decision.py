@@ -16,14 +16,17 @@ class Routing:
     """Who computes each token, and with what weight.
 
     Attributes:
-        logits_TE: Output of the router's linear, fp32.
+        logits_TE: Scores before the activation, fp32.
         probs_TE: Scores as a distribution over the experts (softmax, or sigmoids divided by their sum), fp32; what the
             balance loss calls P.
-        weights_TK: Weight of each chosen expert in the output; 0 for a choice that was dropped. With dense routing all
+        weights_TK: Weight of each chosen expert in the output; 0 for a choice that was dropped. Without `ids_TK` all
             experts, in order (K = E).
-        ids_TK: Indices of the chosen experts, best first; None with dense routing.
+        ids_TK: Indices of the chosen experts, best first; None where all experts have a weight, perhaps 0.
         assigned_TK: Whether a choice counts as the router's choice for the expert's load: False for experts removed by
-            expert dropout; True for those past the capacity, whose excess is what balancing is to reduce. None: all do.
+            expert dropout or below a threshold; True for those past the capacity, whose excess is what balancing is to
+            reduce. None: all do.
+        sums_to_one: Whether a token's weights always sum to one. Else a feed-forward block, which is inside every
+            expert, is scaled by their sum.
     """
 
     logits_TE: Tensor
@@ -31,6 +34,7 @@ class Routing:
     weights_TK: Tensor
     ids_TK: Tensor | None
     assigned_TK: Tensor | None = None
+    sums_to_one: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -39,7 +43,7 @@ class Routing:
 
     @property
     def num_choices(self) -> int:
-        """K: the experts a token is sent to."""
+        """K: weights per token; E without `ids_TK`."""
         return self.weights_TK.shape[-1]
 
     def gates_TE(self) -> Tensor:
@@ -49,11 +53,18 @@ class Routing:
         return torch.zeros_like(self.probs_TE).scatter(-1, self.ids_TK, self.weights_TK)
 
     def load_TE(self) -> Tensor:
-        """How many of a token's choices fell on each expert (0 or 1), without gradient; with dense routing P itself."""
+        """How many of a token's choices fell on each expert (0 or 1), without gradient.
+
+        Without `ids_TK` it is `assigned_TK`, or P itself where all experts count.
+        """
         if self.ids_TK is None:
-            return self.probs_TE.detach()
+            return self.probs_TE.detach() if self.assigned_TK is None else self.assigned_TK.to(self.probs_TE.dtype)
         # no expert is chosen twice by a token, so that writing is as good as adding
         load_TE = torch.zeros_like(self.probs_TE, requires_grad=False)
         if self.assigned_TK is None:
             return load_TE.scatter_(-1, self.ids_TK, 1.0)
         return load_TE.scatter_(-1, self.ids_TK, self.assigned_TK.to(load_TE.dtype))
+
+    def counts_E(self, valid_T: Tensor) -> Tensor:
+        """Choices of valid tokens that fell on each expert, without gradient."""
+        return (self.load_TE() * valid_T.unsqueeze(-1)).sum(0)

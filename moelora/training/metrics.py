@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moelora.routing.recorder import Mixture
-from moelora.training.balance import MicroBatchBalance, world_size
+from moelora.balance.totals import world_size
+from moelora.routing.record import Mixture
+from moelora.training.micro_batch import MicroBatchBalance
 
 
 def load_metrics(counts_E: Tensor) -> dict[str, float]:
@@ -32,27 +34,35 @@ def load_metrics(counts_E: Tensor) -> dict[str, float]:
 
 
 class RoutingMetrics:
-    """Sums of the experts' load and of the balance losses since the last log."""
+    """Sums of the experts' load and of the balance losses since the last log.
 
-    def __init__(self) -> None:
-        self._counts: dict[Mixture, Tensor] = {}
-        self._losses: Tensor | None = None
+    Args:
+        mixtures: Number of experts of each mixture of the model: the same on every process, whatever ran there.
+        device: Where to sum.
+    """
+
+    def __init__(self, mixtures: Mapping[Mixture, int], device: torch.device) -> None:
+        self.mixtures = dict(mixtures)
+        self.device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self._counts = {mixture: torch.zeros(E, device=self.device) for mixture, E in self.mixtures.items()}
+        self._values: dict[str, Tensor] = {}
         self._steps = 0.0
 
     @property
     def empty(self) -> bool:
         """Whether nothing was added since the last log."""
-        return not self._counts
+        return self._steps == 0
 
     def add(self, step: MicroBatchBalance) -> None:
         """Add one micro-batch."""
         for record in step.records:
-            counts_E = record.counts_E()
-            seen = self._counts.get(record.mixture)
-            self._counts[record.mixture] = counts_E if seen is None else seen + counts_E
-        if step.balance_loss is not None and step.z_loss is not None:
-            losses = torch.stack([step.balance_loss, step.z_loss]) * step.value_weight
-            self._losses = losses if self._losses is None else self._losses + losses
+            self._counts[record.mixture] += record.counts_E().to(self.device)
+        for name, value in step.values.items():
+            seen = self._values.get(name, torch.zeros((), device=self.device))
+            self._values[name] = seen + value.to(self.device) * step.value_weight
         self._steps += 1 / step.accumulation
 
     def pop(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -60,28 +70,24 @@ class RoutingMetrics:
 
         Returns:
             A summary for the log (`balance_loss`, `z_loss`, `expert_load/busiest`, `expert_load/entropy`: means over
-            the layers; `expert_load/dead`: the sum), and the same for each layer (`expert_load/<layer>/busiest`, ...;
-            with several active adapters `expert_load/<layer>/<adapter>/busiest`, ...).
+            the layers that ran; `expert_load/dead`: the sum), and the same for each layer, whether it ran or not
+            (`expert_load/<layer>/busiest`, ...; with several active adapters `expert_load/<layer>/<adapter>/busiest`).
         """
-        device = next(iter(self._counts.values())).device
-        losses = torch.zeros(2, device=device) if self._losses is None else self._losses.to(device)
-        flat = torch.cat([losses, *(counts.to(device) for counts in self._counts.values())])
+        flat = torch.cat([value.reshape(-1) for value in (*self._values.values(), *self._counts.values())])
         if world_size() > 1:
             dist.all_reduce(flat)
-        flat = flat.cpu()
-        sizes = [len(counts) for counts in self._counts.values()]
-        losses, *counts = flat.split([2, *sizes])
-        one_adapter = len({adapter for _, adapter in self._counts}) == 1
-        names = [layer if one_adapter else f"{layer}/{adapter}" for layer, adapter in self._counts]
+        values, *counts = flat.cpu().split([len(self._values), *self.mixtures.values()])
+        one_adapter = len({adapter for _, adapter in self.mixtures}) == 1
+        names = [layer if one_adapter else f"{layer}/{adapter}" for layer, adapter in self.mixtures]
         by_layer = {name: load_metrics(counts_E) for name, counts_E in zip(names, counts, strict=True)}
-        summary: dict[str, float] = {}
-        if self._losses is not None:
-            summary["balance_loss"], summary["z_loss"] = (losses / self._steps).tolist()
+        ran = [metrics for metrics, counts_E in zip(by_layer.values(), counts, strict=True) if counts_E.any()]
+        summary = dict(zip(self._values, (values / self._steps).tolist(), strict=True))
         for name in ("busiest", "entropy", "dead"):
-            values = [metrics[name] for metrics in by_layer.values()]
-            summary[f"expert_load/{name}"] = sum(values) if name == "dead" else sum(values) / len(values)
+            values_of = [metrics[name] for metrics in ran]
+            if ran:
+                summary[f"expert_load/{name}"] = sum(values_of) / (1 if name == "dead" else len(ran))
         layers = {
             f"expert_load/{layer}/{name}": value for layer, found in by_layer.items() for name, value in found.items()
         }
-        self.__init__()  # type: ignore[misc]
+        self._clear()
         return summary, layers

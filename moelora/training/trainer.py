@@ -7,8 +7,10 @@ micro-batch and process adds its share of them, so value and gradient do not dep
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,62 +18,68 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import TransformersKwargs
 
+from moelora.balance.totals import RoutingTotals
+from moelora.config import BalanceScope, MoeLoraConfig
 from moelora.errors import ConfigError
-from moelora.losses import RoutingTotals
-from moelora.routing.recorder import RoutingRecorder, find_recorder
-from moelora.training.balance import MicroBatchBalance, active_balance, world_size
+from moelora.forward import base_of, without_logits
+from moelora.routing.batch import FACTS
+from moelora.routing.record import Mixture
+from moelora.routing.run import RunHooks, batch_facts, find_hooks
+from moelora.training.columns import FactColumns
 from moelora.training.metrics import RoutingMetrics
+from moelora.training.micro_batch import MicroBatchBalance, active_config
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
 
+logger = logging.getLogger(__name__)
+
 
 class MoeLoraTrainerMixin(_Base):
-    """Adds the balance loss and the z-loss of a moelora adapter to a transformers or TRL trainer, and logs them.
+    """Adds the balance losses of a moelora adapter to a transformers or TRL trainer, and logs them.
 
     Use `MoeLoraTrainer` or `MoeLoraSFTTrainer`, or put it first: `class MyTrainer(MoeLoraTrainerMixin, DPOTrainer)`.
-    The losses and their coefficients are those of the adapter's `balance` (`moelora.BalanceConfig`). They are never in
-    the evaluation loss. The log gets `balance_loss` and `z_loss` (without coefficients) and a summary of the experts'
-    load; the load of each layer goes to `trainer.state.log_history`, and so to `trainer_state.json`.
+    The losses and their coefficients are those of the adapter's `balance`. They are never in the evaluation loss. The
+    log gets `balance_loss` and `z_loss` (without coefficients) and a summary of the experts' load; the load of each
+    layer goes to `trainer.state.log_history`, and so to `trainer_state.json`.
 
-    With `balance.scope="global"` and gradient accumulation each micro-batch is run once more without gradients at the
-    start of a step, since the load of the whole step must be known before the first backward pass.
+    With `balance_scope="global"` and gradient accumulation each micro-batch is run once more without gradients at the
+    start of a step, since the load of the whole step must be known before the first backward pass. Trainers whose
+    batches are not inputs of the model (ORPO, CPO, GRPO) cannot count it so; a warning says that each micro-batch is
+    then balanced alone.
+
+    Columns `task_ids` and `instance_embedding` of the data are kept and given to the routing.
 
     Raises:
-        ConfigError: At the first step, with `balance.scope="global"` and gradient accumulation, if the trainer's
-            batches are not inputs of the model (some reinforcement-learning trainers), so that they cannot be counted.
+        ConfigError: If the trainer would wrap the model in `DataParallel`.
     """
 
-    _moelora_adapters: set[str]
+    data_collator: Any
+    _signature_columns: list[str] | None
     _moelora_batches: list[dict[str, Any]] | None = None
     _moelora_totals: RoutingTotals | None = None
     _moelora_micro_batch: MicroBatchBalance | None = None
     _moelora_metrics: RoutingMetrics | None = None
+    _moelora_scope: BalanceScope | None = None
+    _moelora_warned = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        model = kwargs.get("model", args[0] if args else None)
-        self._moelora_adapters = set(getattr(model, "peft_config", {}))
         super().__init__(*args, **kwargs)
-        self._moelora_complete_reference()
+        self.data_collator = FactColumns(self.data_collator)
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"the trainer would run the model in DataParallel on {self.args.n_gpu} GPUs, which copies it at each "
+                "forward; allowed: one process per GPU (torchrun --nproc_per_node), or one GPU "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
 
-    def _moelora_complete_reference(self) -> None:
-        """Copy frozen routers and biases to the adapter "ref" that TRL adds as the reference of an adapter.
-
-        TRL copies parameters only, and these are buffers.
-        """
-        if "ref" in self._moelora_adapters or "ref" not in getattr(self.model, "peft_config", {}):
-            return
-        buffers = dict(self.model.named_buffers())
-        for name, buffer in buffers.items():
-            if ".moelora_router.default." in name:
-                buffers[name.replace(".default.", ".ref.")].copy_(buffer)
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's DPO trainer may run the reference while it is being made."""
-        self._moelora_complete_reference()
-        return super()._precompute_ref_logps(*args, **kwargs)
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns to keep: those of the trainer, and the facts of a batch."""
+        super()._set_signature_columns_if_needed()
+        kept = self._signature_columns or []
+        self._signature_columns = [*kept, *(name for name in FACTS if name not in kept)]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Note the micro-batches of the coming optimizer step; see `Trainer.get_batch_samples`."""
@@ -79,33 +87,48 @@ class MoeLoraTrainerMixin(_Base):
         self._moelora_batches = batches
         return batches, num_items
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, with its routing recorded; see `Trainer.training_step`."""
-        recorder = find_recorder(self.model)
-        if recorder is None:
-            return super().training_step(model, *args, **kwargs)
-        if self._moelora_metrics is None:
-            self._moelora_metrics = RoutingMetrics()
+        hooks = find_hooks(self.model)
+        config = None if hooks is None else active_config(self.model)
+        if hooks is None or config is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        mixtures = hooks.mixtures()
+        if self._moelora_metrics is None or self._moelora_metrics.mixtures != mixtures:
+            self._moelora_metrics = RoutingMetrics(mixtures, self.args.device)
             self._require_input_grads()
-        config = active_balance(self.model)
         batches, self._moelora_batches = self._moelora_batches, None
         if batches is not None:
-            counted = config.enabled and config.scope == "global" and len(batches) > 1
-            self._moelora_totals = self._count_step(model, batches, recorder) if counted else None
-        accumulation = getattr(self, "current_gradient_accumulation_steps", 1)
-        with recorder.listening(gradients_only=True) as listener:
-            self._moelora_micro_batch = MicroBatchBalance(
-                recorder, listener, config, accumulation, self._moelora_totals
+            self._moelora_totals = self._count_step(model, batches, hooks, config, mixtures)
+        with hooks.listening(gradients_only=True) as listener:
+            micro_batch = MicroBatchBalance(
+                listener,
+                config.balance,
+                self._moelora_scope or config.balance_scope,
+                mixtures,
+                getattr(self, "current_gradient_accumulation_steps", 1),
+                self._moelora_totals,
             )
+            self._moelora_micro_batch = micro_batch
             try:
-                return super().training_step(model, *args, **kwargs)
+                loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
             finally:
                 self._moelora_micro_batch = None
-                recorder.disarm()
+        micro_batch.check_attached()
+        if micro_batch.balance and not micro_batch.is_added and not self._moelora_warned:
+            self._moelora_warned = True
+            logger.warning(
+                f"{type(self).__name__} has a compute_loss of its own that does not call this mixin's, so no balance "
+                "loss is added and nothing is logged of the routing. Call super().compute_loss, or add "
+                "moelora.balance_losses yourself."
+            )
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        inputs, facts = _without_facts(inputs)
+        with facts:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
         micro_batch = self._moelora_micro_batch
         if micro_batch is None:
             return result
@@ -114,12 +137,19 @@ class MoeLoraTrainerMixin(_Base):
         divided_later = not self._moelora_loss_is_scaled(kwargs.get("num_items_in_batch"))
         loss = micro_batch.add_to(loss, divided_later=divided_later)
         self._moelora_metrics.add(micro_batch)
+        self._warn_if_nothing_was_recorded(micro_batch)
         return (loss, *rest) if isinstance(result, tuple) else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.prediction_step`."""
+        inputs, facts = _without_facts(inputs)
+        with facts:
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the balance losses and the experts' load since the last log; see `Trainer.log`."""
         metrics = self._moelora_metrics
-        if "loss" not in logs or metrics is None or metrics.empty:
+        if "loss" not in logs or metrics is None or metrics.empty or not metrics.mixtures:
             super().log(logs, *args, **kwargs)
             return
         summary, layers = metrics.pop()
@@ -127,6 +157,15 @@ class MoeLoraTrainerMixin(_Base):
         super().log(logs, *args, **kwargs)
         # Only the history: a line with three numbers for each layer would drown the loss on the screen.
         self.state.log_history[-1].update(layers)
+
+    def _warn_if_nothing_was_recorded(self, micro_batch: MicroBatchBalance) -> None:
+        if micro_batch.balance and not micro_batch.records and not self._moelora_warned:
+            self._moelora_warned = True
+            logger.warning(
+                "No mixture ran in a forward of the model, so a micro-batch has no balance loss. That is right where "
+                "the adapted part of a model runs for some rows only (a vision tower), and wrong where the trainer "
+                "calls layers of the model by themselves."
+            )
 
     def _moelora_loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the trainer takes the loss as normalised over the accumulated batch; mirrors `training_step`."""
@@ -141,51 +180,72 @@ class MoeLoraTrainerMixin(_Base):
         if self.args.gradient_checkpointing and kwargs.get("use_reentrant"):
             self.model.enable_input_require_grads()
 
+    def _count_step(
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        hooks: RunHooks,
+        config: MoeLoraConfig,
+        mixtures: Mapping[Mixture, int],
+    ) -> RoutingTotals | None:
+        """Totals over the micro-batches of a step, or None where each micro-batch or a single one is balanced alone."""
+        scope = self._moelora_scope or config.balance_scope
+        if not config.has_balance_loss or scope != "global" or len(batches) < 2:
+            return None
+        if all(isinstance(batch, Mapping) and {"input_ids", "inputs_embeds"} & set(batch) for batch in batches):
+            return self._count(model, batches, hooks, mixtures)
+        self._moelora_scope = "micro_batch"
+        logger.warning(
+            f"balance_scope is 'global' and {type(self).__name__} accumulates gradients over batches that are not "
+            "inputs of the model, so the load of a step cannot be counted beforehand: each micro-batch is balanced "
+            "alone, as with balance_scope='micro_batch'."
+        )
+        return None
+
     @torch.no_grad()
-    def _count_step(self, model: nn.Module, batches: list[Any], recorder: RoutingRecorder) -> RoutingTotals:
+    def _count(
+        self, model: nn.Module, batches: list[Any], hooks: RunHooks, mixtures: Mapping[Mixture, int]
+    ) -> RoutingTotals:
         """Totals over the micro-batches of a step and all processes, found by running them without gradients.
 
         The random state is put back afterwards, so the training forwards draw the same dropout masks as these.
         """
         model.train()
-        totals: RoutingTotals | None = None
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices=devices),
-            recorder.listening(frozen=True) as listener,
-            warnings.catch_warnings(),
-        ):
+        totals = RoutingTotals.of([], mixtures)
+        devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), hooks.listening() as listener, warnings.catch_warnings():
             # reentrant checkpointing warns of what is meant here
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             for batch in batches:
                 listener.clear()
-                model(**self._prepare_inputs(self._counting_inputs(batch)))
-                found = RoutingTotals.of(listener.records)
-                totals = found if totals is None else totals + found
-        assert totals is not None
-        return totals.all_reduce() if world_size() > 1 else totals
+                inputs, facts = _without_facts(self._prepare_inputs(batch))
+                with facts:
+                    model(**self._counting_inputs(inputs))
+                totals = totals + RoutingTotals.of(listener.records, mixtures)
+        return totals.all_reduce(self.args.device)
 
-    def _counting_inputs(self, batch: Any) -> dict[str, Any]:
+    def _counting_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the model needs of a batch to route it: its inputs, without labels unless the decoder reads them."""
         model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
-            raise ConfigError(
-                f"balance.scope is 'global' and {type(self).__name__} accumulates gradients over batches that are not "
-                "inputs of the model, so the load of a step cannot be counted beforehand; allowed: 'micro_batch'. Set "
-                "balance_scope='micro_batch' in the preset."
-            )
-        parameters = inspect.signature(base.forward).parameters
+        base = base_of(model)
+        parameters = inspect.signature(type(base).forward).parameters
         accepted = set(parameters)
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             accepted |= set(TransformersKwargs.__annotations__)
         accepted -= {"num_items_in_batch"} if base.config.is_encoder_decoder else {"num_items_in_batch", "labels"}
         inputs = {key: value for key, value in batch.items() if key in accepted}
-        # Nobody reads the logits or the cache of this forward. The number 1 would stand for a slice, and on the CPU
-        # torch multiplies each row of a slice by its own copy of the head: longer than the rest of the forward.
-        first = torch.zeros(1, dtype=torch.long, device=self.args.device)
-        unread = {"use_cache": False, "logits_to_keep": first}
-        return inputs | {key: value for key, value in unread.items() if key in parameters}
+        # nobody reads the cache or the logits of this forward
+        if "use_cache" in parameters:
+            inputs["use_cache"] = False
+        return inputs | without_logits(model, self.args.device)
+
+
+def _without_facts(inputs: Any) -> tuple[Any, AbstractContextManager[None]]:
+    """A batch without the facts in it, and the context that gives them to the routing."""
+    if not isinstance(inputs, Mapping) or not set(FACTS) & set(inputs):
+        return inputs, nullcontext()
+    facts = {name: inputs[name] for name in FACTS if name in inputs}
+    return {key: value for key, value in inputs.items() if key not in facts}, batch_facts(**facts)
 
 
 class MoeLoraTrainer(MoeLoraTrainerMixin, Trainer):

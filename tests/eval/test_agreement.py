@@ -10,13 +10,14 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 
-from eval import agreement
-from eval.agreement import compare, main
-from eval.scorer import Scorer
-from eval.suite_scores import lean_lm_eval
+from eval.agreement import main
+from eval.scoring import agreement
+from eval.scoring.agreement import compare
+from eval.scoring.scorer import Scorer
+from eval.scoring.suite_scores import lean_lm_eval
 from eval.suites.registry import load_suite
-from tests.train.tiny import tiny_folder
-from train.models import ModelSource, load_model, load_tokenizer
+from moelora.runs.models import ModelSource, load_model, load_tokenizer
+from tests.runs.tiny import tiny_folder
 
 
 def _check(model: str, rows_a_task: int, **words: Any) -> None:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from eval.__main__ import main
-from tests.train.tiny import write_run
+from eval.scoring.generation import answer
+from tests.runs.tiny import write_run
 from train.__main__ import main as train
 
 ADAPTER = {"preset": "mixlora", "r": 24, "lora_alpha": 48, "num_experts": 3, "top_k": 2}
@@ -72,3 +74,19 @@ def test_what_cannot_be_scored_is_said(run: Path, tmp_path: Path, capsys: pytest
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "wanted"), [(["--batch-size", "3"], 3), ([], 5)])
+def test_the_batch_size_is_obeyed(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], wanted: int) -> None:
+    sizes = []
+
+    def noted(*arguments: Any, batch_size: int, **rest: Any) -> Any:
+        sizes.append(batch_size)
+        return answer(*arguments, batch_size=batch_size, **rest)
+
+    monkeypatch.setattr("eval.scoring.reasoning.answer", noted)
+    assert main([str(run / "adapter"), "--config", str(run.parent / "run.yaml"), "--limit", "2", *words]) == 0
+    assert set(sizes) == {wanted}
+    command = json.loads((run / "adapter/metrics.json").read_text())["receipt"]["command"]
+    assert " ".join(words) in command
+    assert ("--batch-size" in command) == bool(words)

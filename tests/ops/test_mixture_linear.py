@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops import reference
+from moelora.ops.factors import Factors
 from moelora.ops.mixture_linear import mixture_linear
 from tests.ops.compare import assert_close, assert_near, gradients
 
@@ -18,6 +19,10 @@ SCALING = 1.7
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def factors(leaves: dict[str, Tensor]) -> Factors:
+    return Factors(leaves["a"], leaves["b"], SCALING)
 
 
 def sparse_gates_TE(T: int, E: int, K: int) -> Tensor:
@@ -46,7 +51,7 @@ def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
     leaves = {"x": leaf(T, D), "a": leaf(E, R, D), "b": leaf(E, O, R)}
     gates_TE = sparse_gates_TE(T, E, K).requires_grad_()
     leaves["gates"] = gates_TE
-    fast = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    fast = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
     naive = gradients(
         lambda: reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves
     )
@@ -58,7 +63,7 @@ def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
 @pytest.mark.parametrize("leading", [(1,), (7,), (3, 7)], ids=str)
 def test_mixture_linear_unrouted(R: int, leading: tuple[int, ...]) -> None:
     leaves = {"x": leaf(*leading, 12), "a": leaf(1, R, 12), "b": leaf(1, 20, R)}
-    fast = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], None, SCALING), leaves)
+    fast = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), None), leaves)
     naive = gradients(
         lambda: reference.mixture_linear(leaves["x"].flatten(0, -2), leaves["a"], leaves["b"], None, SCALING).view(
             *leading, 20
@@ -78,7 +83,7 @@ def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
 
     def fast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            return mixture_linear(leaves["x"], leaves["a"], leaves["b"], leaves["gates"], SCALING)
+            return mixture_linear(leaves["x"], factors(leaves), leaves["gates"])
 
     found = gradients(fast, leaves)
     naive = gradients(
@@ -94,7 +99,7 @@ def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
 def test_an_expert_without_tokens_has_a_zero_gradient(R: int) -> None:
     leaves = {"x": leaf(7, 12), "a": leaf(3, R, 12), "b": leaf(3, 20, R)}
     gates_TE = torch.tensor([[0.4, 0.0, 0.6]]).repeat(7, 1)
-    found = gradients(lambda: mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves)
+    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
     for name in ("a", "b"):
         assert found[name][1].abs().max() == 0
         assert found[name][0].abs().max() > 0
@@ -102,7 +107,7 @@ def test_an_expert_without_tokens_has_a_zero_gradient(R: int) -> None:
 
 def test_gates_of_zero_give_zero() -> None:
     x_TD, a_ERD, b_EOR = torch.randn(5, 12), torch.randn(3, 2, 12), torch.randn(3, 20, 2)
-    assert mixture_linear(x_TD, a_ERD, b_EOR, torch.zeros(5, 3), SCALING).abs().max() == 0
+    assert mixture_linear(x_TD, Factors(a_ERD, b_EOR, SCALING), torch.zeros(5, 3)).abs().max() == 0
 
 
 def test_the_mixture_is_the_sum_of_its_experts() -> None:
@@ -111,5 +116,67 @@ def test_the_mixture_is_the_sum_of_its_experts() -> None:
     expected = torch.zeros(5, 20)
     for e in range(3):
         expected += gates_TE[:, e : e + 1] * SCALING * (x_TD @ a_ERD[e].t() @ b_EOR[e].t())
-    for op in (mixture_linear, reference.mixture_linear):
-        torch.testing.assert_close(op(x_TD, a_ERD, b_EOR, gates_TE, SCALING), expected, rtol=1e-5, atol=1e-5)
+    fast = mixture_linear(x_TD, Factors(a_ERD, b_EOR, SCALING), gates_TE)
+    naive = reference.mixture_linear(x_TD, a_ERD, b_EOR, gates_TE, SCALING)
+    for actual in (fast, naive):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("E", "R"), [(3, 1), (3, 4), (8, 16)])
+@pytest.mark.parametrize("with_base", [False, True], ids=["delta", "base"])
+def test_experts_that_share_their_a(E: int, R: int, with_base: bool) -> None:
+    """HydraLoRA's form: the one A gets the gradients of all experts."""
+    leaves = {"x": leaf(63, 12), "a": leaf(1, R, 12), "b": leaf(E, 20, R), "gates": torch.rand(63, E).requires_grad_()}
+    if with_base:
+        leaves["base"] = leaf(63, 20)
+    base = leaves.get("base")
+
+    def naive() -> Tensor:
+        delta = reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], leaves["gates"], SCALING)
+        return delta if base is None else delta + base
+
+    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), leaves["gates"], base), leaves)
+    for name, expected in gradients(naive, leaves).items():
+        assert_close(name, found[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_shared_a_is_multiplied_once() -> None:
+    x_TD = torch.randn(5, 12)
+    shared = Factors(torch.randn(1, 4, 12), torch.randn(3, 20, 4), SCALING)
+    assert shared.inner_TER(x_TD).shape == (5, 1, 4)
+    assert shared.num_experts == 3
+    own = Factors(shared.expanded_a_ERD(), shared.b_EOR, SCALING)
+    assert own.inner_TER(x_TD).shape == (5, 3, 4)
+
+
+@pytest.mark.parametrize("shared_a", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("routed", [False, True], ids=["one", "routed"])
+def test_no_tokens(shared_a: bool, routed: bool) -> None:
+    E = 3 if routed else 1
+    leaves = {"x": leaf(0, 12), "a": leaf(1 if shared_a else E, 4, 12), "b": leaf(E, 20, 4), "base": leaf(0, 20)}
+    gates_TE = None
+    if routed:
+        gates_TE = leaves["gates"] = torch.rand(0, E).requires_grad_()
+    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE, leaves["base"]), leaves)
+    assert found["output"].shape == (0, 20)
+    for name, expected in leaves.items():
+        assert torch.equal(found[name], torch.zeros_like(expected)), name
+
+
+def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base_TO = torch.randn(63, 20).to(dtype)
+        experts = Factors(torch.randn(8, 4, 12).to(dtype), torch.zeros(8, 20, 4, dtype=dtype), SCALING)
+        y_TO = mixture_linear(torch.randn(63, 12).to(dtype), experts, sparse_gates_TE(63, 8, 2), base_TO)
+        assert torch.equal(y_TO, base_TO)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is (deprecated|not supported):DeprecationWarning")
+def test_tracing_gives_the_same_at_other_sizes() -> None:
+    experts = Factors(torch.randn(3, 4, 12), torch.randn(3, 20, 4), SCALING)
+    with torch.no_grad():
+        example = (torch.randn(5, 12), torch.rand(5, 3))
+        traced = torch.jit.trace(lambda x, gates: mixture_linear(x, experts, gates), example, check_trace=False)
+        for T in (5, 1, 63):
+            x_TD, gates_TE = torch.randn(T, 12), torch.rand(T, 3)
+            torch.testing.assert_close(traced(x_TD, gates_TE), mixture_linear(x_TD, experts, gates_TE))

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from peft import get_peft_model
 
-from tests.train.tiny import write_run
-from train.baseline import TOLERANCE, baseline_config
-from train.config import adapter_config, load_config
-from train.errors import RunError
-from train.models import load_model
-from train.schema import BaselineConfig
+from moelora.errors import RunError
+from moelora.runs.config import BaselineConfig, adapter_config, load_config
+from moelora.runs.models import load_model
+from moelora.runs.parameters import TOLERANCE
+from tests.runs.tiny import write_run
+from train.baseline import baseline_config
 
 
 def test_a_matching_rank_has_as_many_trainable_parameters(tmp_path: Path) -> None:

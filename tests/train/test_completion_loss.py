@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import tiny_model
-from tests.train.tiny import tiny_tokenizer
+from tests.runs.tiny import tiny_tokenizer
 from train.completion_loss import CompletionLossTrainer
 
 ROWS = Dataset.from_list(

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.train.tiny import write_run
+from tests.runs.tiny import write_run
 from train import sft
 from train.__main__ import main
 
@@ -90,6 +91,25 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, capsys: pytes
     assert errors[0].startswith("error: unknown preset 'mixture'")
     assert errors[1].startswith("error: unknown key 'max_step' in training. Did you mean 'max_steps'?")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "stored"),
+    [
+        ("float32", "bfloat16", torch.bfloat16),
+        ("bfloat16", "bfloat16", torch.bfloat16),
+        ("bfloat16", "float32", torch.float32),
+        ("bfloat16", "auto", torch.float32),
+    ],
+)
+def test_the_adapter_has_the_data_type_that_is_asked_for(
+    tmp_path: Path, dtype: str, adapter_dtype: str, stored: torch.dtype
+) -> None:
+    words = ["training.max_steps=1", f"dtype={dtype}", f"adapter_dtype={adapter_dtype}", "baseline={r: 2}"]
+    assert main([str(write_run(tmp_path)), *words]) == 0
+    for stage in ("adapter", "baseline"):
+        saved = load_file(tmp_path / "run" / stage / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {stored}, stage
 
 
 @pytest.mark.distributed

@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.adapters import adapted, adapter_tensors
+from tests.training.processes import run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
 from tests.training.two_processes import CASES, SMORA
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def run_two_processes(path: Path) -> list[dict[str, Any]]:
-    """The results of the two processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    done = subprocess.run(
-        [*command, "-m", "tests.training.two_processes", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [torch.load(f"{path}.{rank}", weights_only=True) for rank in (0, 1)]
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """All cases in one test: starting the processes takes far longer than running them."""
-    ranks = run_two_processes(tmp_path / "results")
+    ranks = run_two_processes("tests.training.two_processes", tmp_path / "results")
     for name, run in CASES.items():
         expected = run(1)
         for rank in ranks:

@@ -10,7 +10,8 @@ import torch
 from peft import get_peft_model
 
 from moelora import MoeLoraTrainer, record_routing
-from moelora.losses import RoutingTotals, balance_losses
+from moelora.balance.losses import balance_losses
+from moelora.balance.totals import RoutingTotals
 from tests.adapters import adapted, shake, small_config
 from tests.conftest import tiny_batch, tiny_model
 from tests.ops.compare import assert_close
@@ -66,10 +67,12 @@ def test_the_step_is_the_gradient_of_the_sum_of_the_losses(method: str) -> None:
     with record_routing(model) as recorder:
         task = model(**tiny_batch(batch_size=4)).loss
     values = balance_losses(recorder.records, balance)
-    (task + balance.coef * values[0] + balance.z_loss_coef * values[1]).backward()
+    weighted = [choice.coef * value for choice, value in zip(balance, values, strict=True)]
+    (task + torch.stack(weighted).sum()).backward()
     run = whole(method)
-    assert run.logs[0]["balance_loss"] == pytest.approx(values[0].item(), rel=1e-6)
-    assert run.logs[0]["z_loss"] == pytest.approx(values[1].item(), rel=1e-6)
+    for choice, value in zip(balance, values, strict=True):
+        if choice.is_loss:
+            assert run.logs[0][choice.logged_as] == pytest.approx(value.item(), rel=1e-6)
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert expected.keys() == run.gradients[0].keys()
     for name, grad in expected.items():
@@ -155,10 +158,10 @@ def test_counting_draws_what_training_draws(preset: str, reentrant: bool | None)
     one_step(preset, words=DROPOUTS[preset], batch=1, accumulate=4, trainer_class=Watching, **words)
     assert len(seen) == 4
     totals = seen[0] + seen[1] + seen[2] + seen[3]
-    for found, expected in zip(counted[0].counts, totals.counts, strict=True):
-        assert torch.equal(found, expected)
-    for found, expected in zip(counted[0].tokens, totals.tokens, strict=True):
-        assert torch.equal(found, expected)
+    assert counted[0].counts.keys() == totals.counts.keys()
+    for mixture, expected in totals.counts.items():
+        assert torch.equal(counted[0].counts[mixture], expected)
+    assert torch.equal(counted[0].tokens_L, totals.tokens_L)
 
 
 def test_counting_leaves_the_head_alone() -> None:
@@ -166,13 +169,13 @@ def test_counting_leaves_the_head_alone() -> None:
     seen: list[tuple[int, bool]] = []
 
     class Watching(MoeLoraTrainer):
-        def _count_step(self, *args: Any) -> RoutingTotals:
+        def _count(self, *args: Any) -> RoutingTotals:
             def note(head: Any, inputs: tuple[torch.Tensor, ...]) -> None:
                 seen.append((inputs[0].shape[1], inputs[0].is_contiguous()))
 
             hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
             try:
-                return super()._count_step(*args)
+                return super()._count(*args)
             finally:
                 hook.remove()
 
@@ -196,7 +199,8 @@ def test_scope_micro_batch(reentrant: bool | None) -> None:
         with record_routing(model) as recorder:
             model(**{key: value[rows] for key, value in tiny_batch(batch_size=4).items()})
         values.append(balance_losses(recorder.records, balance))
-        ((balance.coef * values[-1][0] + balance.z_loss_coef * values[-1][1]) / 2).backward()
+        weighted = [choice.coef * value for choice, value in zip(balance, values[-1], strict=True)]
+        (torch.stack(weighted).sum() / 2).backward()
     assert found.logs[0]["balance_loss"] == pytest.approx(sum(v[0].item() for v in values) / 2, rel=1e-6)
     assert found.logs[0]["balance_loss"] != pytest.approx(whole("mixlora").logs[0]["balance_loss"], rel=1e-4)
     for name, p in model.named_parameters():

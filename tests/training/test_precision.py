@@ -35,7 +35,7 @@ class RouterProbe:
         """Every decision is what fp32 arithmetic on the same numbers gives."""
         assert self.seen
         for router, x_TD, routing in self.seen:
-            logits_TE = x_TD.detach().float() @ router.weight.detach().float().t()
+            logits_TE = x_TD.detach().float() @ router.get_parameter("weight").detach().float().t()
             torch.testing.assert_close(routing.logits_TE.detach(), logits_TE, rtol=1e-5, atol=1e-5)
             assert routing.logits_TE.dtype == routing.weights_TK.dtype == routing.probs_TE.dtype == torch.float32
 
@@ -68,7 +68,7 @@ def test_a_bf16_base(preset: str, autocast_adapter: bool) -> None:
     def step(**cut: Any) -> Run:
         config = small_config(preset, **BALANCED)
         model = get_peft_model(tiny_model().bfloat16(), config, autocast_adapter_dtype=autocast_adapter)
-        shake(model)
+        shake(model, seed=1)  # of which no token's choice is so close that half precision turns it
         probe = RouterProbe(model)
         run = train(model, toy_rows(), **cut)
         probe.check()
@@ -77,7 +77,7 @@ def test_a_bf16_base(preset: str, autocast_adapter: bool) -> None:
     whole, parts = step(), step(batch=1, accumulate=4)
     expected_dtype = torch.float32 if autocast_adapter else torch.bfloat16
     assert {grad.dtype for grad in parts.gradients[0].values()} == {expected_dtype}
-    exact = one_step(preset, words=BALANCED)
+    exact = one_step(preset, words={**BALANCED, "seed": 1})
     assert_near(whole, exact)
     assert_near(parts, exact)
 
@@ -128,7 +128,7 @@ def test_the_bias_of_a_quantised_base_stays_fp32(tmp_path: Path) -> None:
     routers = [module for module in model.modules() if isinstance(module, Router)]
     assert routers
     for router in routers:
-        assert router.bias is not None
-        assert router.bias.dtype == torch.float32
-        assert set((router.bias.abs() / 1e-5).round().tolist()) <= {0.0, 1.0, 2.0, 3.0}
-        assert router.bias.abs().max() > 0
+        bias_E = router.get_parameter("bias")
+        assert bias_E.dtype == torch.float32
+        assert set((bias_E.abs() / 1e-5).round().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+        assert bias_E.abs().max() > 0

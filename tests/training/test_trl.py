@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
 from moelora import MoeLoraSFTTrainer, MoeLoraTrainerMixin, record_routing
-from moelora.losses import balance_losses
+from moelora.balance.losses import balance_losses
+from moelora.balance.switch import SwitchBalance
+from moelora.balance.z_loss import ZLoss
 from tests.adapters import adapted, adapter_tensors, small_config
 from tests.conftest import tiny_batch, tiny_model
 from tests.training.runs import (
@@ -35,6 +37,8 @@ DEPRECATED = pytest.mark.filterwarnings(
     "ignore:`label_smoothing_factor` is deprecated:FutureWarning",
     "ignore:`gradient_checkpointing_(dis|en)able` is deprecated:FutureWarning",
 )
+
+BOTH = (SwitchBalance(), ZLoss())
 
 
 class MoeLoraDPOTrainer(MoeLoraTrainerMixin, DPOTrainer):
@@ -104,7 +108,7 @@ def test_sft_is_the_gradient_of_the_sum_of_the_losses() -> None:
     model = adapted("mixlora", **BALANCED).train()
     with record_routing(model) as recorder:
         task = model(**tiny_batch(batch_size=4)).loss
-    balance, z = balance_losses(recorder.records)
+    balance, z = balance_losses(recorder.records, BOTH)
     (task + balance + 0.1 * z).backward()
     run = whole_sft()
     assert run.logs[0]["loss"] == pytest.approx((task + balance + 0.1 * z).item(), rel=1e-5)
@@ -253,7 +257,7 @@ def test_dpo_values() -> None:
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with record_routing(model) as recorder:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert run.logs[0]["balance_loss"] == pytest.approx(balance_losses(recorder.records)[0].item(), rel=1e-5)
+    assert run.logs[0]["balance_loss"] == pytest.approx(balance_losses(recorder.records, BOTH)[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("precompute", [False, True])
@@ -291,3 +295,13 @@ def test_kto(reentrant: bool | None) -> None:
     run = step(**checkpointing_words(reentrant))
     assert run.logs[0]["balance_loss"] > 0
     assert_same_step(run, step())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sft_padding_free_equals_padded_under_a_capacity(accumulate: int) -> None:
+    """A row of concatenated sequences is several sequences to the capacity, in training and in counting."""
+    words = {"balance_coef": 1.0, "expert_dropout": 0.0, "capacity_factor": 0.5, "lora_alpha": 0.3}
+    run = sft_step(
+        "sira", words=words, padding_free=True, max_length=None, batch=4 // accumulate, accumulate=accumulate
+    )
+    assert_same_step(run, sft_step("sira", words=words))

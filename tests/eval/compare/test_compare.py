@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval.compare.__main__ import main
 from eval.compare.work import Bench
-from eval.suite_scores import ModelScores
+from eval.scoring.model_scores import ModelScores
 from tests.eval.compare.tiny import WORDS, write_benchmark
 from tests.eval.tiny_suite import write_rows
 

@@ -6,12 +6,12 @@ import pytest
 
 from eval.compare.mixture import IGNORED, Mixture, as_dataset, digest, make_mixture, padded
 from eval.compare.schema import DataConfig
-from eval.scorer import Scorer
-from eval.suite_scores import lean_lm_eval, score_suite
+from eval.scoring.scorer import Scorer
+from eval.scoring.suite_scores import lean_lm_eval, score_suite
 from eval.suites.registry import PROTOCOLS, load_suite
 from eval.suites.requests import right_request
-from tests.train.tiny import tiny_folder
-from train.models import ModelSource, load_model, load_tokenizer
+from moelora.runs.models import ModelSource, load_model, load_tokenizer
+from tests.runs.tiny import tiny_folder
 
 TASKS = ["arc_easy", "boolq", "winogrande"]
 

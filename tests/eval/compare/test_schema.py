@@ -6,8 +6,8 @@ import pytest
 
 from eval.compare.schema import load_benchmark
 from eval.compare.sizes import check_sizes
+from moelora.errors import MoeLoraError
 from tests.eval.compare.tiny import write_benchmark
-from train.errors import RunError
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "benchmarks" / "commonsense.yaml"
 VARIANTS = SHIPPED.with_name("commonsense_variants.yaml")
@@ -17,7 +17,7 @@ VARIANTS = SHIPPED.with_name("commonsense_variants.yaml")
     ("override", "message"),
     [
         ("data.tasks=[piqa]", "unknown key 'piqa' in data.tasks"),
-        ("data.steps=0", "data.steps is 0; it must be at least 1"),
+        ("data.steps=0", "data.steps is 0; allowed: at least 1"),
         ("evaluation.limit=0", "evaluation.limit is 0"),
         ("selection.learning_rates=[]", "learning_rates is empty"),
         ("training.learning_rate=0.1", "training.learning_rate cannot be set: it is chosen per method"),
@@ -33,7 +33,7 @@ VARIANTS = SHIPPED.with_name("commonsense_variants.yaml")
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(MoeLoraError, match=message):
         load_benchmark(write_benchmark(tmp_path), [override])
 
 
@@ -42,9 +42,9 @@ def test_methods_of_unequal_size_are_refused(tmp_path: Path) -> None:
     sizes = check_sizes(load_benchmark(file))
     assert abs(sizes["lora"].trainable / sizes["mixlora"].trainable - 1) < 0.02
     assert sizes["mixlora"].active < sizes["mixlora"].trainable
-    with pytest.raises(RunError, match=r"lora has [0-9,]+ \(-9\..% of [0-9,]+; nearest r: 49\)"):
+    with pytest.raises(MoeLoraError, match=r"lora has [0-9,]+ \(-9\..% of [0-9,]+; nearest r: 49\)"):
         check_sizes(load_benchmark(file, ["methods.lora.adapter.r=44"]))
-    with pytest.raises(RunError, match="lora has"):
+    with pytest.raises(MoeLoraError, match="lora has"):
         check_sizes(load_benchmark(file, ["methods.lora.equal=active"]))
     active = sizes["mixlora"].active * 49 // sizes["lora"].trainable
     check_sizes(load_benchmark(file, ["methods.lora.equal=active", f"methods.lora.adapter.r={active}"]))

@@ -10,7 +10,7 @@ import pytest
 
 from eval.compare.cells import BASE
 from eval.compare.summary import MethodSummary, Summary
-from eval.scores import mean
+from eval.scoring.scores import mean
 
 ROWS = [1.0] * 70 + [0.0] * 30
 """Whether "yes" is right."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.train.tiny import tiny_folder
+from tests.runs.tiny import tiny_folder
 
 WORDS: dict[str, Any] = {
     "model": None,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from eval.suites.registry import COMMONSENSE, PROTOCOLS, load_suite
-from tests.train.tiny import tiny_tokenizer
-from train.errors import RunError
+from moelora.errors import RunError
+from tests.runs.tiny import tiny_tokenizer
 
 TASK = """
 task: my_sums

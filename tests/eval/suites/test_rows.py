@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from eval.suites.rows import load
+from moelora.errors import RunError
 from tests.eval.tiny_suite import write_rows
-from train.errors import RunError
 
 
 def test_local_rows_have_the_splits_that_are_there(commonsense: Path) -> None:

@@ -1,0 +1,16 @@
+"""Writing matplotlib's figures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from moelora.runs.files import write_atomically
+
+
+def save(figure: Any, file: Path, dpi: int = 120) -> None:
+    """Write a figure as PNG; the picture is there whole or as it was before."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    write_atomically(file, content.getvalue())

@@ -1,0 +1,168 @@
+"""The suite over reasoning-gym: fresh problems of a run's tasks, scored by reasoning-gym's own verifiers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval.scoring.generation import RoutingCounts, answer, shared_tokens
+from eval.scoring.judging import majority_share
+from eval.scoring.routing import TokenView, has_routers, token_views
+from eval.scoring.sources import Contestant
+from moelora.errors import RunError
+from moelora.runs.config import RunConfig
+from moelora.runs.data import chat_prompt, load_rows
+from moelora.runs.models import load_tokenizer
+from moelora.runs.tasks import Problem, fresh_problems, task_data_set
+
+
+@dataclass
+class TaskResult:
+    """What the models answered to the problems of a task.
+
+    Args:
+        task: Name of the task.
+        problems: The problems.
+        dropped: Problems left out because a training row has the same prompt.
+        majority: Share of the most frequent reference answer: what a model scores that always says the same.
+        prompts: Token ids of the prompts.
+        answers: Model to its answers.
+        scores: Model to the verifier's scores from 0 to 1.
+    """
+
+    task: str
+    problems: list[Problem]
+    dropped: int
+    majority: float
+    prompts: list[list[int]]
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    def exact(self, model: str) -> list[float]:
+        """1 for each problem that the verifier gives its full score, else 0."""
+        return [float(score >= 1.0) for score in self.scores[model]]
+
+
+@dataclass
+class ReasoningResults:
+    """Results of the suite.
+
+    Args:
+        tasks: One for each task.
+        models: Names in the order of the tables; the last is the adapter that the evaluation is about.
+        routing: Task to the routing of its questions' tokens, in two halves; empty if nothing was routed.
+        views: What single tokens of a few questions do, where something is routed.
+        seconds: Model to the wall time of loading it and answering.
+    """
+
+    tasks: list[TaskResult]
+    models: list[str]
+    routing: dict[str, list[RoutingCounts]] = field(default_factory=dict)
+    views: list[TokenView] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -> list[TaskResult]:
+    """Fresh problems of every task of the run, none of which is among the training rows.
+
+    Args:
+        config: The run.
+        tokenizer: Makes the prompts, as in training.
+        limit: Problems per task; None takes `evaluation.rows_per_task`.
+
+    Raises:
+        RunError: If the run was not trained on reasoning-gym tasks, or a task has no fresh problems.
+    """
+    data, wish = config.dataset, limit or config.evaluation.rows_per_task
+    if not data.tasks:
+        raise RunError(
+            "this run was not trained on reasoning-gym tasks (`dataset.tasks`), so it has no problems of its own; say "
+            "what to score it on: --suite commonsense, --suite reasoning, or tasks of lm-eval."
+        )
+    seen = {_question(row["prompt"]) for row in load_rows(data, tokenizer)}
+    results = []
+    for task, options in data.tasks.items():
+        problems, dropped = fresh_problems(task, options, seed=config.evaluation.seed, size=wish, seen=seen)
+        if not problems:
+            raise RunError(
+                f"task {task!r} has no problem that is not among the training rows: it has too few for its options "
+                f"{options}. Give it options with more variety, or lower dataset.rows_per_task."
+            )
+        majority = majority_share([problem.answer for problem in problems])
+        prompts = [_encode(tokenizer, problem.prompt, config) for problem in problems]
+        results.append(TaskResult(task, problems, dropped, majority, prompts))
+    return results
+
+
+def _question(prompt: Any) -> str:
+    """The text of a row's prompt, which may be a chat."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _encode(tokenizer: Any, question: str, config: RunConfig) -> list[int]:
+    """A prompt's tokens, made as TRL made those of the training rows."""
+    chat = tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
+    if not chat:
+        return list(tokenizer(question)["input_ids"])
+    messages = chat_prompt(question, config.dataset.system)
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def run(
+    config: RunConfig, contestants: Sequence[Contestant], limit: int | None = None, batch_size: int | None = None
+) -> ReasoningResults:
+    """Let every contestant answer the same problems.
+
+    Args:
+        config: The run.
+        contestants: The models; the routing of those with routers is recorded, the last one's is kept.
+        limit: Problems per task; None takes `evaluation.rows_per_task`.
+        batch_size: Problems at once; None takes `evaluation.batch_size`.
+    """
+    tokenizer = load_tokenizer(config)
+    results = ReasoningResults(make_problems(config, tokenizer, limit), [contestant.name for contestant in contestants])
+    for task in results.tasks:
+        note = f", {task.dropped} dropped because they occur in training" if task.dropped else ""
+        print(f"{task.task}: {len(task.problems)} fresh problems{note}", flush=True)
+    shared = shared_tokens([prompt for task in results.tasks for prompt in task.prompts])
+    for contestant in contestants:
+        started = time.monotonic()
+        model = contestant.load(config)
+        routed = contestant.role == "adapter" and has_routers(model)
+        for task in results.tasks:
+            began = time.monotonic()
+            answers, halves = answer(
+                model,
+                tokenizer,
+                task.prompts,
+                batch_size=batch_size or config.evaluation.batch_size,
+                max_new_tokens=config.evaluation.max_new_tokens or _room(task, tokenizer),
+                shared=shared if routed else None,
+            )
+            task.answers[contestant.name] = answers
+            task.scores[contestant.name] = verify(task, config, answers)
+            if routed:
+                results.routing[task.task] = halves
+            exact = sum(task.exact(contestant.name)) / len(answers)
+            print(f"{contestant.name}  {task.task}  {exact:.0%} exact  {time.monotonic() - began:.1f} s", flush=True)
+        if routed:
+            results.views = token_views(model, tokenizer, {task.task: task.prompts for task in results.tasks})
+        results.seconds[contestant.name] = time.monotonic() - started
+        del model
+    return results
+
+
+def _room(task: TaskResult, tokenizer: Any) -> int:
+    """Tokens for an answer: those of the longest reference, its end, and a little talk that must not cut it off."""
+    return max(len(tokenizer(problem.answer)["input_ids"]) for problem in task.problems) + 4
+
+
+def verify(task: TaskResult, config: RunConfig, answers: Sequence[str]) -> list[float]:
+    """Scores of the answers by reasoning-gym's verifier of the task."""
+    options = (config.dataset.tasks or {})[task.task]
+    verifier = task_data_set(task.task, options, seed=0, size=1)
+    return [
+        float(verifier.score_answer(text, problem.entry)) for text, problem in zip(answers, task.problems, strict=True)
+    ]

@@ -1,0 +1,152 @@
+"""What is evaluated: the base model, and adapters of a run, a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelora.errors import RunError
+from moelora.runs.config import RunConfig, load_config
+from moelora.runs.folder import ADAPTER, BASELINE, RunDir
+from moelora.runs.models import ModelSource, load_adapter, load_model
+
+# What tables call a preset.
+TITLES = {
+    "mixlora": "MixLoRA",
+    "sira": "SiRA",
+    "smora": "SMoRA",
+    "molora": "MoLoRA",
+    "random_router": "random router",
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the models that are compared.
+
+    Args:
+        name: Its name in tables.
+        role: "base", "baseline" or "adapter".
+        adapter: Folder or Hub name of its adapter; None for the base model.
+        training: What the run noted of its training, if it was trained by one.
+    """
+
+    name: str
+    role: str
+    adapter: str | None = None
+    training: dict[str, Any] | None = None
+
+    def load(self, config: RunConfig | ModelSource) -> Any:
+        """The model in evaluation mode; the adapter computes in the data types that it was trained and saved in."""
+        base = load_model(config)
+        return (base if self.adapter is None else load_adapter(base, self.adapter)).eval()
+
+
+def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, list[Contestant], Path]:
+    """What to evaluate, by which configuration, and where the results go.
+
+    Args:
+        source: Folder of a run, folder of an adapter, or an adapter's name on the Hub.
+        config_file: The run's YAML where `source` is an adapter.
+
+    Raises:
+        RunError: If there is nothing to evaluate, or no configuration that says on what.
+    """
+    run = RunDir(source)
+    if run.config_file.is_file():
+        if config_file is not None:
+            raise RunError(f"{source!r} is a run and has its own config.yaml; leave --config out.")
+        if not run.is_finished(ADAPTER):
+            raise RunError(
+                f"the run {source!r} has no finished adapter; `python -m train {run.config_file}` resumes it."
+            )
+        config = load_config(run.config_file)
+        contestants = [Contestant("base", "base")]
+        if run.is_finished(BASELINE):
+            contestants.append(_of_run(run, BASELINE))
+        return config, [*contestants, _of_run(run, ADAPTER)], run.root
+    results = _results_of_adapter(source)
+    if config_file is None:
+        raise RunError(
+            f"{source!r} is not the folder of a run. If it is an adapter, say what to evaluate it on: pass --config "
+            "with the YAML of a run, such as --config configs/quickstart.yaml, or --suite commonsense."
+        )
+    config = load_config(config_file)
+    return config, [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def find_suite_models(
+    source: str, config_file: str | None, model: str | None
+) -> tuple[RunConfig | ModelSource, list[Contestant], Path]:
+    """What to score on a suite: the base, the baseline of a run, and the adapter.
+
+    Args:
+        source: Folder of a run, folder of an adapter, or an adapter's name on the Hub.
+        config_file: The run's YAML where `source` is an adapter, for its base model and its data type.
+        model: The base model where `source` is an adapter; None takes the one that the adapter names.
+
+    Returns:
+        The base model, the models, and the folder of the run or adapter, where results go.
+
+    Raises:
+        RunError: If there is nothing to evaluate.
+    """
+    if RunDir(source).config_file.is_file() or config_file is not None:
+        if model is not None:
+            raise RunError(f"--model {model!r} is given, and so is a configuration with a model. Leave one out.")
+        return find_contestants(source, config_file)
+    results = _results_of_adapter(source)
+    base = model or read_adapter_config(source).base_model_name_or_path
+    if not base:
+        raise RunError(f"adapter {source!r} does not say what its base model is; say it with --model.")
+    return ModelSource(base), [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def _results_of_adapter(source: str) -> Path:
+    """The folder of an adapter, where its results go; for one on the Hub a folder in `runs`.
+
+    Raises:
+        RunError: If there is such a folder, but without an adapter.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        return Path("runs") / source.replace("/", "--")
+    if not (folder / "adapter_config.json").is_file():
+        raise RunError(f"{source!r} is neither a run (no config.yaml) nor an adapter (no adapter_config.json).")
+    return folder
+
+
+def beside(adapter: str) -> Contestant:
+    """An adapter to compare with."""
+    return Contestant(_name(adapter), "baseline", adapter)
+
+
+def read_adapter_config(adapter: str) -> Any:
+    """An adapter's configuration.
+
+    Raises:
+        RunError: If it cannot be read.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise RunError(f"adapter {adapter!r} cannot be read: {error}") from error
+
+
+def _of_run(run: RunDir, stage: str) -> Contestant:
+    folder = run.stage(stage)
+    record = json.loads((folder / "training.json").read_text()) if (folder / "training.json").is_file() else None
+    return Contestant(_name(str(folder)), stage, str(folder), record)
+
+
+def _name(adapter: str) -> str:
+    """What a table calls an adapter: its preset, or LoRA with its rank."""
+    config = read_adapter_config(adapter)
+    preset = getattr(config, "preset", None)
+    if preset:
+        return TITLES.get(preset, preset)
+    return f"LoRA r={config.r}" if hasattr(config, "r") else str(config.peft_type)

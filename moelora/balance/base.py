@@ -1,0 +1,77 @@
+"""The axis of balance: what keeps the experts in use. Several choices may be combined.
+
+One convention (rule 4 of the design): a load-balancing loss is 1.0 at perfect balance per layer, then the mean over the
+layers, over valid tokens only; a loss with another value at balance says so. A loss is linear in sums of per-token
+terms once the totals are known: the load, and the number of tokens. So the totals are taken over everything that
+belongs to one optimizer step, and each micro-batch and process adds its own linear share; the sum of the shares is the
+loss of the whole, value and gradient.
+
+Shape suffixes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moelora.balance.totals import RoutingTotals
+from moelora.choices import Choice
+from moelora.routing.record import LayerLoss, Mixture
+from moelora.validation import check, is_real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance(Choice):
+    """Base of the choices of balance.
+
+    Args:
+        coef: Coefficient of the loss, or the step of an update. 0 switches it off.
+
+    Raises:
+        ConfigError: For a negative one.
+    """
+
+    axis: ClassVar[str] = "balance"
+    logged_as: ClassVar[str] = "balance_loss"
+    """Name of the loss in the trainers' logs."""
+    is_loss: ClassVar[bool] = True
+    """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
+    coef_name: ClassVar[str] = "balance.coef"
+    """What messages call `coef`."""
+
+    coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(is_real(self.coef) and self.coef >= 0, self.coef_name, self.coef, "a number of at least 0")
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether it adds a loss."""
+        return self.is_loss and self.coef > 0
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether it moves the routers' biases."""
+        return not self.is_loss and self.coef > 0
+
+    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
+        """For each mixture its share of the loss, without the coefficient, as a function of (routing, valid_T).
+
+        A share is linear in the tokens given, so shares of disjoint sets of tokens add up to the loss of their union.
+
+        Args:
+            totals: Sums over all tokens that the loss is taken over.
+        """
+        return {}
+
+    def moved(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
+        """A router's bias after a training forward; only with `moves_bias`.
+
+        Args:
+            bias_E: Its value.
+            load_E: Choices of valid tokens that fell on each expert in that forward, over all processes.
+        """
+        raise NotImplementedError

@@ -1,0 +1,47 @@
+"""The balance losses of recorded forwards, for training loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moelora.balance.base import Balance
+from moelora.balance.totals import RoutingTotals
+from moelora.errors import ConfigError
+from moelora.routing.record import RoutingRecord
+
+
+def balance_losses(
+    records: Sequence[RoutingRecord], choices: Sequence[Balance], totals: RoutingTotals | None = None
+) -> list[Tensor]:
+    """The losses of records, or their share of the losses of something larger.
+
+        balance = model.peft_config["default"].balance
+        with moelora.record_routing(model) as recorder:
+            loss = model(**batch).loss
+        terms = moelora.balance_losses(recorder.records, balance)
+        loss = loss + sum(choice.coef * term for choice, term in zip(balance, terms))
+
+    Args:
+        records: The records.
+        choices: The balance choices of the adapter, `config.balance`.
+        totals: Sums over all tokens that the losses are taken over; those of `records` by default.
+
+    Returns:
+        A scalar for each choice, without its coefficient; 0 of one that adds no loss.
+
+    Raises:
+        ConfigError: If there are no records.
+    """
+    if not records:
+        raise ConfigError("no routing records; allowed: at least one. Was the forward run inside `record_routing`?")
+    totals = totals or RoutingTotals.of(records)
+    device = totals.tokens_L.device
+    losses = []
+    for choice in choices:
+        shares = choice.shares(totals)
+        terms = [shares[r.mixture](r.routing, r.valid_T).to(device) for r in records if r.mixture in shares]
+        losses.append(torch.stack(terms).sum() if terms else torch.zeros((), device=device))
+    return losses

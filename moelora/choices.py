@@ -1,0 +1,188 @@
+"""The protocol of a choice, the registry of each axis, and reading and writing choices.
+
+A method is a point on the axes of `AXES`; on each axis it is one choice, a small frozen dataclass. Its fields are the
+file format (`{"kind": "top_k", "k": 2}`), its methods are the behaviour. Everything else (layers, counting, saving,
+`inspect`, cards) reads choices through the protocol here and knows none by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from moelora.errors import ConfigError
+from moelora.validation import check_keys
+
+AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
+
+InitKind = Literal["zeros", "kaiming", "normal", "uniform"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a tensor starts.
+
+    Args:
+        kind: "zeros"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension; "normal",
+            N(0, scale); or "uniform", U(-scale, scale).
+        scale: See `kind`.
+    """
+
+    kind: InitKind
+    scale: float = 0.0
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Write the initial values."""
+        if self.kind == "normal":
+            nn.init.normal_(tensor, std=self.scale)
+        elif self.kind == "uniform":
+            nn.init.uniform_(tensor, -self.scale, self.scale)
+        elif self.kind == "kaiming":
+            # the rows of all experts together have the fan-in of one expert's
+            nn.init.kaiming_uniform_(tensor.flatten(0, -2) if tensor.dim() > 2 else tensor, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(tensor)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tensor that a choice owns: declared once, for allocating, counting, saving and moving it.
+
+    Args:
+        name: Its name. Tensors of experts have two parts, "A.up": a container that PEFT's tools see by name, and a
+            role; tensors of routers have one.
+        shape: Its shape.
+        init: How it starts.
+        trainable: Whether training moves it. If not it is saved all the same.
+        dtype: A dtype it keeps whatever the model is cast to; None follows the model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a choice may know of the place it declares tensors for.
+
+    Attributes:
+        name: Name of the wrapped module in the base model.
+        linears: (in_features, out_features) of the linears that get experts, by role: "" of a single linear; "gate",
+            "up" and "down" of a feed-forward block.
+        num_experts: E; 1 at a site without a router.
+        routed: Whether the site has a router.
+        router_features: Features of the router's input.
+    """
+
+    name: str
+    linears: Mapping[str, tuple[int, int]]
+    num_experts: int
+    routed: bool
+    router_features: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Base of the choices of all axes. A subclass names its `axis` and `kind` and is given to `register`."""
+
+    axis: ClassVar[str]
+    kind: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Facts of the `Batch` it cannot do without: "task_ids", "instance_embedding"."""
+
+    def params(self, site: Site) -> list[Param]:
+        """The tensors it owns at a site; nothing else is allocated."""
+        return []
+
+    def dropouts(self) -> dict[str, float]:
+        """Dropout probabilities by name. Each is an `nn.Dropout`, so that tools which switch dropout off find it."""
+        return {}
+
+    def check(self, config: Any) -> None:
+        """Refuse contradictions with the other axes of a `MoeLoraConfig`.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+
+    def describe(self) -> str:
+        """One phrase: the kind and the fields."""
+        words = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return f"{self.kind}({words})"
+
+
+_C = TypeVar("_C", bound=type[Choice])
+_KINDS: dict[str, dict[str, type[Choice]]] = {axis: {} for axis in AXES}
+
+
+def register(cls: _C) -> _C:
+    """Class decorator: make a choice known under its axis and kind.
+
+    Raises:
+        ValueError: If the kind is taken.
+    """
+    if _KINDS[cls.axis].setdefault(cls.kind, cls) is not cls:
+        raise ValueError(f"{cls.axis} {cls.kind!r} is registered twice: {_KINDS[cls.axis][cls.kind]} and {cls}")
+    return cls
+
+
+def kinds(axis: str) -> dict[str, type[Choice]]:
+    """The choices of an axis by kind."""
+    return dict(_KINDS[axis])
+
+
+def read(axis: str, value: Any) -> Any:
+    """Make a choice of what a file or a user says.
+
+    Args:
+        axis: One of `AXES`.
+        value: A registered choice of that axis, its kind, or a mapping of its kind and fields.
+
+    Raises:
+        ConfigError: If the kind or a field is unknown or missing, or a value is not allowed.
+    """
+    known = _KINDS[axis]
+    if type(value) in known.values():
+        return value
+    fields = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping) or fields.get("kind") not in tuple(known):
+        raise ConfigError(
+            f"{axis} is {value!r}; allowed: a kind ({', '.join(map(repr, known))}), or a dict of a kind and its "
+            f"fields, such as {write(known[min(known)]()) if known else {}!r}."
+        )
+    cls = known[fields["kind"]]
+    words = {key: word for key, word in fields.items() if key != "kind"}
+    check_keys(f"{axis} {cls.kind!r}", words, [f.name for f in dataclasses.fields(cls)])
+    return cls(**words)
+
+
+def write(choice: Choice) -> dict[str, Any]:
+    """A choice as plain JSON values: its kind and its fields."""
+    return {"kind": choice.kind, **dataclasses.asdict(choice)}
+
+
+def discover(package: str, path: Iterable[str]) -> None:
+    """Import the modules of a package, so that what they register is known.
+
+    Args:
+        package: Its name.
+        path: Its `__path__`.
+    """
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

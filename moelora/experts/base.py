@@ -1,0 +1,40 @@
+"""The axis of experts: what one expert computes, and which tensors hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from moelora.choices import Choice
+from moelora.ops.factors import Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Choice):
+    """Base of the choices of experts.
+
+    Args:
+        num_experts: Number of experts E of a mixture.
+    """
+
+    axis: ClassVar[str] = "experts"
+
+    num_experts: int = 8
+
+    @property
+    def scaling(self) -> float:
+        """The factor of an expert's low-rank product."""
+        raise NotImplementedError
+
+    def factors(self, parts: Mapping[str, nn.Module], role: str, scaling: float) -> Factors | None:
+        """The low-rank factors of all experts on the linear `role`, or None if it has no experts.
+
+        Args:
+            parts: The modules that hold the adapter's tensors at the site, by the first parts of the declared names.
+            role: The linear.
+            scaling: The factor to use, `self.scaling` unless it was changed with `set_scale`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,88 @@
+"""Experts that are LoRAs.
+
+Shape suffixes: E experts, R rank of one expert, D input features, O output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from moelora.choices import Init, Param, Site, register
+from moelora.experts.base import Experts
+from moelora.ops.factors import Factors
+from moelora.validation import check, check_bool, check_choice, is_count, is_real, is_share
+
+Initialisation = Literal["kaiming", "normal"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LoraExperts(Experts):
+    """An expert is a LoRA: `scaling * B A x`, with `scaling = lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
+
+    Args:
+        num_experts: Number of experts E of a mixture.
+        r: Rank of **one** expert.
+        lora_alpha: LoRA's alpha, for one expert.
+        lora_dropout: Probability of dropping an element of the input of A, in training. The experts of a mixture share
+            one draw (the papers' codes draw one each; the expectation is the same).
+        use_rslora: Scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
+        init: How A starts: "kaiming" is `kaiming_uniform_(a=sqrt(5))` as in LoRA, "normal" is N(0, `init_std`). B is 0.
+        init_std: Standard deviation of the "normal" initialisation.
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    kind: ClassVar[str] = "lora"
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init: Initialisation = "kaiming"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
+        check(is_count(self.r), "r", self.r, "an integer of at least 1")
+        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
+        check_bool("use_rslora", self.use_rslora)
+        check_choice("experts.init", self.init, Initialisation)
+        check(is_real(self.init_std) and self.init_std > 0, "init_std", self.init_std, "a positive number")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of `B A x`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def dropouts(self) -> dict[str, float]:
+        """Of the input of A."""
+        return {"lora_dropout": self.lora_dropout}
+
+    def params(self, site: Site) -> list[Param]:
+        """A [E, R, D] and B [E, O, R] of each linear."""
+        init = Init(self.init, self.init_std)
+        return [
+            param
+            for role, (in_features, out_features) in site.linears.items()
+            for param in (
+                Param(f"A.{role or 'weight'}", (self._num_a(site), self.r, in_features), init),
+                Param(f"B.{role or 'weight'}", (site.num_experts, out_features, self.r), Init("zeros")),
+            )
+        ]
+
+    def _num_a(self, site: Site) -> int:
+        return site.num_experts
+
+    def factors(self, parts: Mapping[str, nn.Module], role: str, scaling: float) -> Factors | None:
+        """The two stacks as they are."""
+        name = role or "weight"
+        a_ERD = getattr(parts["A"], name, None)
+        return None if a_ERD is None else Factors(a_ERD, getattr(parts["B"], name), scaling)

@@ -1,0 +1,176 @@
+"""What a saved adapter is, told by its configuration and the header of its safetensors file alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moelora.choices import Site as SiteOfChoices
+from moelora.config import MoeLoraConfig
+
+SiteKind = Literal["feed-forward mixture", "linear mixture", "plain LoRA", "saved whole"]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Name, dtype (in safetensors' words) and shape of a stored tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        digits = re.search(r"\d+", self.dtype)
+        return self.numel * (int(digits[0]) // 8 if digits else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Adapted modules that differ only in their layer.
+
+    Attributes:
+        module: Their name in the base model, with `*` for the layer's number.
+        kind: What sits there.
+        num_experts: Experts of each (1 for plain LoRA, 0 where a module is saved whole).
+        roles: Which linears of a feed-forward block have experts.
+        layers: The layers' numbers.
+        count: Number of modules.
+        num_parameters: Stored values of all of them, buffers included.
+        num_trainable: Those that training moves.
+    """
+
+    module: str
+    kind: SiteKind
+    num_experts: int
+    roles: tuple[str, ...]
+    layers: tuple[int, ...]
+    count: int
+    num_parameters: int
+    num_trainable: int
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        if self.kind == "feed-forward mixture":
+            return f"mixture of {self.num_experts} feed-forward experts ({', '.join(self.roles)})"
+        if self.kind == "linear mixture":
+            return f"mixture of {self.num_experts} LoRA experts"
+        return self.kind
+
+    def layer_ranges(self) -> str:
+        """The layers as ranges: "0-3, 7"; empty outside numbered layers."""
+        ranges: list[list[int]] = []
+        for layer in self.layers:
+            if ranges and ranges[-1][1] == layer - 1:
+                ranges[-1][1] = layer
+            else:
+                ranges.append([layer, layer])
+        return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """A saved adapter: where it is, its configuration, and the headers of its stored tensors."""
+
+    source: str
+    config: MoeLoraConfig
+    tensors: tuple[TensorHeader, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Stored values."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def num_trainable(self) -> int:
+        """Stored values that training moves: all but routing biases and frozen routers."""
+        return sum(site.num_trainable for site in self.sites())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the stored values."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is any mixture, as opposed to plain LoRA only."""
+        return any(".moelora_router." in tensor.name for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the stored tensors."""
+        return tuple(sorted({tensor.dtype for tensor in self.tensors}))
+
+    def axes(self) -> dict[str, str]:
+        """A phrase for each axis that shapes the adapter: the choice and its settings."""
+        phrases = self.config.describe()
+        del phrases["compute"]  # how it was computed is no property of the adapter
+        return phrases
+
+    def sites(self) -> list[Site]:
+        """The adapted modules, those that differ only in their layer together."""
+        modules: dict[str, list[TensorHeader]] = {}
+        for tensor in self.tensors:
+            modules.setdefault(_module_of(tensor.name), []).append(tensor)
+        groups: dict[tuple[str, SiteKind, int, tuple[str, ...]], list[str]] = {}
+        for module, tensors in modules.items():
+            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module, count=1)
+            groups.setdefault((pattern, *_kind_of(tensors)), []).append(module)
+        sites = []
+        for (pattern, kind, num_experts, roles), members in groups.items():
+            tensors = [tensor for module in members for tensor in modules[module]]
+            layers = {int(match[0]) for module in members if (match := re.search(r"(?<=\.)\d+(?=\.|$)", module))}
+            site = Site(
+                module=pattern,
+                kind=kind,
+                num_experts=num_experts,
+                roles=roles,
+                layers=tuple(sorted(layers)),
+                count=len(members),
+                num_parameters=sum(tensor.numel for tensor in tensors),
+                num_trainable=sum(tensor.numel for tensor in tensors if self._is_trained(tensor.name)),
+            )
+            sites.append(site)
+        return sites
+
+    def _is_trained(self, name: str) -> bool:
+        _, router, tensor = name.partition(".moelora_router.")
+        if router:
+            site = SiteOfChoices(name="", linears={}, num_experts=1, routed=True, router_features=1)
+            return any(param.name == tensor and param.trainable for param in self.config.router_params(site))
+        if ".moelora_" in name or name.endswith(".trainable_tokens_delta"):
+            return True
+        if name.endswith(".bias") and self.config.bias != "none":
+            return True
+        # Anything else is trained only by request: PEFT also saves a resized embedding that nothing trained.
+        return bool(set(name.split(".")) & set(self.config.modules_to_save or ()))
+
+
+def _module_of(tensor: str) -> str:
+    name = tensor.removeprefix("base_model.model.")
+    adapted, marker, _ = name.partition(".moelora_")
+    return adapted if marker else name.rpartition(".")[0]
+
+
+def _kind_of(tensors: list[TensorHeader]) -> tuple[SiteKind, int, tuple[str, ...]]:
+    """Kind, number of experts, and roles of a module's tensors."""
+    parts: Mapping[str, TensorHeader] = {
+        tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name
+    }
+    factors = [part for part in parts if part.startswith("B.")]
+    if not factors:
+        return "saved whole", 0, ()
+    num_experts = parts[factors[0]].shape[0]
+    roles = tuple(role for role in ("gate", "up", "down") if f"B.{role}" in parts)
+    if roles:
+        return "feed-forward mixture", num_experts, roles
+    return ("linear mixture" if "router.weight" in parts else "plain LoRA"), num_experts, ()

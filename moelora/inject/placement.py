@@ -1,0 +1,155 @@
+"""The axis of placement: what a mixture wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from peft.utils.other import match_target_against_key
+from torch import nn
+
+from moelora.choices import Choice, register
+from moelora.errors import TargetError
+from moelora.inject.blocks import find_form, looks_like_feed_forward
+from moelora.inject.site import PlannedSite
+from moelora.inject.split_blocks import check_split_block, find_split_blocks
+from moelora.layers.modules import unwrapped
+from moelora.validation import check, check_pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(Choice):
+    """Base of the choices of placement.
+
+    Args:
+        unrouted_modules: Targeted linears that get one ordinary LoRA instead of a mixture: a regex, a list of name
+            endings as in `target_modules`, "rest" where the choice knows what that is, or None.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+
+    axis: ClassVar[str] = "placement"
+
+    unrouted_modules: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.unrouted_modules
+        if given is not None:
+            check_pattern("placement.unrouted_modules", given, "'rest', a regex, a list of name endings, or None")
+        if isinstance(given, (set, tuple)):
+            object.__setattr__(self, "unrouted_modules", sorted(given))
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """The sites by name.
+
+        Args:
+            modules: The modules of the base model by name.
+            targeted: Names of the linears that get an adapter.
+
+        Raises:
+            TargetError: If the targets do not fit the placement.
+        """
+        raise NotImplementedError
+
+    def is_unrouted(self, name: str) -> bool:
+        """Whether `unrouted_modules` names a linear explicitly."""
+        pattern = self.unrouted_modules
+        if pattern is None or pattern == "rest":
+            return False
+        if isinstance(pattern, str):
+            return bool(match_target_against_key(pattern, name))
+        return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
+
+    def check_unrouted(self, targeted: list[str]) -> None:
+        """Refuse `unrouted_modules` that match nothing.
+
+        Raises:
+            TargetError: With the targets.
+        """
+        if self.unrouted_modules in (None, "rest") or any(map(self.is_unrouted, targeted)):
+            return
+        raise TargetError(
+            f"placement.unrouted_modules={self.unrouted_modules!r} match none of the targets "
+            f"({', '.join(targeted[:8])}, ...), so nothing would get a plain LoRA; allowed: name endings or a regex on "
+            "full names, 'rest', or None."
+        )
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LinearPlacement(Placement):
+    """Each targeted linear has a mixture and a router of its own."""
+
+    kind: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.unrouted_modules != "rest",
+            "placement.unrouted_modules",
+            self.unrouted_modules,
+            "'rest' only with the placement 'feed_forward'",
+            "Nothing would be routed; set unrouted_modules=None or name the linears.",
+        )
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        return {name: PlannedSite(name, ("",), {"": name}, not self.is_unrouted(name)) for name in targeted}
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardPlacement(Placement):
+    """The targeted linears of a feed-forward block form one mixture of whole feed-forward experts (MixLoRA).
+
+    A targeted linear outside the blocks gets one ordinary LoRA with `unrouted_modules="rest"` (the default), else a
+    mixture of its own.
+    """
+
+    kind: ClassVar[str] = "feed_forward"
+
+    unrouted_modules: str | list[str] | None = "rest"
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        sites: dict[str, PlannedSite] = {}
+        blocks: dict[str, PlannedSite] = {}
+        splits = find_split_blocks(modules)
+        for name in targeted:
+            parent = name.rpartition(".")[0]
+            if name in splits:
+                block = splits[name].first
+                if block not in blocks:
+                    check_split_block(modules, splits[name])
+                    blocks[block] = PlannedSite(block, (), splits[name].linears, True, splits[name].form, split=True)
+            elif parent and looks_like_feed_forward(unwrapped(modules[parent])):
+                block = parent
+                if block not in blocks:
+                    form = find_form(unwrapped(modules[parent]), parent)
+                    linears = {role: f"{parent}.{child}" for role, child in form.linears.items()}
+                    blocks[block] = PlannedSite(block, (), linears, True, form)
+            else:
+                routed = self.unrouted_modules != "rest" and not self.is_unrouted(name)
+                sites[name] = PlannedSite(name, ("",), {"": name}, routed)
+                continue
+            if self.is_unrouted(name):
+                raise TargetError(
+                    f"placement.unrouted_modules={self.unrouted_modules!r} match {name!r}, which is in the "
+                    f"feed-forward block {block!r}; allowed: linears outside the blocks. With the placement "
+                    "'feed_forward' a block is routed as a whole; leave the linear out with exclude_modules, or use "
+                    "the placement 'linear'."
+                )
+            site = blocks[block]
+            role = next(role for role, linear in site.linears.items() if linear == name)
+            sites[block] = blocks[block] = replace(site, roles=tuple(sorted((*site.roles, role))))
+        if not blocks:
+            raise TargetError(
+                "the placement is 'feed_forward', but none of the targeted linears is in a feed-forward block, a "
+                f"module with two or three linears and an activation of its own (targets: {', '.join(targeted[:8])}, "
+                "...). Add the feed-forward linears to target_modules, or use a preset with a mixture on each linear "
+                "(most have)."
+            )
+        order = {name: index for index, name in enumerate(modules)}
+        return dict(sorted(sites.items(), key=lambda item: order[item[0]]))

@@ -1,0 +1,90 @@
+"""Where an adapter goes: from a configuration and a base model to the list of its sites.
+
+All checks happen here, before any module is replaced, so that a configuration that does not fit leaves the model as it
+was.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from moelora.config import MoeLoraConfig
+from moelora.errors import TargetError
+from moelora.inject.base_modules import base_modules
+from moelora.inject.besides import check_besides, count_besides
+from moelora.inject.site import PlannedSite
+from moelora.inject.targets import find_targets, resolve_all_linear
+from moelora.layers.base import MoeLoraLayer
+from moelora.layers.feed_forward import MixtureFeedForward
+from moelora.layers.modules import linear_size, unwrapped
+
+
+def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite]:
+    """Decide which module gets which layer.
+
+    Args:
+        model: The base model; it may carry moelora adapters already. It is not changed.
+        config: The configuration; "all-linear" is replaced by names.
+
+    Returns:
+        Sites by name, in the order of the model.
+
+    Raises:
+        TargetError: If nothing matches, a target cannot be adapted, a block fits no known form, or the plan conflicts
+            with an adapter that is already there.
+    """
+    resolve_all_linear(model, config)
+    modules = dict(base_modules(model))
+    targeted = find_targets(model, modules, config)
+    sites: dict[str, PlannedSite] = config.placement.plan(modules, targeted)
+    config.placement.check_unrouted(targeted)
+    _check_conflicts(modules, sites)
+    check_besides(model, modules, config, sites)
+    return sites
+
+
+def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
+    """What `MoeLoraConfig.num_trainable_parameters` returns: the numbers that the choices declare.
+
+    Raises:
+        TargetError: If the configuration does not fit the model.
+    """
+    planned = copy.copy(config)
+    sites = plan_sites(model, planned)
+    modules = dict(base_modules(model))
+    total = count_besides(model, modules, planned, sites)
+    for site in sites.values():
+        sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
+        declared = site.declare(planned, sizes)
+        params = [*planned.expert_params(declared), *planned.router_params(declared)]
+        total += sum(param.numel for param in params if param.trainable)
+    return total
+
+
+def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -> None:
+    """Refuse what an adapter that is there already wraps in another way."""
+    owners: dict[int, str] = {}
+    for name, layer in modules.items():
+        if isinstance(layer, MixtureFeedForward):
+            owners |= {id(layer.linear(role)): name for role in layer.form.linears}
+        elif isinstance(layer, BaseTunerLayer):
+            owners[id(unwrapped(layer))] = name
+    for site in sites.values():
+        for linear in site.linears.values():
+            owner = owners.get(id(unwrapped(modules[linear])))
+            if owner is None:
+                continue
+            if not isinstance(modules[owner], MoeLoraLayer):
+                raise TargetError(
+                    f"{owner!r} already carries a {type(modules[owner]).__name__} of another PEFT method; allowed: a "
+                    "plain module, or one with moelora adapters. Unload the other adapter first."
+                )
+            if owner != site.name:
+                raise TargetError(
+                    f"this adapter wraps {site.name!r} {'as a whole block' if site.form else 'as a linear'}, another "
+                    f"one on this model wraps {owner!r}; allowed: adapters that treat a feed-forward block alike. Load "
+                    "the two adapters on separate copies of the base model."
+                )

@@ -1,0 +1,46 @@
+"""One place of an adapter in a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moelora.choices import Site
+from moelora.config import MoeLoraConfig
+from moelora.layers.modules import FeedForwardForm
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One module to wrap.
+
+    Attributes:
+        name: Its name in the base model, without any adapter's wrapping.
+        roles: Linears that get experts: "" of a single linear; of a block "up", "down", "gate".
+        linears: Names of all its linears by role, with experts or without.
+        routed: Whether it gets a router.
+        form: The form of the block; None for a single linear.
+        split: Whether the block's `down` is in a sibling of the module.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    linears: dict[str, str]
+    routed: bool
+    form: FeedForwardForm | None = None
+    split: bool = False
+
+    def declare(self, config: MoeLoraConfig, sizes: Mapping[str, tuple[int, int]]) -> Site:
+        """What the choices of a configuration may know of it, to declare their tensors.
+
+        Args:
+            config: The configuration.
+            sizes: (in_features, out_features) of all its linears, by role.
+        """
+        return Site(
+            name=self.name,
+            linears={role: sizes[role] for role in self.roles},
+            num_experts=config.experts.num_experts if self.routed else 1,
+            routed=self.routed,
+            router_features=sizes["" if self.form is None else "up"][0],
+        )

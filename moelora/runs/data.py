@@ -1,0 +1,170 @@
+"""The rows of a run: generated, from the Hub, or from files, in one form for the trainer."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from moelora.errors import RunError
+from moelora.runs.config import DatasetConfig
+from moelora.runs.conversations import as_messages
+from moelora.runs.tasks import problems
+from moelora.runs.wording import one_line
+from moelora.validation import check_keys
+
+# Suffixes of the files that `datasets` reads, and its name for them.
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_FORMS = (("prompt", "completion"), ("messages",), ("text",))
+_COLUMNS = ("prompt", "completion", "messages", "text", "task")
+
+
+def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
+    """The training rows as a `datasets.Dataset` in a random order that depends on the seed alone.
+
+    Args:
+        config: Where they come from.
+        tokenizer: Decides by its chat template whether prompts become chats, unless `config.chat` says so.
+
+    Returns:
+        Rows of `prompt` and `completion`, `messages`, or `text`, and of `task` where it is known.
+
+    Raises:
+        MoeLoraError: If there are no rows, or they have none of these forms.
+    """
+    if config.tasks:
+        rows = _generated(config)
+    elif config.hub:
+        rows = _from_hub(config)
+    else:
+        rows = _from_files(config)
+    rows = _rename(rows, config)
+    if config.task is not None and "task" not in rows.column_names:
+        rows = rows.add_column("task", [config.task] * len(rows))
+    if len(rows) == 0:
+        raise RunError(f"{_source(config)} has no rows.")
+    if "messages" in rows.column_names:
+        rows = _with_roles(rows, config)
+    rows = rows.shuffle(seed=config.seed)
+    if config.limit is not None:
+        rows = rows.select(range(min(config.limit, len(rows))))
+    return _as_chat(rows, config, tokenizer)
+
+
+def _source(config: DatasetConfig) -> str:
+    return f"dataset {config.hub or config.files or list(config.tasks or {})!r}"
+
+
+def _generated(config: DatasetConfig) -> Any:
+    from datasets import Dataset
+
+    rows = [
+        {"prompt": problem.prompt, "completion": problem.answer, "task": problem.task}
+        for task, options in (config.tasks or {}).items()
+        for problem in problems(task, options, seed=config.seed, size=config.rows_per_task)
+    ]
+    return Dataset.from_list(rows)
+
+
+def _from_hub(config: DatasetConfig) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(config.hub, config.name, split=config.split, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"dataset.hub {config.hub!r} (name {config.name!r}, split {config.split!r}) cannot be loaded: "
+            f"{one_line(error)} Check the name on the Hub, and the token if it is private."
+        ) from error
+
+
+def _from_files(config: DatasetConfig) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    patterns = [config.files] if isinstance(config.files, str) else list(config.files or [])
+    paths: list[str] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - absolute ones too
+        if not found:
+            raise RunError(f"dataset.files: no file matches {pattern!r} (from {Path.cwd()}).")
+        paths += found
+    suffixes = sorted({Path(path).suffix for path in paths})
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    if None in builders or len(builders) != 1:
+        raise RunError(f"dataset.files are of kind {', '.join(suffixes)}; allowed: one kind of {', '.join(_BUILDERS)}.")
+    words: dict[str, Any] = {"delimiter": "\t"} if suffixes == [".tsv"] else {}
+    try:
+        return load_dataset(builders.pop(), data_files=paths, split="train", **words)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = one_line(error.__cause__ or error)
+        raise RunError(f"dataset.files {', '.join(paths)}: not readable as {', '.join(suffixes)}: {reason}") from error
+
+
+def _rename(rows: Any, config: DatasetConfig) -> Any:
+    """Give our names to the columns, and keep only those."""
+    check_keys("dataset.columns", config.columns, _COLUMNS)
+    for ours, theirs in config.columns.items():
+        if theirs not in rows.column_names:
+            raise RunError(
+                f"dataset.columns.{ours} is {theirs!r}, which {_source(config)} does not have; it has "
+                f"{', '.join(rows.column_names)}."
+            )
+    # A file's own column of our name gives way to the one asked for.
+    clashes = [ours for ours, theirs in config.columns.items() if ours != theirs and ours in rows.column_names]
+    rows = rows.remove_columns(clashes).rename_columns({t: o for o, t in config.columns.items() if t != o})
+    form = next((form for form in _FORMS if all(column in rows.column_names for column in form)), None)
+    if form is None:
+        raise RunError(
+            f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed: prompt and completion, or "
+            "messages, or text. Map them with dataset.columns: `columns: {prompt: question, completion: answer}`."
+        )
+    keep = [*form, *(["task"] if "task" in rows.column_names else [])]
+    return rows.select_columns(keep)
+
+
+def _with_roles(rows: Any, config: DatasetConfig) -> Any:
+    """Chats as messages of role and content, whichever form the rows have."""
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {"messages": as_messages(row["messages"], f"row {index + 1} of {_source(config)}")}
+
+    return rows.map(convert, with_indices=True, remove_columns=["messages"], desc=None)
+
+
+def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any) -> Any:
+    """Prompts and completions of strings as messages, so that the tokenizer's chat template applies to them."""
+    chat = tokenizer.chat_template is not None if config.chat is None else config.chat
+    strings = "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
+    if config.system is not None and not (chat and strings):
+        raise RunError(
+            "dataset.system is set, but there is no prompt to put it before: it needs rows of prompt and completion as "
+            "texts, and a tokenizer with a chat template. Put it into the rows, or leave it out."
+        )
+    if config.chat and not strings:
+        raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that is a text.")
+    if not (chat and strings):
+        return rows
+    if tokenizer.chat_template is None:
+        raise RunError("dataset.chat is true, but the model's tokenizer has no chat template; set `chat: false`.")
+    system = config.system
+
+    def converse(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt": chat_prompt(row["prompt"], system),
+            "completion": [{"role": "assistant", "content": str(row["completion"])}],
+        }
+
+    return rows.map(converse, desc=None)
+
+
+def chat_prompt(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """The messages of a prompt, as in training and in evaluation."""
+    before = [{"role": "system", "content": system}] if system is not None else []
+    return [*before, {"role": "user", "content": prompt}]

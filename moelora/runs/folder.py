@@ -1,0 +1,159 @@
+"""The folder of a run: what is in it, and whether it may be resumed.
+
+- config.yaml: the whole configuration
+- adapter/: the trained adapter, with training.json (steps, seconds, losses)
+- baseline/: the plain LoRA, if the run has one
+- checkpoints/<stage>/: what a stopped run is resumed from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moelora.errors import RunError
+from moelora.runs.config import RunConfig, save_config
+from moelora.runs.files import write_atomically
+from moelora.runs.yaml_file import parse_yaml
+
+ADAPTER = "adapter"
+BASELINE = "baseline"
+# Keys that change neither the rows nor the weights.
+HARMLESS = (
+    "output_dir",
+    "evaluation",
+    "training.logging_steps",
+    "training.logging_strategy",
+    "training.save_steps",
+    "training.save_strategy",
+    "training.save_total_limit",
+    "training.report_to",
+    "training.run_name",
+    "training.disable_tqdm",
+)
+
+
+class RunDir:
+    """The folder of a run.
+
+    Args:
+        root: The folder; it need not exist.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration that the run was started with."""
+        return self.root / "config.yaml"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished adapter."""
+        return self.root / name
+
+    def checkpoints(self, name: str) -> Path:
+        """Folder of the checkpoints of a stage."""
+        return self.root / "checkpoints" / name
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage is trained; its folder appears in one piece."""
+        return (self.stage(name) / "adapter_config.json").is_file()
+
+    def last_checkpoint(self, name: str) -> Path | None:
+        """The latest checkpoint of a stage that was written to its end; the trainer writes its state last."""
+        folders = sorted(self.checkpoints(name).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        for folder in reversed(folders):
+            try:
+                json.loads((folder / "trainer_state.json").read_text())
+            except (OSError, json.JSONDecodeError):
+                continue
+            return folder
+        return None
+
+    def open(self, config: RunConfig, *, restart: bool = False) -> None:
+        """Start the run in this folder, or resume it.
+
+        Args:
+            config: What is to be run.
+            restart: Throw away what the folder has of this run.
+
+        Raises:
+            RunError: If the folder has something trained by a configuration that differs in a way that matters, or the
+                place is taken by something else.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise RunError(f"output_dir {str(self.root)!r} is a file; give the name of a folder.")
+        if restart:
+            for path in (self.root / "checkpoints", self.stage(ADAPTER), self.stage(BASELINE)):
+                shutil.rmtree(path, ignore_errors=True)
+        elif self._has_work():
+            self._check_unchanged(config)
+        self.root.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.config_file)
+
+    def check_rows(self, rows: Any) -> None:
+        """Note what the training rows are, and refuse to resume if they are no longer what they were.
+
+        Raises:
+            RunError: If a stage is under way or finished with other rows.
+        """
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        file = self.root / "rows.json"
+        found = {"rows": len(rows), "sha256": digest.hexdigest()}
+        if self._has_work() and file.is_file() and (before := json.loads(file.read_text())) != found:
+            raise RunError(
+                f"the training rows are not those that {str(self.root)!r} was started with ({before['rows']} then, "
+                f"{len(rows)} now, or other content). Give another output_dir, or --restart to throw the old run away."
+            )
+        write_atomically(file, json.dumps(found, indent=2) + "\n")
+
+    def _has_work(self) -> bool:
+        return any(self.is_finished(name) or self.last_checkpoint(name) for name in (ADAPTER, BASELINE))
+
+    def _check_unchanged(self, config: RunConfig) -> None:
+        if not self.config_file.is_file():
+            raise RunError(
+                f"output_dir {str(self.root)!r} has a trained adapter but no config.yaml, so it cannot be told whether "
+                "this is the same run. Give another output_dir, or --restart to throw the old run away."
+            )
+        ignored: tuple[str, ...] = HARMLESS
+        if not self.is_finished(BASELINE) and self.last_checkpoint(BASELINE) is None:
+            ignored = (*HARMLESS, "baseline")
+        changed = changes(parse_yaml(self.config_file.read_text()), dataclasses.asdict(config), ignored)
+        if changed:
+            raise RunError(
+                f"output_dir {str(self.root)!r} holds a run of another configuration: {'; '.join(changed)}. Give "
+                "another output_dir, undo the change, or --restart to throw the old run away."
+            )
+
+
+def changes(before: Any, now: Any, ignored: Sequence[str] = ()) -> list[str]:
+    """What differs between two nested mappings, one text per dotted key.
+
+    Args:
+        before, now: The mappings.
+        ignored: Dotted keys that do not matter, with everything under them.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in ignored)
+    ]
+
+
+def _flat(words: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys; empty ones vanish."""
+    if isinstance(words, dict):
+        for key, value in words.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif words is not None:
+        yield prefix, words

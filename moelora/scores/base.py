@@ -1,0 +1,72 @@
+"""The axis of scores: from a token to a number for each expert.
+
+Shape suffixes: T tokens, D input features, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moelora.choices import Choice
+from moelora.routing.batch import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class RouterInput:
+    """What a router looks at.
+
+    Attributes:
+        x_TD: The tokens.
+        tokens: What the batch says of them: padding, sequences.
+        tensors: The router's tensors, by the names that the choices declare.
+        dropouts: Probability of each dropout that the choices declare, now; 0 outside training.
+        training: Whether the layer is in training mode.
+    """
+
+    x_TD: Tensor
+    tokens: Tokens
+    tensors: Mapping[str, Tensor]
+    dropouts: Mapping[str, float]
+    training: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The scores of T tokens, in fp32.
+
+    Attributes:
+        logits_TE: Output of the router's linear.
+        probs_TE: The scores as a distribution over the experts; what a balance loss calls P.
+        scores_TE: What experts are chosen and weighted by.
+        positive: Whether the largest scores are known to be far above 0, as those of a softmax.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    scores_TE: Tensor
+    positive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Choice):
+    """Base of the choices of scores."""
+
+    axis: ClassVar[str] = "scores"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training moves the router."""
+        raise NotImplementedError
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether a token's scores are positive and sum to one over the experts."""
+        return False
+
+    def score(self, given: RouterInput) -> Scored:
+        """The scores of each token."""
+        raise NotImplementedError

@@ -1,0 +1,112 @@
+"""Scores of one linear map, always in fp32.
+
+Shape suffixes: T tokens, D input features, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moelora.choices import Init, Param, Site, register
+from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.validation import check, check_bool, check_choice, is_real
+
+Activation = Literal["softmax", "sigmoid"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LinearScores(Scores):
+    """`z = W_r x`, then a softmax over the experts or a sigmoid for each.
+
+    Args:
+        activation: "softmax" over the experts, or an independent "sigmoid" for each.
+        trainable: Whether the router is trained. If not it keeps its initial weights, which are saved: a fixed random
+            router.
+        init_std: W_r starts at N(0, `init_std`); None is `nn.Linear`'s default (kaiming uniform).
+        bias: Whether a bias is added to the scores, which both selects and weighs (SMoRA, arXiv 2501.15103). It starts
+            at 0, has no gradient, and is moved by the balance choice "bias_update".
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    kind: ClassVar[str] = "linear"
+
+    activation: Activation = "softmax"
+    trainable: bool = True
+    init_std: float | None = 0.02
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("scores.activation", self.activation, Activation)
+        check_bool("scores.trainable", self.trainable)
+        check_bool("scores.bias", self.bias)
+        std = self.init_std
+        check(std is None or (is_real(std) and std >= 0), "scores.init_std", std, "a number of at least 0, or None")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training moves the router."""
+        return self.trainable
+
+    def params(self, site: Site) -> list[Param]:
+        """`weight` [E, D], and `bias` [E] in fp32."""
+        init = Init("kaiming") if self.init_std is None else Init("normal", self.init_std)
+        weight = Param("weight", (site.num_experts, site.router_features), init, trainable=self.trainable)
+        bias = Param("bias", (site.num_experts,), Init("zeros"), trainable=False, dtype=torch.float32)
+        return [weight, bias] if self.bias else [weight]
+
+    @property
+    def is_distribution(self) -> bool:
+        """With a softmax and no bias."""
+        return self.activation == "softmax" and not self.bias
+
+    def score(self, given: RouterInput) -> Scored:
+        """See `Scores.score`."""
+        logits_TE = router_logits(given.x_TD, given.tensors["weight"])
+        if self.activation == "softmax":
+            scores_TE = probs_TE = logits_TE.softmax(-1)
+        else:
+            scores_TE = logits_TE.sigmoid()
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-9)
+        if self.bias:
+            return Scored(logits_TE, probs_TE, scores_TE + given.tensors["bias"], positive=False)
+        return Scored(logits_TE, probs_TE, scores_TE, positive=self.activation == "softmax")
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
+    if torch.is_autocast_enabled(x_TD.device.type):
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return router_logits(x_TD, weight_ED)
+    keeps_half = x_TD.dtype != torch.float32 and torch.is_grad_enabled()
+    if not keeps_half or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return F.linear(x_TD.float(), weight_ED.float())
+    return _LogitsOfHalf.apply(x_TD, weight_ED)
+
+
+class _LogitsOfHalf(torch.autograd.Function):
+    """The same with gradients, keeping the tokens in half precision: their fp32 copy is made again, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.float(), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD, grad_weight_ED = None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x_TD = torch.mm(grad_TE, weight_ED.float()).to(x_TD.dtype)
+        return grad_x_TD, grad_weight_ED

@@ -1,0 +1,64 @@
+"""The axis of selection: who is chosen, with what weight.
+
+Shape suffixes: B sequences, S tokens of a sequence, T tokens, D input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moelora.choices import Choice
+from moelora.routing.decision import Routing
+from moelora.scores.base import RouterInput, Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Choice):
+    """Base of the choices of selection."""
+
+    axis: ClassVar[str] = "selection"
+
+    def experts_per_token(self, num_experts: int) -> int:
+        """How many experts a token is sent to at most.
+
+        Args:
+            num_experts: E.
+        """
+        return num_experts
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token is sent to all experts, so that there is no load to balance."""
+        return False
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether a token's choice depends on the batch it is in: its padding, its sequences, its other tokens."""
+        return False
+
+    def select(self, scored: Scored, given: RouterInput) -> Routing:
+        """Decide for each token.
+
+        Args:
+            scored: The scores.
+            given: The rest.
+        """
+        raise NotImplementedError
+
+
+def renormalize(weights_TK: Tensor, positive: bool = False) -> Tensor:
+    """Divide by the sum over the chosen experts; weights that are all 0 (dropped) stay 0.
+
+    The sum may be negative: biased scores are.
+
+    Args:
+        weights_TK: Weights.
+        positive: Whether the sum is known to be far above 0, as that of a softmax' largest values.
+    """
+    sum_T1 = weights_TK.sum(-1, keepdim=True)
+    if positive:
+        return weights_TK / sum_T1
+    return weights_TK / sum_T1.masked_fill(sum_T1.abs() < 1e-9, 1e-9)

@@ -1,0 +1,59 @@
+"""The capacity of experts, on each sequence alone.
+
+Shape suffixes: T tokens, E experts, K chosen experts of a token, N sequences.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from moelora.routing.batch import Tokens
+
+
+def within_capacity(
+    ids_TK: Tensor,
+    num_experts: int,
+    capacity_factor: float,
+    tokens: Tokens,
+    assigned_TK: Tensor | None = None,
+) -> Tensor:
+    """Which choices an expert still has room for (GShard, arXiv 2006.16668, on each sequence alone).
+
+    An expert takes `ceil(capacity_factor * K * S / E)` choices of a sequence of S valid tokens: all first choices in
+    token order, then all second choices, and so on. Padding takes no room. Several sequences packed into one row have
+    a capacity each.
+
+    Args:
+        ids_TK: Chosen experts, best first.
+        num_experts: E.
+        capacity_factor: Room over that of a perfectly balanced sequence.
+        tokens: Which tokens are valid, and which sequence each is in.
+        assigned_TK: False for choices that are none (removed by expert dropout) and take no room.
+
+    Returns:
+        Boolean kept_TK.
+    """
+    T, K = ids_TK.shape
+    valid_T, first_T, last_T = tokens.valid_T, *tokens.bounds_T()
+    takes_room_TK = valid_T.unsqueeze(-1).expand(T, K)
+    if assigned_TK is not None:
+        takes_room_TK = takes_room_TK & assigned_TK
+    chosen_TKE = torch.zeros(T, K, num_experts, dtype=torch.int32, device=ids_TK.device)
+    chosen_TKE.scatter_(-1, ids_TK.unsqueeze(-1), takes_room_TK.to(torch.int32).unsqueeze(-1))
+    # counts up to each token, and what of them lies before its sequence
+    count_TKE = chosen_TKE.cumsum(0, dtype=torch.int32)
+    before_TKE = count_TKE[first_T] - chosen_TKE[first_T]
+    # earlier choices of the whole sequence come first
+    total_TKE = count_TKE[last_T] - before_TKE
+    earlier_TKE = total_TKE.cumsum(1, dtype=torch.int32) - total_TKE
+    position_TKE = count_TKE - before_TKE + earlier_TKE
+    position_TK = position_TKE.gather(-1, ids_TK.unsqueeze(-1)).squeeze(-1)
+    running_T = valid_T.cumsum(0)
+    length_T = running_T[last_T] - running_T[first_T] + valid_T[first_T].to(running_T.dtype)
+    # in whole numbers: not every device has float64, and float32 would round some capacities up
+    factor = Fraction(capacity_factor).limit_denominator(10_000)
+    room_T, unit = length_T * (factor.numerator * K), factor.denominator * num_experts
+    return position_TK <= ((room_T + unit - 1) // unit).unsqueeze(-1)

@@ -1,0 +1,128 @@
+"""Top-k selection, with its options: renormalised weights, expert dropout, a capacity.
+
+Shape suffixes: T tokens, E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from moelora.choices import register
+from moelora.errors import ConfigError
+from moelora.routing.decision import Routing
+from moelora.scores.base import RouterInput, Scored
+from moelora.selection.base import Selection, renormalize
+from moelora.selection.capacity import within_capacity
+from moelora.validation import check, check_bool, is_count, is_real, is_share
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TopK(Selection):
+    """Every token is sent to the `k` experts of the highest scores.
+
+    Args:
+        k: Number of experts of a token.
+        renormalize: Whether the weights of the chosen experts are divided by their sum. With k = 1 that makes each
+            weight 1, so the router would get no gradient from the task; it is refused for a trained router.
+        expert_dropout: Probability of dropping an expert's score, for one token, in training (SiRA).
+        capacity_factor: An expert takes at most `ceil(capacity_factor * k * S / E)` choices of a sequence of S valid
+            tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
+        capacity_in_eval: Whether the capacity holds outside training too. It makes an output depend on later tokens
+            of the sequence, so generation with and without a KV cache can then differ.
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    kind: ClassVar[str] = "top_k"
+
+    k: int = 2
+    renormalize: bool = True
+    expert_dropout: float = 0.0
+    capacity_factor: float | None = None
+    capacity_in_eval: bool = False
+
+    def __post_init__(self) -> None:
+        check(is_count(self.k), "top_k", self.k, "an integer of at least 1")
+        check_bool("selection.renormalize", self.renormalize)
+        check_bool("selection.capacity_in_eval", self.capacity_in_eval)
+        check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
+        capacity = self.capacity_factor
+        check(
+            capacity is None or (is_real(capacity) and capacity > 0),
+            "capacity_factor",
+            capacity,
+            "a positive number, or None",
+        )
+        check(
+            capacity is not None or not self.capacity_in_eval,
+            "capacity_in_eval",
+            self.capacity_in_eval,
+            "False without a capacity_factor",
+        )
+
+    def check(self, config: Any) -> None:
+        """Refuse more choices than experts, and a renormalised top-1 under a trained router.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        num_experts = config.experts.num_experts
+        check(
+            self.k <= num_experts,
+            "top_k",
+            self.k,
+            f"1 to num_experts ({num_experts}), or dense selection",
+            "Lower top_k or raise num_experts.",
+        )
+        trains_router = config.scores.is_trained and not config.inference_mode
+        if self.k == 1 < num_experts and self.renormalize and trains_router:
+            raise ConfigError(
+                "top_k is 1 with renormalize=True: each weight is w / w = 1, so the task gives the router no gradient; "
+                "allowed: renormalize=False (the raw weight, as in Switch), top_k of at least 2, or a router that is "
+                "not trained."
+            )
+
+    def dropouts(self) -> dict[str, float]:
+        """Of the scores."""
+        return {"expert_dropout": self.expert_dropout}
+
+    def experts_per_token(self, num_experts: int) -> int:
+        """K."""
+        return min(self.k, num_experts)
+
+    @property
+    def reads_batch(self) -> bool:
+        """With a capacity."""
+        return self.capacity_factor is not None
+
+    def select(self, scored: Scored, given: RouterInput) -> Routing:
+        """See `Selection.select`."""
+        scores_TE, assigned_TK, kept_TE = scored.scores_TE, None, None
+        dropout = given.dropouts["expert_dropout"]
+        if dropout > 0:
+            kept_TE = (torch.rand_like(scores_TE) >= dropout) / (1 - dropout)
+            scores_TE = scores_TE * kept_TE
+        weights_TK, ids_TK = scores_TE.topk(self.k, dim=-1)
+        if kept_TE is not None:
+            assigned_TK = kept_TE.gather(-1, ids_TK) > 0
+        if self.renormalize:
+            weights_TK = renormalize(weights_TK, scored.positive and kept_TE is None)
+        limited = self.capacity_factor is not None and (given.training or self.capacity_in_eval)
+        if self.capacity_factor is not None and limited:
+            num_experts = scores_TE.shape[-1]
+            weights_TK = weights_TK * within_capacity(
+                ids_TK, num_experts, self.capacity_factor, given.tokens, assigned_TK
+            )
+        return Routing(
+            scored.logits_TE,
+            scored.probs_TE,
+            weights_TK,
+            ids_TK,
+            assigned_TK,
+            sums_to_one=self.renormalize and kept_TE is None and not limited,
+        )

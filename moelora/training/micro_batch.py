@@ -1,0 +1,146 @@
+"""The balance losses of one micro-batch, as its share of those of the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moelora.balance.base import Balance
+from moelora.balance.totals import RoutingTotals, world_size
+from moelora.config import BalanceScope, MoeLoraConfig
+from moelora.errors import ConfigError, MoeLoraError
+from moelora.routing.decision import Routing
+from moelora.routing.record import LayerLoss, Mixture, ModelRun, RoutingListener, RoutingRecord
+
+
+def active_config(model: nn.Module) -> MoeLoraConfig | None:
+    """The configuration whose balance the active adapters have.
+
+    Raises:
+        ConfigError: If several adapters with different ones are active.
+    """
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", [])
+    names = active() if callable(active) else active
+    names = [names] if isinstance(names, str) else list(names)
+    found = [configs[name] for name in names if isinstance(configs.get(name), MoeLoraConfig)]
+    settings = [(config.balance, config.balance_scope) for config in found]
+    if any(setting != settings[0] for setting in settings):
+        raise ConfigError(f"the active adapters {names} have different balance settings: {settings}; they must agree.")
+    return found[0] if found else None
+
+
+class MicroBatchBalance:
+    """Works out the share of one micro-batch and attaches its gradient.
+
+    Args:
+        listener: Its records are this micro-batch's.
+        balance: The choices of balance.
+        scope: Which tokens share one balance.
+        mixtures: Number of experts of each mixture of the model.
+        accumulation: Number of micro-batches of the optimizer step.
+        totals: Totals over the whole step and all processes, where they had to be counted beforehand.
+
+    Attributes:
+        records: The records, once the loss was worked out.
+        values: The losses by the names they are logged as, without coefficients.
+        is_added: Whether `add_to` was called.
+    """
+
+    def __init__(
+        self,
+        listener: RoutingListener,
+        balance: Sequence[Balance],
+        scope: BalanceScope,
+        mixtures: Mapping[Mixture, int],
+        accumulation: int = 1,
+        totals: RoutingTotals | None = None,
+    ) -> None:
+        self.listener = listener
+        added = any(choice.has_loss for choice in balance)
+        self.balance = [choice for choice in balance if choice.is_loss] if added else []
+        self.scope = scope
+        self.mixtures = mixtures
+        self.accumulation = accumulation
+        self.totals = totals
+        self.records: Sequence[RoutingRecord] = []
+        self.values: dict[str, Tensor] = {}
+        self.is_added = False
+
+    def add_to(self, loss: Tensor, *, divided_later: bool) -> Tensor:
+        """The loss with this micro-batch's share of the balance losses.
+
+        Args:
+            loss: The trainer's own loss.
+            divided_later: Whether the trainer will divide what is returned by the number of micro-batches.
+        """
+        self.is_added = True
+        self.records = list(self.listener.records)
+        self.listener.clear()
+        if not self.balance:
+            return loss
+        totals = self._totals(loss.device)
+        shares = [choice.shares(totals) for choice in self.balance]
+        factor = self._factor(divided_later)
+        attached = torch.zeros((), device=loss.device)
+        self.values = {choice.logged_as: torch.zeros((), device=loss.device) for choice in self.balance}
+        repeated: dict[int, ModelRun] = {}
+        for record in self.records:
+            own = [share[record.mixture] for share in shares]
+            terms = [share(record.routing, record.valid_T) for share in own]
+            for choice, term in zip(self.balance, terms, strict=True):
+                self.values[choice.logged_as] = self.values[choice.logged_as] + term.detach().to(loss.device)
+            total = self._weighted(terms, factor)
+            attached = attached + total.to(loss.device)
+            if not total.requires_grad and record.run is not None:
+                record.run.attach_later(record, self._later(own, factor))
+                repeated[id(record.run)] = record.run
+        loss = loss + attached
+        if loss.requires_grad:
+            for run in repeated.values():
+                # whatever the total is multiplied by from here on (accumulation, loss scaling) reaches those layers too
+                loss.register_hook(run.set_scale)
+        return loss
+
+    def check_attached(self) -> None:
+        """Refuse a backward pass that left balance losses without a gradient; to be called after it.
+
+        Raises:
+            MoeLoraError: If layers whose forward ran without gradients were not run again.
+        """
+        left = [mixture for record in self.records if record.run is not None for mixture in record.run.losses]
+        if left:
+            raise MoeLoraError(
+                f"layer {left[0][0]!r} ran without gradients in the forward and was not run again by transformers' "
+                "gradient checkpointing, so its balance loss has no gradient; allowed: "
+                "model.gradient_checkpointing_enable(), or none. Set balance_coef=0 to train without the loss."
+            )
+
+    @property
+    def value_weight(self) -> float:
+        """What this micro-batch's values count for in the step's, summed over micro-batches and processes."""
+        return 1.0 if self.scope == "global" else 1.0 / (self.accumulation * world_size())
+
+    def _weighted(self, terms: Sequence[Tensor], factor: float) -> Tensor:
+        weighted = [choice.coef * term for choice, term in zip(self.balance, terms, strict=True)]
+        return factor * torch.stack(weighted).sum()
+
+    def _later(self, own: Sequence[LayerLoss], factor: float) -> LayerLoss:
+        def loss(routing: Routing, valid_T: Tensor) -> Tensor:
+            return self._weighted([share(routing, valid_T) for share in own], factor)
+
+        return loss
+
+    def _totals(self, device: torch.device) -> RoutingTotals:
+        if self.totals is not None:
+            return self.totals
+        totals = RoutingTotals.of(self.records, self.mixtures)
+        return totals.all_reduce(device) if self.scope == "global" else totals
+
+    def _factor(self, divided_later: bool) -> float:
+        if self.scope == "global":
+            # shares add up over micro-batches and processes; data parallelism averages the gradients
+            return world_size() * (self.accumulation if divided_later else 1)
+        return 1.0 if divided_later else 1.0 / self.accumulation

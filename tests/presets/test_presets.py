@@ -1,0 +1,281 @@
+"""Presets: their defaults, their words, and that none is a code path of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+import moelora
+from moelora import MoeLoraConfig, presets
+from moelora.balance.bias_update import BiasUpdate
+from moelora.balance.mixtral import MixtralBalance
+from moelora.balance.switch import SwitchBalance
+from moelora.balance.z_loss import ZLoss
+from moelora.choices import AXES, kinds
+from moelora.errors import ConfigError
+from moelora.experts.lora import LoraExperts
+from moelora.experts.shared_a import SharedALoraExperts
+from moelora.inject.placement import FeedForwardPlacement, LinearPlacement
+from moelora.ops.compute import Fast, Reference
+from moelora.scores.linear import LinearScores
+from moelora.selection.dense import Dense
+from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
+from moelora.selection.top_k import TopK
+from tests.adapters import PRESETS
+
+# The papers' settings (reference in each docstring), written out once more.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixlora": {
+        "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "sira": {
+        "experts": LoraExperts(num_experts=16, r=4, lora_alpha=4),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": TopK(k=4, renormalize=False, expert_dropout=0.5, capacity_factor=1.25),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "smora": {
+        "experts": LoraExperts(num_experts=64, r=1, lora_alpha=16),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="sigmoid", init_std=None, bias=True),
+        "selection": TopK(k=8, renormalize=True),
+        "balance": [BiasUpdate(coef=1e-5)],
+    },
+    "molora": {
+        "experts": LoraExperts(num_experts=10, r=4, lora_alpha=16, init="normal", init_std=0.02),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "adamole": {
+        "experts": LoraExperts(num_experts=8, r=4, lora_alpha=16, lora_dropout=0.05),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": LearnedThreshold(max_threshold=None),
+        "balance": [ThresholdBalance(coef=1e-3), ZLoss()],
+    },
+    "hydralora": {
+        "experts": SharedALoraExperts(num_experts=4, r=4, lora_alpha=32, lora_dropout=0.05),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "random_router": {
+        "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=0.02, trainable=False),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [],
+    },
+    "lora": {
+        "experts": LoraExperts(num_experts=1, r=16, lora_alpha=32),
+        "placement": LinearPlacement(unrouted_modules=".*"),
+        "scores": LinearScores(),
+        "selection": TopK(k=1),
+        "balance": [],
+    },
+}
+LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
+PEFT_WORDS = {
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+    "task_type",
+    "trainable_token_indices",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "compute",
+    "balance_scope",
+}
+
+
+def test_available() -> None:
+    assert set(moelora.presets.available()) == set(DEFAULTS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_defaults(name: str) -> None:
+    config = MoeLoraConfig.from_preset(name)
+    assert {axis: getattr(config, axis) for axis in DEFAULTS[name]} == DEFAULTS[name]
+    assert config.preset == name
+    assert config.target_modules == "all-linear"
+    assert config.compute == Fast()
+    assert config.balance_scope == "global"
+    assert config == getattr(presets, name)()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_words(name: str) -> None:
+    words = presets.words(name)
+    assert len(words) == len(set(words))
+    assert set(words) >= LORA_WORDS | PEFT_WORDS
+    fixed = {"preset", "format_version", "moelora_version", "peft_type", *AXES} - {"compute"}
+    assert not set(words) & fixed
+
+
+# A value for each word that differs from every default, and where it ends up: a field of an axis, or a kind of balance.
+OWN_WORDS: dict[str, tuple[Any, str]] = {
+    "lora_alpha": (7.0, "experts.lora_alpha"),
+    "lora_dropout": (0.3, "experts.lora_dropout"),
+    "use_rslora": (True, "experts.use_rslora"),
+    "num_experts": (5, "experts.num_experts"),
+    "top_k": (3, "selection.k"),
+    "renormalize": (True, "selection.renormalize"),
+    "router_init_std": (0.7, "scores.init_std"),
+    "expert_dropout": (0.2, "selection.expert_dropout"),
+    "capacity_factor": (3.0, "selection.capacity_factor"),
+    "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "max_threshold": (0.3, "selection.max_threshold"),
+    "bias_update_rate": (0.1, "balance.bias_update"),
+    "balance_coef": (0.7, "balance.switch"),
+    "z_loss_coef": (0.3, "balance.z"),
+}
+
+
+def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
+    """The axes of a configuration with one field changed."""
+    found = {axis: getattr(config, axis) for axis in AXES}
+    axis, field = path.split(".")
+    if axis != "balance":
+        found[axis] = dataclasses.replace(found[axis], **{field: value})
+        return found
+    choices = {choice.kind: choice for choice in found["balance"]}
+    if field != "bias_update":  # the two losses of a preset come together
+        losses = {field, "z"} if field != "z" else {"z", "threshold" if config.preset == "adamole" else "switch"}
+        choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
+    choices[field] = dataclasses.replace(choices[field], coef=value)
+    found["balance"] = sorted(choices.values(), key=lambda choice: choice.kind)
+    return found
+
+
+def axes(config: MoeLoraConfig) -> dict[str, Any]:
+    """The axes of a configuration, balance in the order of its kinds."""
+    return {axis: getattr(config, axis) for axis in AXES} | {"balance": sorted(config.balance, key=lambda c: c.kind)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
+    own = inspect.signature(getattr(presets, name)).parameters
+    for word in own:
+        if word in ("r", "peft_words", "balance_loss"):
+            continue
+        value, path = OWN_WORDS[word]
+        if name == "adamole" and word == "balance_coef":
+            path = "balance.threshold"
+        config = MoeLoraConfig.from_preset(name, **{word: value})
+        assert axes(config) == with_field(MoeLoraConfig.from_preset(name), path, value), f"{word} is more than {path}"
+        assert axes(config) != axes(MoeLoraConfig.from_preset(name)) or word == "renormalize"
+
+
+@pytest.mark.parametrize("name", ["mixlora", "sira"])
+def test_the_word_balance_loss_names_the_kind_of_the_loss(name: str) -> None:
+    config = MoeLoraConfig.from_preset(name, balance_loss="mixtral", balance_coef=0.7)
+    assert config.balance == [MixtralBalance(coef=0.7), ZLoss()]
+    assert axes(config) | {"balance": []} == axes(MoeLoraConfig.from_preset(name)) | {"balance": []}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) -> None:
+    config = MoeLoraConfig.from_preset(name, balance_scope="micro_batch", compute="reference")
+    assert config.balance_scope == "micro_batch"
+    assert config.compute == Reference()
+    assert MoeLoraConfig.from_preset(name, compute={"implementation": "reference"}).compute == Reference()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
+    words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
+    config = MoeLoraConfig.from_preset(name, **dict.fromkeys(words, 0.0))
+    assert config.balance == []
+    assert not config.has_balance_loss
+    assert not getattr(config.scores, "bias", False)
+
+
+def test_top_1_is_weighted_by_the_raw_score() -> None:
+    """A renormalised weight of one choice is 1 whatever the router says."""
+    assert MoeLoraConfig.from_preset("mixlora", top_k=1).selection == TopK(k=1, renormalize=False)
+    assert MoeLoraConfig.from_preset("mixlora", top_k=1, num_experts=1).selection == TopK(k=1, renormalize=True)
+    with pytest.raises(ConfigError, match="gives the router no gradient"):
+        MoeLoraConfig.from_preset("mixlora", top_k=1, renormalize=True)
+    with pytest.raises(ConfigError, match="gives the router no gradient"):
+        MoeLoraConfig.from_preset("smora", top_k=1)
+    assert MoeLoraConfig.from_preset("random_router", top_k=1).selection == TopK(k=1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_r_is_the_rank_of_one_expert_and_the_total_of_single_rank_presets(name: str) -> None:
+    experts = MoeLoraConfig.from_preset(name, r=12).experts
+    assert (experts.num_experts, experts.r) == ((12, 1) if name == "smora" else (experts.num_experts, 12))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_peft_words_pass_through(name: str) -> None:
+    config = MoeLoraConfig.from_preset(
+        name,
+        target_modules=["q_proj", "up_proj"],
+        exclude_modules=["layers.0.mlp.up_proj"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layers",
+        modules_to_save=["lm_head"],
+        bias="all",
+        task_type="CAUSAL_LM",
+        trainable_token_indices=[3],
+        base_model_name_or_path="some/base",
+        revision="main",
+        inference_mode=True,
+    )
+    assert config.target_modules == {"q_proj", "up_proj"}
+    assert config.exclude_modules == {"layers.0.mlp.up_proj"}
+    assert config.layers_to_transform == [0, 1]
+    assert config.layers_pattern == "layers"
+    assert config.modules_to_save == ["lm_head"]
+    assert config.bias == "all"
+    assert config.task_type == "CAUSAL_LM"
+    assert config.trainable_token_indices == [3]
+    assert config.base_model_name_or_path == "some/base"
+    assert config.revision == "main"
+    assert config.inference_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("mixlorra", {}, r"unknown preset 'mixlorra'; allowed: adamole, .*mixlora, .*Did you mean 'mixlora'"),
+        ("mixlora", {"num_expert": 4}, r"unknown key 'num_expert' in preset 'mixlora'.*Did you mean 'num_experts'"),
+        ("mixlora", {"experts": {}}, r"unknown key 'experts' in preset 'mixlora'\."),
+        ("lora", {"top_k": 1}, r"unknown key 'top_k' in preset 'lora'\..*lora_alpha"),
+        ("smora", {"num_experts": 4}, r"unknown key 'num_experts' in preset 'smora'\."),
+        ("mixlora", {"top_k": 9}, r"top_k is 9; allowed: 1 to num_experts \(8\)"),
+        ("adamole", {"top_k": 2}, r"unknown key 'top_k' in preset 'adamole'\."),
+        ("adamole", {"max_threshold": 2.0}, r"max_threshold is 2\.0"),
+        ("smora", {"r": 4}, r"top_k is 8; allowed: 1 to num_experts \(4\)"),
+        ("sira", {"balance_loss": "x"}, "balance is .*'x'.*; allowed: a kind"),
+    ],
+)
+def test_unknown_words_are_refused(name: str, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MoeLoraConfig.from_preset(name, **words)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_only_a_point_on_the_axes(name: str) -> None:
+    config = MoeLoraConfig.from_preset(name)
+    assert MoeLoraConfig(**{axis: getattr(config, axis) for axis in AXES}, preset=name) == config
+    assert MoeLoraConfig(**{axis: config.to_dict()[axis] for axis in AXES}, preset=name) == config
+    doc = inspect.getdoc(getattr(presets, name))
+    assert doc is not None
+    assert "arXiv" in doc or name == "random_router"

@@ -1,0 +1,243 @@
+"""The protocol of a choice: every registered one is read and written without loss, and nothing unknown is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from moelora import MoeLoraConfig, choices
+from moelora.choices import AXES, Choice, Init, Param, kinds, read, register, write
+from moelora.errors import ConfigError
+from moelora.selection.base import Selection
+from moelora.selection.top_k import TopK
+from tests.routing.routers import site_of
+
+ALL = [(axis, kind) for axis in AXES for kind in kinds(axis)]
+# A value of each field that differs from its default.
+OTHER: dict[str, Any] = {
+    "num_experts": 5,
+    "r": 3,
+    "lora_alpha": 7.5,
+    "lora_dropout": 0.1,
+    "use_rslora": True,
+    "init": "normal",
+    "init_std": 0.3,
+    "unrouted_modules": ["q_proj"],
+    "activation": "sigmoid",
+    "trainable": False,
+    "bias": True,
+    "k": 3,
+    "renormalize": None,  # the other of two
+    "expert_dropout": 0.25,
+    "capacity_factor": 1.5,
+    "capacity_in_eval": True,
+    "max_threshold": 0.2,
+    "coef": 0.5,
+}
+
+
+def filled(axis: str, kind: str) -> Choice:
+    """A choice none of whose fields has its default."""
+    cls = kinds(axis)[kind]
+    words = {field.name: OTHER[field.name] for field in dataclasses.fields(cls)}
+    if "renormalize" in words:
+        words["renormalize"] = not cls().renormalize  # type: ignore[attr-defined]
+    return cls(**words)
+
+
+def test_the_kinds() -> None:
+    assert {axis: set(kinds(axis)) for axis in AXES} == {
+        "experts": {"lora", "lora_shared_a"},
+        "placement": {"linear", "feed_forward"},
+        "scores": {"linear"},
+        "selection": {"dense", "top_k", "learned_threshold"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update"},
+        "compute": {"fast", "compiled", "reference"},
+    }
+
+
+@pytest.mark.parametrize(("axis", "kind"), ALL)
+def test_read_and_write(axis: str, kind: str) -> None:
+    cls = kinds(axis)[kind]
+    assert (cls.axis, cls.kind) == (axis, kind)
+    for choice in (cls(), filled(axis, kind)):
+        words = json.loads(json.dumps(write(choice)))
+        assert words["kind"] == kind
+        assert set(words) == {"kind", *(field.name for field in dataclasses.fields(cls))}
+        assert read(axis, words) == choice
+        assert type(read(axis, words)) is cls
+        assert read(axis, choice) is choice
+    assert read(axis, kind) == read(axis, {"kind": kind}) == cls()
+    assert all(getattr(filled(axis, kind), f.name) != getattr(cls(), f.name) for f in dataclasses.fields(cls))
+
+
+@pytest.mark.parametrize(("axis", "kind"), ALL)
+def test_a_choice_is_frozen_and_says_what_it_is(axis: str, kind: str) -> None:
+    choice = filled(axis, kind)
+    assert choice.describe().startswith(f"{kind}(")
+    for field in dataclasses.fields(choice):
+        assert f"{field.name}={getattr(choice, field.name)}" in choice.describe()
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(choice, field.name, None)
+
+
+@pytest.mark.parametrize(("axis", "kind"), ALL)
+def test_what_a_choice_declares_can_be_made(axis: str, kind: str) -> None:
+    """Every tensor has a name of its own and a start that fills it; dropouts are probabilities."""
+    choice = filled(axis, kind)
+    params = choice.params(site_of(12, 5))
+    assert len({param.name for param in params}) == len(params)
+    for param in params:
+        tensor = torch.full(param.shape, float("nan"))
+        param.init.fill(tensor)
+        assert tensor.isfinite().all(), param.name
+        assert tensor.numel() == param.numel
+        assert param.name.count(".") == (1 if axis == "experts" else 0)
+    assert all(0 <= p < 1 for p in choice.dropouts().values())
+
+
+@pytest.mark.parametrize(("axis", "kind"), ALL)
+def test_unknown_fields_are_refused(axis: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown key 'colour' in {axis} '{kind}'\."):
+        read(axis, {"kind": kind, "colour": "red"})
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, True, "nothing", {}, {"k": 2}, {"kind": "nothing"}, {"kind": None}, {"kind": ["top_k"]}, ["top_k"]],
+    ids=str,
+)
+def test_unknown_kinds_are_refused(axis: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(axis, value)
+    assert f"{axis} is {value!r}; allowed: a kind (" in str(error.value)
+    for kind in kinds(axis):
+        assert repr(kind) in str(error.value)
+
+
+def test_a_choice_of_another_axis_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"scores is TopK\(k=2.*allowed: a kind \('linear'\)"):
+        read("scores", TopK())
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(Selection):
+    """A selection that nobody registered."""
+
+    kind: ClassVar[str] = "first_of_the_tests"
+    k: int = 1
+
+
+def test_an_unregistered_choice_is_refused() -> None:
+    """A file with it could not be read again."""
+    with pytest.raises(ConfigError, match=r"selection is First\(k=1\); allowed: a kind \('dense'"):
+        MoeLoraConfig(selection=First())
+
+
+def test_a_registered_choice_is_known_by_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(choices._KINDS, "selection", kinds("selection"))
+    assert register(First) is First
+    assert register(First) is First, "a module may be imported again"
+    config = MoeLoraConfig(selection={"kind": "first_of_the_tests", "k": 3})
+    assert config.selection == First(k=3)
+    config.save_pretrained(str(tmp_path))
+    assert MoeLoraConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_registering_a_kind_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choices._KINDS, "selection", kinds("selection"))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Selection):
+        kind: ClassVar[str] = "top_k"
+
+    with pytest.raises(ValueError, match=r"selection 'top_k' is registered twice: .*TopK.*Other"):
+        register(Other)
+    assert kinds("selection")["top_k"] is TopK
+
+
+def test_the_registry_cannot_be_changed_through_what_it_shows() -> None:
+    kinds("selection").clear()
+    assert kinds("selection")
+
+
+@pytest.mark.parametrize(("axis", "kind"), [(axis, kind) for axis, kind in ALL if axis != "balance"])
+def test_json_round_trip_of_a_config(axis: str, kind: str, tmp_path: Path) -> None:
+    """By kind, as a dict, and as a choice; and through adapter_config.json."""
+    words: dict[str, Any] = {axis: filled(axis, kind)}
+    config = MoeLoraConfig(**words)
+    words = {axis: write(filled(axis, kind))}
+    assert MoeLoraConfig(**words) == config
+    by_kind: dict[str, Any] = {axis: kind}
+    by_choice: dict[str, Any] = {axis: kinds(axis)[kind]()}
+    assert MoeLoraConfig(**by_kind) == MoeLoraConfig(**by_choice)
+    config.save_pretrained(str(tmp_path))
+    for loaded in (PeftConfig.from_pretrained(str(tmp_path)), MoeLoraConfig.from_pretrained(str(tmp_path))):
+        assert loaded == config
+        assert getattr(loaded, axis) == filled(axis, kind)
+
+
+# What the choices of balance that ask something of the other axes ask for; no selection allows all of them.
+NEEDED: dict[str, dict[str, Any]] = {
+    "bias_update": {"scores": {"kind": "linear", "bias": True}},
+    "threshold": {"selection": "learned_threshold"},
+}
+# One of each sort: a load-balancing loss, the z-loss, an update of biases.
+TOGETHER = {"bias_update": ["bias_update", "switch", "z"], "threshold": ["threshold", "z"]}
+
+
+@pytest.mark.parametrize("special", NEEDED)
+def test_json_round_trip_of_several_balances(special: str, tmp_path: Path) -> None:
+    used = TOGETHER[special]
+    config = MoeLoraConfig(balance=[filled("balance", kind) for kind in used], **NEEDED[special])
+    config.save_pretrained(str(tmp_path))
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert [choice["kind"] for choice in content["balance"]] == used
+    assert MoeLoraConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_one_balance_needs_no_list() -> None:
+    assert MoeLoraConfig(balance="z").balance == [read("balance", "z")]
+    assert MoeLoraConfig(balance=()).balance == []
+
+
+def start(kind: Any, *shape: int, scale: float = 0.0) -> torch.Tensor:
+    """A tensor as an `Init` fills it."""
+    tensor = torch.full(shape, float("nan"))
+    Init(kind, scale).fill(tensor)
+    return tensor
+
+
+def test_how_tensors_start() -> None:
+    assert not start("zeros", 3, 4).any()
+    assert abs(float(start("normal", 50, 200, scale=0.3).std()) - 0.3) < 0.01
+    uniform = start("uniform", 5000, scale=0.3)
+    assert 0.29 < float(uniform.max()) <= 0.3
+    assert -0.3 <= float(uniform.min()) < -0.29
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (4, 16, 300), (1, 64, 300)])
+def test_kaiming_is_that_of_a_linear_for_each_expert_alone(shape: tuple[int, ...]) -> None:
+    found, bound = start("kaiming", *shape), 300**-0.5
+    linear = nn.Linear(300, 64, bias=False).weight.detach()
+    assert float(linear.abs().max()) <= bound
+    assert 0.99 * bound < float(found.abs().max()) <= bound
+    assert abs(float(found.std() / linear.std()) - 1) < 0.03
+
+
+def test_a_param_knows_its_size() -> None:
+    assert Param("A.up", (4, 3, 12), Init("zeros")).numel == 144
+
+
+def test_two_balances_of_a_sort_are_refused() -> None:
+    with pytest.raises(ConfigError, match="one load-balancing loss, one z-loss"):
+        MoeLoraConfig(balance=["switch", "mixtral"])
