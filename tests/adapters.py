@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sira": {"r": 3, "num_experts": 4, "top_k": 2},
     "smora": {"r": 5, "top_k": 2},
     "molora": {"r": 3, "num_experts": 4},
+    "adamole": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
     "lora": {"r": 3},
 }

@@ -155,6 +155,29 @@ def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor
     return torch.stack(weights), torch.stack(ids)
 
 
+def learned_threshold(logits_TE: Tensor, threshold_logits_T: Tensor, max_threshold: float) -> tuple[Tensor, Tensor]:
+    """AdaMoLE's gate (arXiv 2405.00361): softmax scores less a threshold of each token, divided by their sum.
+
+    Args:
+        logits_TE: Output of the router's linear.
+        threshold_logits_T: Output of the threshold's linear; the threshold is `max_threshold * sigmoid` of it.
+        max_threshold: tau_max; 1 / E in the paper.
+
+    Returns:
+        weights_TE and thresholds_T.
+    """
+    weights, thresholds = [], []
+    for logits_E, logit in zip(_high(logits_TE), _high(threshold_logits_T), strict=True):
+        threshold = max_threshold / (1 + torch.exp(-logit))
+        exps = [torch.exp(z - logits_E.max()) for z in logits_E]
+        total = torch.stack(exps).sum()
+        margins = [x / total - threshold for x in exps]
+        passed = torch.stack([a if a >= 0 else torch.zeros_like(a) for a in margins])
+        weights.append(passed / passed.sum() if passed.sum() > 0 else passed)
+        thresholds.append(threshold)
+    return torch.stack(weights), torch.stack(thresholds)
+
+
 def bias_update(bias_E: Tensor, ids_TK: Tensor, rate: float) -> Tensor:
     """SMoRA's balancing step: `b + u * sign(mean(n) - n)` with n the number of tokens of each expert."""
     counts = [int((ids_TK == e).sum()) for e in range(len(bias_E))]
@@ -225,6 +248,24 @@ def mixtral_balance_loss(logits_LTE: Tensor, top_k: int, valid_T: Tensor) -> Ten
         p_e = probs_NE[valid_N, e].sum() / count
         for k in range(top_k):
             loss = loss + E * p_e * (int((ids_NK[valid_N, k] == e).sum()) / count)
+    return loss
+
+
+def threshold_balance_loss(probs_TE: Tensor, thresholds_T: Tensor, valid_T: Tensor) -> Tensor:
+    """AdaMoLE's `E * sum_e (mean_t m_te) (mean_t a_te)` over the valid tokens, a = p - tau and m = 1[a >= 0].
+
+    Args:
+        probs_TE: Router probabilities.
+        thresholds_T: The threshold of each token.
+        valid_T: True where a token counts.
+    """
+    E = probs_TE.shape[1]
+    tokens = [t for t in range(len(valid_T)) if valid_T[t]]
+    loss = _high(probs_TE).new_zeros(())
+    for e in range(E):
+        margins = [_high(probs_TE)[t, e] - _high(thresholds_T)[t] for t in tokens]
+        share = sum(float(a >= 0) for a in margins) / len(tokens)
+        loss = loss + E * share * sum(margins, start=_high(probs_TE).new_zeros(())) / len(tokens)
     return loss
 
 
