@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "smora": {"r": 5, "top_k": 2},
     "molora": {"r": 3, "num_experts": 4},
     "adamole": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "hydralora": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
     "lora": {"r": 3},
 }
