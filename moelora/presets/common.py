@@ -8,3 +8,15 @@ from typing import Any
 def balance_of(coef: float, z_loss_coef: float, kind: str = "switch") -> list[dict[str, Any]]:
     """The balance losses of a preset, a load-balancing loss and a router z-loss; both are logged if one is added."""
     return [{"kind": kind, "coef": coef}, {"kind": "z", "coef": z_loss_coef}] if coef != 0 or z_loss_coef != 0 else []
+
+
+def lora_experts(r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, **words: Any) -> dict[str, Any]:
+    """The experts of a preset, with the words that all presets but SMoRA have; `words` add to them."""
+    return {
+        "kind": "lora",
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        **words,
+    }

@@ -6,7 +6,7 @@ from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.preset_registry import preset
-from moelora.presets.common import balance_of
+from moelora.presets.common import balance_of, lora_experts
 
 
 @preset
@@ -33,14 +33,7 @@ def hydralora(
     head, as with the other presets.
     """
     return MoeLoraConfig(
-        experts={
-            "kind": "lora_shared_a",
-            "num_experts": num_experts,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-        },
+        experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts, kind="lora_shared_a"),
         scores={"kind": "linear", "init_std": router_init_std},
         selection="dense",
         balance=balance_of(balance_coef, z_loss_coef),

@@ -6,6 +6,7 @@ from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.preset_registry import preset
+from moelora.presets.common import lora_experts
 
 
 @preset
@@ -22,14 +23,7 @@ def lora(
     Equal to `peft.LoraConfig` of the same rank on the same targets.
     """
     return MoeLoraConfig(
-        experts={
-            "kind": "lora",
-            "num_experts": 1,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-        },
+        experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=1),
         placement={"kind": "linear", "unrouted_modules": ".*"},
         selection={"kind": "top_k", "k": 1},
         **peft_words,

@@ -6,7 +6,7 @@ from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.preset_registry import preset
-from moelora.presets.common import balance_of
+from moelora.presets.common import balance_of, lora_experts
 
 
 @preset
@@ -30,15 +30,7 @@ def molora(
     wi and wo of T5, which is every linear but the head.
     """
     return MoeLoraConfig(
-        experts={
-            "kind": "lora",
-            "num_experts": num_experts,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-            "init": "normal",
-        },
+        experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts, init="normal"),
         scores={"kind": "linear", "init_std": router_init_std},
         selection="dense",
         balance=balance_of(balance_coef, z_loss_coef),

@@ -6,6 +6,7 @@ from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.preset_registry import preset
+from moelora.presets.common import lora_experts
 
 
 @preset
@@ -25,14 +26,7 @@ def random_router(
     What a method gains over this, it gains by learning where to route.
     """
     return MoeLoraConfig(
-        experts={
-            "kind": "lora",
-            "num_experts": num_experts,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-        },
+        experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts),
         placement="feed_forward",
         scores={"kind": "linear", "init_std": router_init_std, "trainable": False},
         selection={"kind": "top_k", "k": top_k},

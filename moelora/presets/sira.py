@@ -6,7 +6,7 @@ from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.preset_registry import preset
-from moelora.presets.common import balance_of
+from moelora.presets.common import balance_of, lora_experts
 
 
 @preset
@@ -42,14 +42,7 @@ def sira(
     the sequences of a batch influence each other.
     """
     return MoeLoraConfig(
-        experts={
-            "kind": "lora",
-            "num_experts": num_experts,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-        },
+        experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts),
         scores={"kind": "linear", "init_std": router_init_std},
         selection={
             "kind": "top_k",
