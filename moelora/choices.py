@@ -12,7 +12,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -63,6 +63,9 @@ class Param:
         init: How it starts.
         trainable: Whether training moves it. If not it is saved all the same.
         dtype: A dtype it keeps whatever the model is cast to; None follows the model.
+        num_frozen: How many entries of its first dimension, the first ones, training does not move (experts that are
+            kept as they are). They are a tensor of their own, so that no optimizer can touch them: a gradient of zero
+            would still leave them to weight decay.
     """
 
     name: str
@@ -70,11 +73,30 @@ class Param:
     init: Init
     trainable: bool = True
     dtype: torch.dtype | None = None
+    num_frozen: int = 0
+
+    def stored(self) -> list[Param]:
+        """The tensors it is stored as: itself, or what is frozen of it under "..._frozen" and then the rest."""
+        frozen = min(self.num_frozen, self.shape[0]) if self.trainable else self.shape[0]
+        if frozen == self.shape[0]:
+            return [replace(self, trainable=False, num_frozen=0)]
+        if frozen == 0:
+            return [replace(self, num_frozen=0)]
+        rest = self.shape[1:]
+        return [
+            replace(self, name=f"{self.name}_frozen", shape=(frozen, *rest), trainable=False, num_frozen=0),
+            replace(self, shape=(self.shape[0] - frozen, *rest), num_frozen=0),
+        ]
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of elements that training moves."""
+        return sum(param.numel for param in self.stored() if param.trainable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +110,7 @@ class Site:
         num_experts: E; 1 at a site without a router.
         routed: Whether the site has a router.
         router_features: Features of the router's input.
+        owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
     """
 
     name: str
@@ -95,6 +118,7 @@ class Site:
     num_experts: int
     routed: bool
     router_features: int
+    owns_router: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +127,11 @@ class Choice:
 
     axis: ClassVar[str]
     kind: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Facts of the `Batch` it cannot do without: "task_ids", "instance_embedding"."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Facts of the `Batch` it cannot do without: "task_ids", "instance_embedding", or one that is derived."""
+        return frozenset()
 
     def params(self, site: Site) -> list[Param]:
         """The tensors it owns at a site; nothing else is allocated."""

@@ -231,8 +231,9 @@ class MoeLoraConfig(PeftConfig):
         return list(self.experts.params(site))
 
     def router_params(self, site: Site) -> list[Param]:
-        """The tensors of the router at a site; none where there is no router."""
-        return [*self.scores.params(site), *self.selection.params(site)] if site.routed else []
+        """The tensors of the router at a site; none where there is no router, or another site holds it."""
+        owns = site.routed and site.owns_router
+        return [*self.scores.params(site), *self.selection.params(site)] if owns else []
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, as adapter_config.json holds them."""

@@ -29,7 +29,15 @@ from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrou
 from moelora.loading import check_weights
 from moelora.peft_type import PREFIX
 from moelora.routing.batch import FACTS
-from moelora.routing.run import RunHooks, attach_hooks, batch_facts, detach_hooks, own_hooks
+from moelora.routing.run import (
+    RunHooks,
+    adapters_of_rows,
+    attach_hooks,
+    batch_facts,
+    detach_hooks,
+    known_facts,
+    own_hooks,
+)
 
 TAGS = ["moelora", "mixture-of-lora-experts"]
 
@@ -80,9 +88,15 @@ class MoeLoraModel(BaseTuner):
             if not any(layer.has_adapter(adapter_name) for layer in _layers(model)):
                 self.peft_config.pop(adapter_name, None)  # PEFT notes it before it looks at the model
             raise
-        for layer in _layers(model):
-            if layer.name not in self.__dict__["_plan"]:
+        plan: dict[str, PlannedSite] = self.__dict__["_plan"]
+        layers = {layer.name: layer for layer in _layers(model)}
+        for layer in layers.values():
+            if layer.name not in plan:
                 layer.forget(adapter_name)  # of an adapter of this name that was replaced
+                continue
+            holder = plan[layer.name].router
+            if holder is not None:
+                layer.routers[adapter_name] = layers[holder].routers[adapter_name]
         hooks = own_hooks(model) or RunHooks(move_biases)
         hooks.layers = list(_layers(model))
         attach_hooks(model, hooks)
@@ -184,7 +198,20 @@ class MoeLoraModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generation by the base model with its adapters; facts are given once for each prompt."""
-        return self._with_facts(self.model.generate, *args, **kwargs)
+        return self._with_facts(self._generate, *args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generation whose routing by sequence is decided once, by the prompts."""
+        hooks = own_hooks(self.model)
+        if hooks is None:
+            return self.model.generate(*args, **kwargs)
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        first = args[0] if args else kwargs.get("inputs")
+        if first is not None:
+            inputs.setdefault("input_ids", first)
+        with known_facts(hooks.facts_of_prompts(self.model, inputs)):
+            return self.model.generate(*args, **kwargs)
 
     @staticmethod
     def _with_facts(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -237,6 +264,7 @@ class MoeLoraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise AdapterNameError(f"unknown adapter(s) {unknown}; allowed: {', '.join(sorted(known))}.")
+        used = set(adapter_names) - {"__base__"}
         num_beams = kwargs.get("num_beams")
         if isinstance(num_beams, int) and num_beams > 1:
             adapter_names = [name for name in adapter_names for _ in range(num_beams)]
@@ -248,7 +276,8 @@ class MoeLoraModel(BaseTuner):
             if isinstance(module, (MixtureLinear, MixtureFeedForward, PassThrough, AuxiliaryTrainingWrapper))
         ]
         try:
-            yield
+            with adapters_of_rows(used):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -24,11 +24,25 @@ class AdapterTensors(nn.Module):
 
     def __init__(self, params: Iterable[Param]) -> None:
         super().__init__()
-        self.declared = {param.name.rpartition(".")[2]: param for param in params}
+        self.pieces: dict[str, list[str]] = {}
+        self.declared: dict[str, Param] = {}
+        for param in params:
+            stored = {piece.name.rpartition(".")[2]: piece for piece in param.stored()}
+            self.pieces[param.name.rpartition(".")[2]] = list(stored)
+            self.declared |= stored
         for name, param in self.declared.items():
             tensor = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=param.trainable)
             self.register_parameter(name, tensor)
             param.init.fill(tensor.data)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it was declared: what is frozen of it and the rest in one."""
+        first, *rest = [self.get_parameter(piece) for piece in self.pieces[name]]
+        return torch.cat([first, *rest]) if rest else first
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name was declared."""
+        return name in self.pieces
 
     def freeze_untrained(self) -> None:
         """Take the gradient from what is declared as not trained; PEFT asks for gradients by adapter, not by tensor."""

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from moelora.choices import Choice
 from moelora.ops.factors import Factors
+from moelora.tensors import AdapterTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Experts(Choice):
         """The factor of an expert's low-rank product."""
         raise NotImplementedError
 
-    def factors(self, parts: Mapping[str, nn.Module], role: str, scaling: float) -> Factors | None:
+    def factors(self, parts: Mapping[str, AdapterTensors], role: str, scaling: float) -> Factors | None:
         """The low-rank factors of all experts on the linear `role`, or None if it has no experts.
 
         Args:

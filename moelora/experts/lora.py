@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
-from moelora.validation import check, check_bool, check_choice, is_count, is_real, is_share
+from moelora.tensors import AdapterTensors
+from moelora.validation import check, check_bool, check_choice, is_count, is_index, is_real, is_share
 
 Initialisation = Literal["kaiming", "normal"]
 
@@ -34,6 +33,8 @@ class LoraExperts(Experts):
         use_rslora: Scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
         init: How A starts: "kaiming" is `kaiming_uniform_(a=sqrt(5))` as in LoRA, "normal" is N(0, `init_std`). B is 0.
         init_std: Standard deviation of the "normal" initialisation.
+        num_frozen: The first so many experts of a mixture are not trained, and no plain LoRA beside the mixtures is
+            unless it is 0.
 
     Raises:
         ConfigError: For a value out of range.
@@ -47,6 +48,7 @@ class LoraExperts(Experts):
     use_rslora: bool = False
     init: Initialisation = "kaiming"
     init_std: float = 0.02
+    num_frozen: int = 0
 
     def __post_init__(self) -> None:
         check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
@@ -56,6 +58,12 @@ class LoraExperts(Experts):
         check_bool("use_rslora", self.use_rslora)
         check_choice("experts.init", self.init, Initialisation)
         check(is_real(self.init_std) and self.init_std > 0, "init_std", self.init_std, "a positive number")
+        check(
+            is_index(self.num_frozen) and self.num_frozen <= self.num_experts,
+            "experts.num_frozen",
+            self.num_frozen,
+            f"0 to num_experts ({self.num_experts})",
+        )
 
     @property
     def scaling(self) -> float:
@@ -68,21 +76,22 @@ class LoraExperts(Experts):
 
     def params(self, site: Site) -> list[Param]:
         """A [E, R, D] and B [E, O, R] of each linear."""
-        init = Init(self.init, self.init_std)
+        init, zeros, frozen = Init(self.init, self.init_std), Init("zeros"), self.num_frozen
         return [
             param
             for role, (in_features, out_features) in site.linears.items()
             for param in (
-                Param(f"A.{role or 'weight'}", (self._num_a(site), self.r, in_features), init),
-                Param(f"B.{role or 'weight'}", (site.num_experts, out_features, self.r), Init("zeros")),
+                Param(f"A.{role or 'weight'}", (self._num_a(site), self.r, in_features), init, num_frozen=frozen),
+                Param(f"B.{role or 'weight'}", (site.num_experts, out_features, self.r), zeros, num_frozen=frozen),
             )
         ]
 
     def _num_a(self, site: Site) -> int:
         return site.num_experts
 
-    def factors(self, parts: Mapping[str, nn.Module], role: str, scaling: float) -> Factors | None:
+    def factors(self, parts: Mapping[str, AdapterTensors], role: str, scaling: float) -> Factors | None:
         """The two stacks as they are."""
         name = role or "weight"
-        a_ERD = getattr(parts["A"], name, None)
-        return None if a_ERD is None else Factors(a_ERD, getattr(parts["B"], name), scaling)
+        if not parts["A"].has(name):
+            return None
+        return Factors(parts["A"].tensor(name), parts["B"].tensor(name), scaling)

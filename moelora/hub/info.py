@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moelora.choices import Site as SiteOfChoices
@@ -103,7 +103,7 @@ class AdapterInfo:
     @property
     def is_routed(self) -> bool:
         """Whether there is any mixture, as opposed to plain LoRA only."""
-        return any(".moelora_router." in tensor.name for tensor in self.tensors)
+        return any(site.kind.endswith("mixture") for site in self.sites())
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -128,6 +128,7 @@ class AdapterInfo:
         sites = []
         for (pattern, kind, num_experts, roles), members in groups.items():
             tensors = [tensor for module in members for tensor in modules[module]]
+            trained = self._trained_names(num_experts, roles, kind != "plain LoRA")
             layers = {int(match[0]) for module in members if (match := re.search(r"(?<=\.)\d+(?=\.|$)", module))}
             site = Site(
                 module=pattern,
@@ -137,17 +138,29 @@ class AdapterInfo:
                 layers=tuple(sorted(layers)),
                 count=len(members),
                 num_parameters=sum(tensor.numel for tensor in tensors),
-                num_trainable=sum(tensor.numel for tensor in tensors if self._is_trained(tensor.name)),
+                num_trainable=sum(tensor.numel for tensor in tensors if self._is_trained(tensor.name, trained)),
             )
             sites.append(site)
         return sites
 
-    def _is_trained(self, name: str) -> bool:
-        _, router, tensor = name.partition(".moelora_router.")
-        if router:
-            site = SiteOfChoices(name="", linears={}, num_experts=1, routed=True, router_features=1)
-            return any(param.name == tensor and param.trainable for param in self.config.router_params(site))
-        if ".moelora_" in name or name.endswith(".trainable_tokens_delta"):
+    def _trained_names(self, num_experts: int, roles: tuple[str, ...], routed: bool) -> set[str]:
+        """What training moves of the tensors that the choices declare at a site, by the ends of their names."""
+        site = SiteOfChoices(
+            name="",
+            linears=dict.fromkeys(roles or ("",), (1, 1)),
+            num_experts=num_experts,
+            routed=routed,
+            router_features=1,
+        )
+        routers = [replace(param, name=f"router.{param.name}") for param in self.config.router_params(site)]
+        declared = [*self.config.expert_params(site), *routers] if num_experts else []
+        return {piece.name for param in declared for piece in param.stored() if piece.trainable}
+
+    def _is_trained(self, name: str, trained: set[str]) -> bool:
+        _, ours, tensor = name.partition(".moelora_")
+        if ours:
+            return tensor in trained
+        if name.endswith(".trainable_tokens_delta"):
             return True
         if name.endswith(".bias") and self.config.bias != "none":
             return True
@@ -166,11 +179,16 @@ def _kind_of(tensors: list[TensorHeader]) -> tuple[SiteKind, int, tuple[str, ...
     parts: Mapping[str, TensorHeader] = {
         tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name
     }
-    factors = [part for part in parts if part.startswith("B.")]
-    if not factors:
+    counts: dict[str, int] = {}
+    for part, tensor in parts.items():
+        factor, _, role = part.removesuffix("_frozen").partition(".")
+        if factor == "B":
+            counts[role] = counts.get(role, 0) + tensor.shape[0]
+    if not counts:
         return "saved whole", 0, ()
-    num_experts = parts[factors[0]].shape[0]
-    roles = tuple(role for role in ("gate", "up", "down") if f"B.{role}" in parts)
+    num_experts = max(counts.values())
+    roles = tuple(role for role in ("gate", "up", "down") if role in counts)
     if roles:
         return "feed-forward mixture", num_experts, roles
-    return ("linear mixture" if "router.weight" in parts else "plain LoRA"), num_experts, ()
+    routed = num_experts > 1 or any(part.startswith("router.") for part in parts)
+    return ("linear mixture" if routed else "plain LoRA"), num_experts, ()

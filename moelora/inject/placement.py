@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft.utils.other import match_target_against_key
 from torch import nn
@@ -15,7 +15,9 @@ from moelora.inject.blocks import find_form, looks_like_feed_forward
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
-from moelora.validation import check, check_pattern
+from moelora.validation import check, check_choice, check_pattern
+
+Routers = Literal["per_site", "per_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Placement(Choice):
     Args:
         unrouted_modules: Targeted linears that get one ordinary LoRA instead of a mixture: a regex, a list of name
             endings as in `target_modules`, "rest" where the choice knows what that is, or None.
+        routers: "per_site", or "per_model": one router for all sites, held by the first of them.
 
     Raises:
         ConfigError: If it is none of these.
@@ -33,8 +36,10 @@ class Placement(Choice):
     axis: ClassVar[str] = "placement"
 
     unrouted_modules: str | list[str] | None = None
+    routers: Routers = "per_site"
 
     def __post_init__(self) -> None:
+        check_choice("placement.routers", self.routers, Routers)
         given = self.unrouted_modules
         if given is not None:
             check_pattern("placement.unrouted_modules", given, "'rest', a regex, a list of name endings, or None")
@@ -52,6 +57,28 @@ class Placement(Choice):
             TargetError: If the targets do not fit the placement.
         """
         raise NotImplementedError
+
+    def check(self, config: Any) -> None:
+        """Refuse one router for all sites if its scores look at each site's own input.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        check(
+            self.routers == "per_site" or (config.scores.ignores_input and config.selection.ignores_input),
+            "placement.routers",
+            self.routers,
+            f"'per_site' with {config.scores.kind!r} scores and {config.selection.kind!r} selection",
+            "They look at the input of each site, whose size and meaning differ.",
+        )
+
+    def share_routers(self, sites: Mapping[str, PlannedSite]) -> dict[str, PlannedSite]:
+        """The sites, each with the name of the one that holds its router."""
+        if self.routers == "per_site":
+            return dict(sites)
+        holder = next((name for name, site in sites.items() if site.routed), None)
+        shares = {name for name, site in sites.items() if site.routed and name != holder}
+        return {name: replace(site, router=holder) if name in shares else site for name, site in sites.items()}
 
     def is_unrouted(self, name: str) -> bool:
         """Whether `unrouted_modules` names a linear explicitly."""

@@ -39,7 +39,7 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
     resolve_all_linear(model, config)
     modules = dict(base_modules(model))
     targeted = find_targets(model, modules, config)
-    sites: dict[str, PlannedSite] = config.placement.plan(modules, targeted)
+    sites: dict[str, PlannedSite] = config.placement.share_routers(config.placement.plan(modules, targeted))
     config.placement.check_unrouted(targeted)
     _check_conflicts(modules, sites)
     check_besides(model, modules, config, sites)
@@ -60,7 +60,7 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
         sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
         declared = site.declare(planned, sizes)
         params = [*planned.expert_params(declared), *planned.router_params(declared)]
-        total += sum(param.numel for param in params if param.trainable)
+        total += sum(param.num_trainable for param in params)
     return total
 
 

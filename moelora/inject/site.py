@@ -21,6 +21,7 @@ class PlannedSite:
         routed: Whether it gets a router.
         form: The form of the block; None for a single linear.
         split: Whether the block's `down` is in a sibling of the module.
+        router: Name of the site that holds the router it uses; None is the site itself.
     """
 
     name: str
@@ -29,6 +30,7 @@ class PlannedSite:
     routed: bool
     form: FeedForwardForm | None = None
     split: bool = False
+    router: str | None = None
 
     def declare(self, config: MoeLoraConfig, sizes: Mapping[str, tuple[int, int]]) -> Site:
         """What the choices of a configuration may know of it, to declare their tensors.
@@ -43,4 +45,5 @@ class PlannedSite:
             num_experts=config.experts.num_experts if self.routed else 1,
             routed=self.routed,
             router_features=sizes["" if self.form is None else "up"][0],
+            owns_router=self.router is None,
         )

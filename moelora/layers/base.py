@@ -20,7 +20,7 @@ from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
 from moelora.routing.record import Mixture
 from moelora.routing.router import Router
-from moelora.routing.run import Place, current_place, in_backward
+from moelora.routing.run import Place, current_place, in_backward, row_adapters, runs_base_only
 from moelora.tensors import AdapterTensors
 
 MERGE_REASON = (
@@ -33,10 +33,11 @@ _NO_BATCH = Batch()
 
 
 class Here(NamedTuple):
-    """Where a layer runs, and what the batch says of the tokens it is given."""
+    """Where a layer runs, what the batch says of the tokens it is given, and what tells those tokens from others."""
 
     place: Place | None
     tokens: Tokens
+    key: tuple[Any, ...] | None
 
 
 class MoeLoraLayer(nn.Module, BaseTunerLayer):
@@ -51,7 +52,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         name: Its name in the base model.
     """
 
-    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "moelora_dropout")
+    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "routers", "moelora_dropout")
 
     # PEFT's classes are Any to the type checker, and nn.Module would answer for their attributes with Tensor | Module
     adapter_layer_names: tuple[str, ...]
@@ -74,6 +75,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         # the modules that hold an adapter's tensors, by the first parts of their names: "A", "B", "router"
         self.parts: dict[str, dict[str, AdapterTensors]] = {}
+        # the router of each adapter that routes here; it may be held by another layer, hence no submodule
+        self.routers: dict[str, Router] = {}
         self.moelora_dropout = nn.ModuleDict({})
         self.adapter_layer_names = ()
         for container in ("moelora_A", "moelora_B", "moelora_router"):
@@ -110,8 +113,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         parts: dict[str, AdapterTensors] = {}
         for first in dict.fromkeys(param.name.partition(".")[0] for param in declared):
             parts[first] = AdapterTensors(param for param in declared if param.name.partition(".")[0] == first)
-        if site.routed:
-            parts["router"] = Router(site, config.scores, config.selection)
+        if site.routed and site.owns_router:
+            parts["router"] = self.routers[adapter_name] = Router(site, config.scores, config.selection)
         self.parts[adapter_name] = parts
         for first, part in parts.items():
             self._container(f"moelora_{first}")[adapter_name] = part
@@ -147,8 +150,19 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The active adapters that route here, with their number of experts."""
         if self.disable_adapters:
             return {}
-        routers = self.moelora_router
-        return {(self.name, a): self.configs[a].experts.num_experts for a in self.active_adapters if a in routers}
+        routed = self.routers
+        return {(self.name, a): self.configs[a].experts.num_experts for a in self.active_adapters if a in routed}
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether any of its adapters routes by a fact of the batch."""
+        return any(self.configs[adapter].needs for adapter in self.routers)
+
+    def needs(self) -> frozenset[str]:
+        """The facts of the batch that routing of the active adapters cannot do without."""
+        active = set(self.active_adapters) | set(row_adapters())
+        adapters = () if self.disable_adapters else active & self.routers.keys()
+        return frozenset().union(*(self.configs[adapter].needs for adapter in adapters))
 
     def expects_balance_loss(self) -> bool:
         """Whether an active adapter that trains is configured with a balance loss, which somebody has to add."""
@@ -162,9 +176,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             MoeLoraError: If checkpointing of another kind than transformers' repeats a layer whose routing depends on
                 the batch, which is not known then.
         """
-        router: Router = self.moelora_router[adapter]
+        router = self.routers[adapter]
         place, replaced = here.place, None
-        bias: Any = router.bias if router.has_moving_bias else None
+        bias = router.tensor("bias") if router.has_moving_bias else None
         if place is None and (router.reads_batch or bias is not None) and in_backward():
             raise MoeLoraError(self._not_repeatable())
         if place is not None and bias is not None:
@@ -175,7 +189,13 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 replaced = {"bias": biases[self.name, adapter]}
             elif self.training and self._moves_bias(adapter):
                 raise MoeLoraError(self._not_repeatable())
+        # what looks at the batch alone is the same in every layer of a run
+        shared = None if place is None or here.key is None or not router.ignores_input else (adapter, *here.key)
+        if place is not None and shared in place.run.decisions:
+            return place.run.decisions[shared]
         found: Routing = router(x.reshape(-1, x.shape[-1]), here.tokens, replaced)
+        if place is not None and shared is not None and not found.weights_TK.requires_grad:
+            place.run.decisions[shared] = found
         return found
 
     def _not_repeatable(self) -> str:
@@ -211,12 +231,12 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def moving_biases(self) -> dict[Mixture, Tensor]:
         """The biases that move after a training forward, of the active adapters."""
         moving = [mixture for mixture in self.mixtures() if self.training and self._moves_bias(mixture[1])]
-        return {mixture: self.moelora_router[mixture[1]].bias for mixture in moving}
+        return {mixture: self.routers[mixture[1]].tensor("bias") for mixture in moving}
 
     @torch.no_grad()
     def move_bias(self, adapter: str, load_E: Tensor) -> None:
         """Move a bias by the load of one forward; the value that the forward used stays as it is, for its backward."""
-        bias: nn.Parameter = self.moelora_router[adapter].bias
+        bias = self.routers[adapter].tensor("bias")
         for choice in self.configs[adapter].balance:
             if choice.moves_bias:
                 bias.data = choice.moved(bias.data, load_E.to(bias.device))
@@ -240,7 +260,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_names: The adapter of each sample of the batch, if there is one for each.
         """
-        if self.disable_adapters:
+        if self.disable_adapters or runs_base_only():
             return False
         return adapter_names is not None or any(map(self.has_adapter, self.active_adapters))
 
@@ -255,9 +275,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 f"{sorted(kwargs)}); allowed: the input alone. Leave it out with exclude_modules."
             )
         here = None
-        if self.moelora_router:
+        if self.routers:
             place = current_place()
-            here = Here(place, (_NO_BATCH if place is None else place.batch).tokens(x))
+            batch = _NO_BATCH if place is None else place.batch
+            here = Here(place, batch.tokens(x), (id(batch), x.shape[:-1]))
         if adapter_names is not None:
             return self._forward_mixed(x, here, adapter_names)
         return self.forward_active(x, here)
@@ -275,7 +296,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if name == "__base__":
                 parts.append(self.base_output(x[rows]))
             else:
-                of_rows = None if here is None else Here(here.place, here.tokens.rows(rows))
+                of_rows = None if here is None else Here(here.place, here.tokens.rows(rows), None)
                 parts.append(self.forward_one(name, x[rows], of_rows))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(parts)[order.argsort()]

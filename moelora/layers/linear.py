@@ -53,7 +53,7 @@ class MixtureLinear(MoeLoraLayer):
         assert factors is not None
         x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype))
         routing = None
-        if adapter in self.moelora_router:
+        if adapter in self.routers:
             assert here is not None
             routing = self.route(adapter, x, here)
         y_TO = self.configs[adapter].compute.linear(

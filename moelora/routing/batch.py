@@ -60,6 +60,11 @@ class Tokens:
         Raises:
             ConfigError: If it was not given, or does not fit the number of sequences.
         """
+        self._check_fact(name)
+        sequence_T = self.sequence_T()
+        return self._of_sequences(name, sequence_T)[sequence_T]
+
+    def _check_fact(self, name: str) -> None:
         if name not in self.facts:
             raise ConfigError(
                 f"the adapter routes by {name}, which the batch does not have; allowed: one for each sequence. Pass "
@@ -67,8 +72,19 @@ class Tokens:
                 f"batch_facts({name}=...)` around the call (PEFT's classes for a task type drop an argument of the "
                 "name task_ids)."
             )
-        sequence_T = self.sequence_T()
-        return self._of_sequences(name, sequence_T)[sequence_T]
+
+    def has_fact(self, name: str) -> bool:
+        """Whether a fact is known."""
+        return name in self.facts
+
+    def fact_N(self, name: str) -> Tensor:
+        """A fact of each sequence: its first dimension is N, and `sequence_T` tells the tokens of each.
+
+        Raises:
+            ConfigError: As `fact_T`.
+        """
+        self._check_fact(name)
+        return self._of_sequences(name, self.sequence_T())
 
     def _of_sequences(self, name: str, sequence_T: Tensor) -> Tensor:
         """A fact of each sequence."""

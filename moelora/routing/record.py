@@ -96,6 +96,7 @@ class ModelRun:
         loads: Choices of valid tokens that fell on each expert, of mixtures whose bias moves.
         losses: Losses whose gradient a repeated layer has to add; see `attach_later`.
         scale: The factor of those losses.
+        decisions: Those that every layer of the run shares, since they look at the batch alone.
     """
 
     owner: Any
@@ -105,6 +106,7 @@ class ModelRun:
     loads: dict[Mixture, Tensor] = field(default_factory=dict)
     losses: dict[Mixture, LayerLoss] = field(default_factory=dict)
     scale: Tensor | None = None
+    decisions: dict[Any, Routing] = field(default_factory=dict)
 
     def record(self, layer: str, adapter: str, routing: Routing, valid_T: Tensor) -> None:
         """Hand a decision to the listeners."""

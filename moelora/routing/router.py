@@ -36,8 +36,7 @@ class Router(AdapterTensors):
         if len(set(names)) < len(names):
             raise ConfigError(f"{scores.kind!r} scores and {selection.kind!r} selection both own one of {names}.")
         super().__init__(params)
-        self.scores, self.selection = scores, selection
-        self.names = names
+        self.scores, self.selection, self.num_experts = scores, selection, site.num_experts
         # a bias without gradient is moved between forwards; repeating a forward needs the value that it had
         self.has_moving_bias = "bias" in names and not self.declared["bias"].trainable
         # modules, so that tools which switch dropout off find them
@@ -50,6 +49,11 @@ class Router(AdapterTensors):
         """Whether a token's routing depends on more than the token."""
         return self.selection.reads_batch or bool(self.scores.needs | self.selection.needs)
 
+    @property
+    def ignores_input(self) -> bool:
+        """Whether the decision is the same in every layer: it looks at the batch alone, and every layer shares it."""
+        return self.scores.ignores_input and self.selection.ignores_input
+
     def forward(self, x_TD: Tensor, tokens: Tokens, replaced: dict[str, Tensor] | None = None) -> Routing:
         """Route each token.
 
@@ -61,9 +65,9 @@ class Router(AdapterTensors):
         Returns:
             The decision, in fp32.
         """
-        tensors = {name: getattr(self, name) for name in self.names} | (replaced or {})
+        tensors = {name: self.tensor(name) for name in self.pieces} | (replaced or {})
         dropouts: dict[str, Any] = {name: each.p if self.training else 0.0 for name, each in self.dropouts.items()}
-        given = RouterInput(x_TD, tokens, tensors, dropouts, self.training)
+        given = RouterInput(x_TD, tokens, self.num_experts, tensors, dropouts, self.training)
         return self.selection.select(self.scores.score(given), given)
 
     def extra_repr(self) -> str:

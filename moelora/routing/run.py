@@ -9,18 +9,20 @@ nothing is remembered from one forward to the next.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moelora.errors import ConfigError, MoeLoraError
 from moelora.routing.batch import FACTS, Batch
+from moelora.routing.prompts import DERIVED, derive
 from moelora.routing.record import Mixture, ModelRun, RoutingListener
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Place:
         module: That model.
         outer: The place of the model around it, or of a run that called this one.
         repeated: Whether checkpointing runs the layer again, in the backward pass.
+        base_only: Whether the base model runs for itself, before a forward that routes by what it gives.
     """
 
     run: ModelRun
@@ -79,15 +82,38 @@ class Place:
     module: nn.Module
     outer: Place | None
     repeated: bool = False
+    base_only: bool = False
 
 
 _PLACE: _Local[Place | None] = _Local("moelora_place", None, set_outside=False)
 _LISTENERS: _Local[tuple[tuple[Any, RoutingListener], ...]] = _Local("moelora_listeners", (), set_outside=True)
 _FACTS: _Local[dict[str, Any]] = _Local("moelora_facts", {}, set_outside=True)
+_ROWS: _Local[tuple[str, ...]] = _Local("moelora_rows", (), set_outside=True)
+_NOWHERE = nn.Module()
 
 
 current_place = _PLACE.get
 """Where the running layer is, a `Place`; None outside a run."""
+
+row_adapters = _ROWS.get
+"""The adapters that `adapter_names` gives to the rows of the batch; empty without it."""
+
+
+@contextmanager
+def adapters_of_rows(names: Iterable[str]) -> Iterator[None]:
+    """Say which adapters the rows of the batches inside use."""
+    before = _ROWS.get()
+    _ROWS.set(tuple(names))
+    try:
+        yield
+    finally:
+        _ROWS.set(before)
+
+
+def runs_base_only() -> bool:
+    """Whether the base model runs without adapters, for routing by what it gives."""
+    place = current_place()
+    return place is not None and place.base_only
 
 
 def in_backward() -> bool:
@@ -112,9 +138,15 @@ def batch_facts(**facts: Any) -> Iterator[None]:
     unknown = sorted(set(facts) - set(FACTS))
     if unknown:
         raise ConfigError(f"unknown fact(s) {unknown} of a batch; allowed: {', '.join(FACTS)}.")
+    with known_facts({name: torch.as_tensor(value) for name, value in facts.items() if value is not None}):
+        yield
+
+
+@contextmanager
+def known_facts(facts: Mapping[str, Tensor]) -> Iterator[None]:
+    """The same for facts of any name, those that are derived of prompts among them."""
     before = _FACTS.get()
-    given = {name: torch.as_tensor(value) for name, value in facts.items() if value is not None}
-    _FACTS.set({**before, **given})
+    _FACTS.set({**before, **facts})
     try:
         yield
     finally:
@@ -160,6 +192,8 @@ class RunHooks:
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the base model and its parts: open a run, or enter a part within the run that is open."""
         outer = _PLACE.get()
+        if outer is not None and outer.base_only:
+            return
         if outer is not None and outer.run.owner is self and self._contains(outer.module, module):
             batch = Batch.of_call(module, args, kwargs, outer.batch, outer.batch.facts)
             _PLACE.set(Place(outer.run, batch, module, outer, outer.repeated))
@@ -179,7 +213,40 @@ class RunHooks:
             if not listeners and not self.warned and any(layer.expects_balance_loss() for layer in self.layers):
                 self.warned = True
                 _warn_that_nobody_adds_the_loss()
-        _PLACE.set(Place(run, Batch.of_call(module, args, kwargs, None, _FACTS.get()), module, outer, repeated))
+        batch = Batch.of_call(module, args, kwargs, None, _FACTS.get())
+        wanted = self._wanted(batch.facts)
+        if wanted:
+            derived = derive(module, args, kwargs, batch, wanted, partial(self._base_pass, run))
+            batch = replace(batch, facts={**batch.facts, **derived})
+        _PLACE.set(Place(run, batch, module, outer, repeated))
+
+    def facts_of_prompts(self, module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What routing by sequence has to know of prompts that a generation starts from; empty if it does not.
+
+        Args:
+            module: The model that generates.
+            kwargs: Its inputs by name.
+        """
+        batch = Batch.of_call(module, (), kwargs, None, _FACTS.get())
+        wanted = self._wanted(batch.facts)
+        run = ModelRun(self, (), False)
+        return derive(module, (), kwargs, batch, wanted, partial(self._base_pass, run)) if wanted else {}
+
+    def _wanted(self, facts: Mapping[str, Any]) -> frozenset[str]:
+        """The facts to derive: what active mixtures need, unless the user gave an embedding of his own."""
+        if "instance_embedding" in facts or not any(layer.needs_prompts for layer in self.layers):
+            return frozenset()
+        needed = frozenset().union(*(layer.needs() for layer in self.layers))
+        return (needed & set(DERIVED)) - set(facts)
+
+    def _base_pass(self, run: ModelRun, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Run a part of the base model without any adapter, without gradients."""
+        before = _PLACE.get()
+        _PLACE.set(Place(run, Batch(), _NOWHERE, before, base_only=True))
+        try:
+            return module(**inputs)
+        finally:
+            _PLACE.set(before)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the same modules, called after a failure too: leave the part, or close the run."""

@@ -22,6 +22,7 @@ class RouterInput:
     Attributes:
         x_TD: The tokens.
         tokens: What the batch says of them: padding, sequences.
+        num_experts: E.
         tensors: The router's tensors, by the names that the choices declare.
         dropouts: Probability of each dropout that the choices declare, now; 0 outside training.
         training: Whether the layer is in training mode.
@@ -29,6 +30,7 @@ class RouterInput:
 
     x_TD: Tensor
     tokens: Tokens
+    num_experts: int
     tensors: Mapping[str, Tensor]
     dropouts: Mapping[str, float]
     training: bool
@@ -65,6 +67,11 @@ class Scores(Choice):
     @property
     def is_distribution(self) -> bool:
         """Whether a token's scores are positive and sum to one over the experts."""
+        return False
+
+    @property
+    def ignores_input(self) -> bool:
+        """Whether the scores look at the batch alone, not at the layer's input, nor at tensors of one site's own."""
         return False
 
     def score(self, given: RouterInput) -> Scored:

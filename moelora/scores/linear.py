@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
-from moelora.validation import check, check_bool, check_choice, is_real
+from moelora.validation import check, check_bool, check_choice, is_index, is_real
 
 Activation = Literal["softmax", "sigmoid"]
 
@@ -32,6 +32,7 @@ class LinearScores(Scores):
         init_std: W_r starts at N(0, `init_std`); None is `nn.Linear`'s default (kaiming uniform).
         bias: Whether a bias is added to the scores, which both selects and weighs (SMoRA, arXiv 2501.15103). It starts
             at 0, has no gradient, and is moved by the balance choice "bias_update".
+        num_frozen: The rows of W_r of the first so many experts are not trained.
 
     Raises:
         ConfigError: For a value out of range.
@@ -43,6 +44,7 @@ class LinearScores(Scores):
     trainable: bool = True
     init_std: float | None = 0.02
     bias: bool = False
+    num_frozen: int = 0
 
     def __post_init__(self) -> None:
         check_choice("scores.activation", self.activation, Activation)
@@ -50,6 +52,24 @@ class LinearScores(Scores):
         check_bool("scores.bias", self.bias)
         std = self.init_std
         check(std is None or (is_real(std) and std >= 0), "scores.init_std", std, "a number of at least 0, or None")
+        check(is_index(self.num_frozen), "scores.num_frozen", self.num_frozen, "an integer of at least 0")
+
+    def check(self, config: Any) -> None:
+        """Refuse frozen rows of more experts than there are, and beside a bias that all experts share in moving.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        num_experts = config.experts.num_experts
+        check(self.num_frozen <= num_experts, "scores.num_frozen", self.num_frozen, f"0 to num_experts ({num_experts})")
+        moves = any(choice.moves_bias for choice in config.balance)
+        check(
+            self.num_frozen == 0 or not moves,
+            "scores.num_frozen",
+            self.num_frozen,
+            "0 with the balance choice 'bias_update'",
+            "It would move the bias of the frozen experts as well.",
+        )
 
     @property
     def is_trained(self) -> bool:
@@ -59,7 +79,9 @@ class LinearScores(Scores):
     def params(self, site: Site) -> list[Param]:
         """`weight` [E, D], and `bias` [E] in fp32."""
         init = Init("kaiming") if self.init_std is None else Init("normal", self.init_std)
-        weight = Param("weight", (site.num_experts, site.router_features), init, trainable=self.trainable)
+        weight = Param(
+            "weight", (site.num_experts, site.router_features), init, self.trainable, num_frozen=self.num_frozen
+        )
         bias = Param("bias", (site.num_experts,), Init("zeros"), trainable=False, dtype=torch.float32)
         return [weight, bias] if self.bias else [weight]
 

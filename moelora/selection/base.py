@@ -39,6 +39,11 @@ class Selection(Choice):
         """Whether a token's choice depends on the batch it is in: its padding, its sequences, its other tokens."""
         return False
 
+    @property
+    def ignores_input(self) -> bool:
+        """Whether it decides by the scores alone, without draws."""
+        return False
+
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """Decide for each token.
 

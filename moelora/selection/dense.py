@@ -33,6 +33,11 @@ class Dense(Selection):
         """Always."""
         return True
 
+    @property
+    def ignores_input(self) -> bool:
+        """Always."""
+        return True
+
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
         weights_TK = renormalize(scored.scores_TE) if self.renormalize else scored.scores_TE

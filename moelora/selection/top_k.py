@@ -100,6 +100,11 @@ class TopK(Selection):
         """With a capacity."""
         return self.capacity_factor is not None
 
+    @property
+    def ignores_input(self) -> bool:
+        """Without dropout and capacity."""
+        return self.expert_dropout == 0 and self.capacity_factor is None
+
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
         scores_TE, assigned_TK, kept_TE = scored.scores_TE, None, None

@@ -56,5 +56,7 @@ def select(
 ) -> Routing:
     """A selection's decision on scores, which stand for logits and probabilities too."""
     dropouts = {name: p if training else 0.0 for name, p in selection.dropouts().items()}
-    given = RouterInput(scores_TE, tokens or every_token(1, len(scores_TE)), {}, dropouts, training)
+    given = RouterInput(
+        scores_TE, tokens or every_token(1, len(scores_TE)), scores_TE.shape[-1], {}, dropouts, training
+    )
     return selection.select(Scored(scores_TE, scores_TE, scores_TE, positive), given)

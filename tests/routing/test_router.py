@@ -69,7 +69,7 @@ def test_it_holds_the_tensors_of_its_choices_and_no_others(
     scores: LinearScores, selection: TopK, names: list[str]
 ) -> None:
     router = new_router(selection, scores)
-    assert list(router.state_dict()) == names == router.names
+    assert list(router.state_dict()) == names == list(router.pieces)
     assert not list(router.buffers()), "tools that copy an adapter copy parameters only"
 
 

@@ -14,7 +14,9 @@ from tests.routing.routers import BIASED, SIGMOID, SOFTMAX, every_token
 def scored(choice: LinearScores, logits_TE: torch.Tensor, **tensors: torch.Tensor) -> Scored:
     """The scores of tokens that are their own logits."""
     given = {"weight": torch.eye(logits_TE.shape[1]), **tensors}
-    return choice.score(RouterInput(logits_TE, every_token(1, len(logits_TE)), given, {}, training=False))
+    return choice.score(
+        RouterInput(logits_TE, every_token(1, len(logits_TE)), logits_TE.shape[-1], given, {}, training=False)
+    )
 
 
 def test_softmax_golden() -> None:

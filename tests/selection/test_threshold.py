@@ -28,7 +28,7 @@ def spread_router(selection: LearnedThreshold, num_experts: int, seed: int = 0) 
     """A router whose scores pass the threshold for some experts and not for others."""
     router = new_router(selection, num_experts=num_experts)
     generator = torch.Generator().manual_seed(seed)
-    for name in router.names:
+    for name in router.pieces:
         tensor = router.get_parameter(name).data
         tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator))
     return router
@@ -56,7 +56,7 @@ def test_equals_the_reference(T: int, E: int, max_threshold: float | None) -> No
     """Forward, and the gradients of the tokens and of each tensor of the router."""
     router = spread_router(LearnedThreshold(max_threshold=max_threshold), E)
     x_TD = torch.randn(T, 12).requires_grad_()
-    leaves: dict[str, Tensor] = {"x": x_TD, **{name: router.get_parameter(name) for name in router.names}}
+    leaves: dict[str, Tensor] = {"x": x_TD, **{name: router.get_parameter(name) for name in router.pieces}}
     assert set(leaves) == {"x", "weight", "threshold_weight", "threshold_bias"}
 
     def ours() -> Tensor:

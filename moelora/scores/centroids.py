@@ -1,0 +1,91 @@
+"""Scores of a whole sequence: how near its prompt is to what each expert was made for.
+
+Shape suffixes: N sequences, T tokens, D features of an embedding, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moelora.choices import Init, Param, Site, register
+from moelora.routing.prompts import HIDDEN_MEAN, INPUT_MEAN
+from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.validation import check, check_choice, is_count
+
+Embedding = Literal["hidden", "input"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CentroidScores(Scores):
+    """Cosine of the prompt's embedding with each expert's centroid, both relative to a common centre.
+
+        z_e = cos(h - c_0, c_e - c_0)
+
+    The embedding h is the fact `instance_embedding` if a batch has it, else a mean over the prompt's tokens: of the
+    base model's last hidden states, which costs one pass over the prompt without adapters, or of its input embeddings.
+    It is decided once for a sequence: in generation by the prompt.
+
+    Args:
+        features: D, the size of the embedding.
+        embedding: "hidden" or "input".
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    kind: ClassVar[str] = "centroids"
+
+    features: int = 1
+    embedding: Embedding = "hidden"
+
+    def __post_init__(self) -> None:
+        check(is_count(self.features), "scores.features", self.features, "an integer of at least 1")
+        check_choice("scores.embedding", self.embedding, Embedding)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The embedding of each prompt."""
+        return frozenset({self._fact})
+
+    @property
+    def _fact(self) -> str:
+        return HIDDEN_MEAN if self.embedding == "hidden" else INPUT_MEAN
+
+    @property
+    def is_trained(self) -> bool:
+        """Never: centroids are fitted."""
+        return False
+
+    @property
+    def ignores_input(self) -> bool:
+        """Always."""
+        return True
+
+    def params(self, site: Site) -> list[Param]:
+        """`centroids` [E, D] and `center` [1, D], in fp32."""
+        return [
+            Param("centroids", (site.num_experts, self.features), Init("zeros"), False, torch.float32),
+            Param("center", (1, self.features), Init("zeros"), False, torch.float32),
+        ]
+
+    def score(self, given: RouterInput) -> Scored:
+        """See `Scores.score`."""
+        tokens = given.tokens
+        h_ND = tokens.fact_N("instance_embedding" if tokens.has_fact("instance_embedding") else self._fact)
+        z_NE = cosines(h_ND, given.tensors["centroids"], given.tensors["center"])
+        z_TE = z_NE[tokens.sequence_T()]
+        return Scored(z_TE, z_TE.softmax(-1), z_TE, positive=False)
+
+
+def cosines(h_ND: Tensor, centroids_ED: Tensor, center_1D: Tensor) -> Tensor:
+    """Cosine [N, E] of embeddings with centroids, both relative to a centre, in fp32."""
+    center_1D = center_1D.float()
+    return F.linear(
+        F.normalize(h_ND.float() - center_1D, dim=-1), F.normalize(centroids_ED.float() - center_1D, dim=-1)
+    )

@@ -1,0 +1,54 @@
+"""Scores that are given: the task of a sequence is the number of its expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn import functional as F
+
+from moelora.choices import register
+from moelora.errors import ConfigError
+from moelora.scores.base import RouterInput, Scored, Scores
+
+BASE = -1
+"""The task id of a sequence that stays with the base model."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TaskScores(Scores):
+    """1 for the expert whose number is the sequence's task id, 0 for the others; an id of -1 stays with the base.
+
+    The ids are the fact `task_ids` of a batch, one for each sequence.
+    """
+
+    kind: ClassVar[str] = "task"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The task ids."""
+        return frozenset({"task_ids"})
+
+    @property
+    def is_trained(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def ignores_input(self) -> bool:
+        """Always."""
+        return True
+
+    def score(self, given: RouterInput) -> Scored:
+        """See `Scores.score`.
+
+        Raises:
+            ConfigError: For an id that is no expert's.
+        """
+        E, ids_N = given.num_experts, given.tokens.fact_N("task_ids").long()
+        if len(ids_N) and not -1 <= int(ids_N.min()) <= int(ids_N.max()) < E:
+            raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: 0 to {E - 1}, the experts, and -1, the base.")
+        hot_NE = F.one_hot(ids_N + 1, E + 1)[:, 1:].float()
+        hot_TE = hot_NE[given.tokens.sequence_T()]
+        return Scored(hot_TE, hot_TE, hot_TE, positive=False)
