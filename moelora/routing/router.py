@@ -61,7 +61,9 @@ class Router(AdapterTensors):
         Returns:
             The decision, in fp32.
         """
-        tensors = {name: getattr(self, name) for name in self.names} | (replaced or {})
+        tensors: dict[str, Any] = {name: self._parameters[name] for name in self.names}
+        if replaced:
+            tensors |= replaced
         dropouts: dict[str, Any] = {name: each.p if self.training else 0.0 for name, each in self.dropouts.items()}
         given = RouterInput(x_TD, tokens, tensors, dropouts, self.training)
         return self.selection.select(self.scores.score(given), given)
