@@ -62,6 +62,7 @@ def from_loras(
     sources = [read_lora(name, source) for name, source in named.items()]
     _check_names(base, sources, check_base_name)
     config = _config(base, sources, recipe, trainable)
+    asked, training = [p for p in base.parameters() if p.requires_grad], base.training
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     try:
@@ -71,6 +72,9 @@ def from_loras(
         recipe.fit(Composition(model, adapter_name, [source.name for source in sources], examples))
     except BaseException:
         model.unload()
+        base.train(training)
+        for parameter in asked:
+            parameter.requires_grad_(True)
         raise
     return model
 
@@ -112,8 +116,8 @@ def _check_names(base: Any, sources: Sequence[LoraSource], check: bool) -> None:
     if len(set(last.values())) > 1:
         found = ", ".join(f"{name}: {stated.get(name, own)!r}" for name in last)
         raise ComposeError(
-            f"the LoRAs and the base model name different bases ({found}); allowed: one. If they are the same model under "
-            "different names, pass check_base_name=False (`--any-base-name`)."
+            f"the LoRAs and the base model name different bases ({found}); allowed: one. If they are the same model "
+            "under different names, pass check_base_name=False (`--any-base-name`)."
         )
 
 
@@ -160,13 +164,13 @@ def _check_fit(modules: Mapping[str, nn.Module], source: LoraSource, base: str) 
         if module is None or not is_linear(module):
             found = "no such module" if module is None else f"a {type(module).__name__} there"
             raise ComposeError(
-                f"the LoRA {source.source!r} adapts {name!r}, and {base} has {found}; allowed: a LoRA of this base model "
-                f"(it names {source.config.base_model_name_or_path!r})."
+                f"the LoRA {source.source!r} adapts {name!r}, and {base} has {found}; allowed: a LoRA of this base "
+                f"model (it names {source.config.base_model_name_or_path!r})."
             )
         if linear_size(module) != (in_features, out_features):
             raise ComposeError(
-                f"the LoRA {source.source!r} is made for {in_features} inputs and {out_features} outputs at {name!r}, and "
-                f"{base} has {linear_size(module)} there; allowed: a LoRA of this base model (it names "
+                f"the LoRA {source.source!r} is made for {in_features} inputs and {out_features} outputs at {name!r}, "
+                f"and {base} has {linear_size(module)} there; allowed: a LoRA of this base model (it names "
                 f"{source.config.base_model_name_or_path!r})."
             )
 
