@@ -24,7 +24,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("layers",),
     ("inject",),
     ("loading", "model"),
-    ("presets", "training"),
+    ("presets", "training", "compose"),
     ("hub", "runs", "cli"),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
