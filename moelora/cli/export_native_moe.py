@@ -11,7 +11,9 @@ def export_native_moe(options: argparse.Namespace) -> None:
     from moelora.export import check_export, to_native_moe
     from moelora.hub import read_adapter
     from moelora.runs.models import resolve_model
+    from moelora.runs.quiet import quiet_libraries
 
+    quiet_libraries()
     named = options.base or read_adapter(options.adapter).config.base_model_name_or_path
     base = resolve_model(named) if named else None
     moe = to_native_moe(
@@ -31,7 +33,7 @@ def export_native_moe(options: argparse.Namespace) -> None:
         print(f"  note: {note}")
     if options.no_check:
         return
-    needed, free = 4.5 * moe.parameters, _free_memory()
+    needed, free = 9 * moe.parameters, _free_memory()
     if free is not None and needed > free:
         print(f"  not checked: that takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
         return

@@ -201,7 +201,9 @@ def _load(folder: str | Path, dtype: torch.dtype, *, is_native: bool = False) ->
 def _load_adapted(adapter: str | Path, base: str | Path, dtype: torch.dtype) -> Any:
     from moelora.runs.models import load_adapter
 
-    return load_adapter(_load(base, dtype), str(adapter)).eval()
+    model = load_adapter(_load(base, dtype), str(adapter)).eval()
+    # an adapter that is stored in half precision would compute in it on a base in float32 too
+    return model.float() if dtype == torch.float32 else model
 
 
 def _tokens(exported: str | Path) -> Tensor:

@@ -82,6 +82,8 @@ def test_the_configuration_says_what_the_base_says(rows: dict[str, Row], row: st
     assert words["head_dim"] == (getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads)
     for key, value in base.rope_parameters.items():
         assert key == "partial_rotary_factor" or moe.rope_parameters[key] == value, key
+    old = {"rope_type": "default", **words.get("rope_scaling", {}), "rope_theta": words["rope_theta"]}
+    assert old == words["rope_parameters"], "engines that read the words of before transformers 5 find the same"
     assert words["num_experts_per_tok"] == 2
     assert words.get("norm_topk_prob", True) is True
     assert words["architectures"] == [TARGETS[row]]

@@ -12,6 +12,10 @@ from moelora.runs.tables import markdown
 from moelora.version import __version__
 
 TRAPS = {
+    "Qwen3MoeForCausalLM": "llama.cpp's `qwen3moe` always renormalises the weights of the chosen experts: an export "
+    "with `norm_topk_prob` false is silently wrong there.",
+    "GraniteMoeForCausalLM": "llama.cpp's converter ignores `head_dim`: heads of another size than hidden_size / "
+    "num_attention_heads do not load there.",
     "Qwen2MoeForCausalLM": "llama.cpp's `qwen2moe` never renormalises the weights of the chosen experts, whatever "
     "`norm_topk_prob` says: the outputs are silently wrong there.",
     "MixtralForCausalLM": "SGLang's Mixtral ignores scaling of the rotary encoding, `head_dim` and a tied head. The "

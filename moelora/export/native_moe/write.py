@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def to_native_moe(
     head = weights.config.vocab_size * weights.config.hidden_size if plan.tied else 0
     with _disk_errors(output), new_folder(output) as folder:
         files = write_sharded(folder, plan.tensors, dtype, shard_size)
-        config.save_pretrained(folder)
+        _write_config(folder, config)
         _write_generation_config(folder, weights, named)
         if made is not None:
             made.save_pretrained(folder)
@@ -172,6 +173,21 @@ def _config(target: Target, words: dict[str, Any], routing: MoeRouting, plan: Pl
         architectures=[target.architecture],
         dtype=dtype,
     )
+
+
+def _write_config(folder: Path, config: Any) -> None:
+    """Write config.json with the rotary encoding in the words of before transformers 5 as well.
+
+    Engines read either; transformers takes the old words for the same.
+    """
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    words = json.loads(file.read_text())
+    rope = words["rope_parameters"]
+    words["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        words["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    file.write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
 
 
 def _write_generation_config(folder: Path, weights: BaseWeights, base: Any) -> None:
