@@ -48,7 +48,7 @@ class SavedAdapter:
         if not self.folder.is_dir():
             with hub_errors(str(source), "read"):
                 self.folder = Path(
-                    snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "*token*"])
+                    snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "*token*", "*.jinja"])
                 )
         self.source = str(source)
         self.config: MoeLoraConfig = info.config

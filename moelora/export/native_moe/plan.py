@@ -232,12 +232,12 @@ class _Planner:
         return torch.stack([torch.cat([self._linear(block, role, e) for role in roles]) for e in which])
 
     def _shared_expert(self, prefix: str) -> Iterator[Planned]:
-        """One that adds nothing: sigmoid(0) of 0."""
+        """One that adds nothing. Its gate is not 0: llama.cpp computes a sigmoid as silu(x) / x."""
         D = self.base.config.hidden_size
         size = min(SHARED_EXPERT_SIZE, self.base.config.intermediate_size)
         for role, shape in (("gate", (size, D)), ("up", (size, D)), ("down", (D, size))):
             yield Planned(f"{prefix}mlp.shared_expert.{role}_proj.weight", shape, _zeros(*shape))
-        yield Planned(f"{prefix}mlp.shared_expert_gate.weight", (1, D), _zeros(1, D))
+        yield Planned(f"{prefix}mlp.shared_expert_gate.weight", (1, D), lambda: torch.ones(1, D))
 
 
 def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:

@@ -151,6 +151,7 @@ def _qwen3(config: Any) -> tuple[Target, Words]:
         "attention_bias": config.attention_bias,
         "use_sliding_window": slides,
         "sliding_window": config.sliding_window if slides else None,
+        "max_window_layers": config.max_window_layers,  # transformers ignores it, mistral.rs asks for it
     }
 
 

@@ -109,7 +109,7 @@ def to_native_moe(
     head = weights.config.vocab_size * weights.config.hidden_size if plan.tied else 0
     with _disk_errors(output), new_folder(output) as folder:
         files = write_sharded(folder, plan.tensors, dtype, shard_size)
-        _write_config(folder, config)
+        _write_config(folder, config, routing.words(target))
         _write_generation_config(folder, weights, named)
         if made is not None:
             made.save_pretrained(folder)
@@ -175,14 +175,14 @@ def _config(target: Target, words: dict[str, Any], routing: MoeRouting, plan: Pl
     )
 
 
-def _write_config(folder: Path, config: Any) -> None:
-    """Write config.json with the rotary encoding in the words of before transformers 5 as well.
+def _write_config(folder: Path, config: Any, routing: dict[str, Any]) -> None:
+    """Write config.json, with the words of before transformers 5 for the rotary encoding and the routing as well.
 
-    Engines read either; transformers takes the old words for the same.
+    Engines read those; transformers takes them for the same.
     """
     config.save_pretrained(folder)
     file = folder / "config.json"
-    words = json.loads(file.read_text())
+    words = {**json.loads(file.read_text()), **routing}
     rope = words["rope_parameters"]
     words["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
