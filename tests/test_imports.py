@@ -25,7 +25,9 @@ LEVELS: list[tuple[str, ...]] = [
     ("inject",),
     ("loading", "model"),
     ("presets", "training", "compose"),
-    ("hub", "runs", "cli"),
+    ("hub", "runs"),
+    ("export",),  # reads adapters and makes folders as these two do
+    ("cli",),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

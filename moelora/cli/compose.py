@@ -11,8 +11,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "compose",
         help="make a mixture of LoRAs that exist",
-        description="Make a mixture of PEFT LoRAs that exist: each is an expert, and a router chooses among them. Their "
-        "ranks, alphas and target modules may differ. Give the LoRAs as words, or all in a YAML file with --config.",
+        description="Make a mixture of PEFT LoRAs that exist: each is an expert, and a router chooses among them. "
+        "Ranks, alphas and target modules may differ. Give the LoRAs as words, or all in a YAML file with --config.",
         epilog="For example: moelora compose sums=runs/sums/adapter words=runs/words/adapter --router centroids --data "
         "rows.jsonl -o runs/mix    (rows.jsonl has the columns prompt and task; task is the name of a LoRA)",
     )

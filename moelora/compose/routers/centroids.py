@@ -29,8 +29,8 @@ _BATCH = 8
 class Centroids(RouterRecipe):
     """The expert whose rows' prompts are nearest to the prompt at hand, or the base model if none is near.
 
-    An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. With `unknown` an expert takes
-    a prompt only if the cosine with its centroid is at least its threshold:
+    An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. With `unknown` an expert
+    takes a prompt only if the cosine with its centroid is at least its threshold:
 
         max(least, low - slack * (1 - low))
 
