@@ -31,6 +31,10 @@ class RegistrationError(MoeLoraError):
     """PEFT's method tables already hold another package's MOELORA."""
 
 
+class ComposeError(MoeLoraError):
+    """LoRAs cannot be put together to a mixture, or its experts cannot be edited as asked for."""
+
+
 class HubError(MoeLoraError):
     """An adapter could not be read from, or uploaded to, the Hugging Face Hub."""
 
