@@ -49,6 +49,8 @@ class MixtureLinear(MoeLoraLayer):
         return result
 
     def _add(self, adapter: str, x: Tensor, here: Here | None, result: Tensor) -> Tensor:
+        if self.is_off(adapter):
+            return result
         factors = self.lora_factors("", adapter)
         assert factors is not None
         x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype))

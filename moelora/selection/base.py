@@ -54,16 +54,10 @@ class Selection(Choice):
         raise NotImplementedError
 
 
-def renormalize(weights_TK: Tensor, positive: bool = False) -> Tensor:
+def renormalize(weights_TK: Tensor) -> Tensor:
     """Divide by the sum over the chosen experts; weights that are all 0 (dropped) stay 0.
 
     The sum may be negative: biased scores are.
-
-    Args:
-        weights_TK: Weights.
-        positive: Whether the sum is known to be far above 0, as that of a softmax' largest values.
     """
     sum_T1 = weights_TK.sum(-1, keepdim=True)
-    if positive:
-        return weights_TK / sum_T1
     return weights_TK / sum_T1.masked_fill(sum_T1.abs() < 1e-9, 1e-9)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from moelora.choices import Init, Param, Site, register
 from moelora.routing.decision import Routing
@@ -34,6 +35,10 @@ class Nearest(Selection):
         """`threshold` [E, 1] in fp32."""
         least = Param("threshold", (site.num_experts, 1), Init("zeros"), trainable=False, dtype=torch.float32)
         return [least] if self.threshold else []
+
+    def new_rows(self, name: str, old: Tensor, count: int) -> Tensor | None:
+        """The lowest of the old thresholds."""
+        return old.min().expand(count, 1) if name == "threshold" else None
 
     def experts_per_token(self, num_experts: int) -> int:
         """1."""

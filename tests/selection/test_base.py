@@ -21,8 +21,3 @@ def test_renormalising_a_negative_sum_is_a_division_too() -> None:
     weights_TK = torch.tensor([[-0.1, -0.3], [0.1, -0.2]])
     expected = weights_TK / weights_TK.sum(-1, keepdim=True)
     torch.testing.assert_close(renormalize(weights_TK), expected)
-
-
-def test_positive_weights_need_no_guard() -> None:
-    weights_TK = torch.rand(7, 3) + 0.1
-    assert torch.equal(renormalize(weights_TK, positive=True), renormalize(weights_TK))
