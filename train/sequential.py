@@ -139,7 +139,8 @@ def _by_task(rows: Any, order: list[str]) -> dict[str, Any]:
     empty = [task for task, own in found.items() if len(own) == 0]
     if empty:
         raise RunError(
-            f"sequential.order names {', '.join(empty)}, of which there are no rows; allowed: {', '.join(sorted(set(tasks)))}."
+            f"sequential.order names {', '.join(empty)}, of which there are no rows; there are rows of "
+            f"{', '.join(sorted(set(tasks)))}."
         )
     return found
 

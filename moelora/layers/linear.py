@@ -63,6 +63,7 @@ class MixtureLinear(MoeLoraLayer):
             factors,
             None if routing is None else routing.gates_TE(),
             result.reshape(-1, self.out_features),
+            separate=routing is not None and routing.separate,
         )
         if routing is not None and here is not None:
             y_TO = self.report_routing(adapter, routing, here, y_TO)

@@ -127,8 +127,8 @@ class SequentialConfig:
             raise RunError(f"sequential.replay is {self.replay}; allowed: a number of at least 0.")
         if self.router == "centroids" and self.replay > 0:
             raise RunError(
-                f"sequential.replay is {self.replay} with router 'centroids'; allowed: 0. A row of an earlier task would "
-                "go to that task's own expert, which is frozen, and teach nothing; use router: linear."
+                f"sequential.replay is {self.replay} with router 'centroids'; allowed: 0. Rows of earlier tasks go "
+                "to their own experts, which are frozen, and teach nothing; use router: linear."
             )
         if self.router == "linear" and self.start != "zero":
             raise RunError(

@@ -57,5 +57,11 @@ class Nearest(Selection):
             weights_T1 = (best_T1 >= given.tensors["threshold"].view(-1)[ids_T1]).float()
         assigned_T1 = weights_T1 > 0 if self.threshold else None
         return Routing(
-            scored.logits_TE, scored.probs_TE, weights_T1, ids_T1, assigned_T1, sums_to_one=not self.threshold
+            scored.logits_TE,
+            scored.probs_TE,
+            weights_T1,
+            ids_T1,
+            assigned_T1,
+            sums_to_one=not self.threshold,
+            separate=True,
         )

@@ -166,7 +166,7 @@ def _router_rows(
         if rows is None or list(rows.shape) != shape:
             what = "not given" if rows is None else f"of shape {list(rows.shape)}"
             raise ComposeError(
-                f"the rows of {tensor!r} for the new experts are {what}; allowed: rows={{{tensor!r}: a tensor {shape}}}. "
+                f"the rows of {tensor!r} for the new experts are {what}; allowed: a tensor {shape} in `rows`. "
                 f"{old.config.scores.kind!r} scores need them at {site.name!r} (`--rows FILE` finds centroids)."
             )
         found[name] = rows
