@@ -128,7 +128,8 @@ def train_stage(
     trainer = make_trainer(model, args, rows, tokenizer)
     peft_config = model.peft_config[model.active_adapter]
     trainable, total = model.get_nb_trainable_parameters()
-    name = getattr(peft_config, "preset", None) or "plain LoRA"
+    experts = getattr(peft_config, "experts", None)
+    name = getattr(peft_config, "preset", None) or (f"{experts.num_experts} experts" if experts else "plain LoRA")
     say(f"\nTraining  {label}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
     trainer.add_callback(LiveProgress(label))
     checkpoint = folder.last_checkpoint(stage)

@@ -68,12 +68,14 @@ def run(options: argparse.Namespace) -> None:
         MoeLoraError: If it cannot be done. Nothing is written then.
     """
     from moelora.cli.expert_data import ScoredData
-    from moelora.compose.editing.stacked import check_output
+    from moelora.compose.editing.stacked import check_output, read_stacked
     from moelora.errors import ComposeError
     from moelora.runs.quiet import quiet_libraries
 
     quiet_libraries()
     check_output(options.output, options.adapter)
+    if options.verb != "split":
+        read_stacked(options.adapter)  # what is wrong with it is said before a base model is loaded
     needs_data = options.verb == "merge" or getattr(options, "unused", None) is not None
     if needs_data and options.data is None:
         raise ComposeError(f"{options.command} looks at the usage of the experts; allowed: with --data FILE.")

@@ -143,7 +143,7 @@ class MoeLoraTrainerMixin(_Base):
     def _moelora_prompts(self, inputs: Any) -> AbstractContextManager[None]:
         """What routing by sequence has to know of prompts, found here since a loss may hide labels from the model."""
         hooks = find_hooks(self.model)
-        if hooks is None or not isinstance(inputs, Mapping):
+        if hooks is None or not isinstance(inputs, Mapping) or not {"input_ids", "inputs_embeds"} & set(inputs):
             return nullcontext()
         base = next(module for module, name in hooks.names.items() if not name)
         return known_facts(hooks.facts_of_prompts(base, inputs))
