@@ -80,7 +80,7 @@ def add_experts(
         raise ComposeError(f"names are {list(names)}; allowed: none, since this mixture's experts have only numbers.")
     sites = dict(old.sites)
     given, used = dict(rows or {}), set[str]()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, site in mixtures.items():
             new = _new_entries(old, site, count, start if source is None else source)
