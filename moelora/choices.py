@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -191,7 +192,7 @@ class Choice:
 
 
 _C = TypeVar("_C", bound=type[Choice])
-_KINDS: dict[str, dict[str, type[Choice]]] = {axis: {} for axis in AXES}
+_KINDS: dict[str, dict[str, type[Choice]]] = defaultdict(dict)
 
 
 def register(cls: _C) -> _C:

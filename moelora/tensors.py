@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,11 @@ class AdapterTensors(nn.Module):
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it was declared: what is frozen of it and the rest in one."""
-        first, *rest = [self.get_parameter(piece) for piece in self.pieces[name]]
-        return torch.cat([first, *rest]) if rest else first
+        pieces = self.pieces[name]
+        first: Any = self._parameters[pieces[0]]
+        if len(pieces) == 1:
+            return first
+        return torch.cat([first, self.get_parameter(pieces[1])])
 
     def has(self, name: str) -> bool:
         """Whether a tensor of that name was declared."""

@@ -21,13 +21,13 @@ from torch import Tensor
 from moelora import MoeLoraConfig
 from moelora.compose import add_experts, fit_centroid
 from moelora.compose.editing import read_stacked
+from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.layers.base import MoeLoraLayer
 from moelora.runs.config import RunConfig, SequentialConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
-from moelora.runs.examples import padded, tokenised
 from moelora.runs.folder import ADAPTER, STAGES, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from train.sft import new_adapter, show_rows, train_stage
@@ -190,9 +190,5 @@ def _centroid(base: Any, words: SequentialConfig, rows: Any, tokenizer: Any) -> 
     """The mean embedding of the task's prompts."""
     if torch.accelerator.is_available():
         base = base.to(torch.accelerator.current_accelerator())
-    examples = tokenised(rows.select(range(min(len(rows), CENTROID_ROWS))), tokenizer)
-    batches = [
-        {name: tensor.to(base.device) for name, tensor in batch.items()}
-        for batch in padded(examples, 8, tokenizer.pad_token_id)
-    ]
-    return fit_centroid(base, batches, words.embedding).cpu()
+    examples = tokenize(rows.select(range(min(len(rows), CENTROID_ROWS))), tokenizer)
+    return fit_centroid(base, batches(examples, 8, base.device), words.embedding).cpu()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moelora.compose.editing import SiteRouting, fit_centroid, mean_loss, measure_routing, read_stacked
 from moelora.compose.editing.stacked import read_words
+from moelora.compose.tokens import batches, tokenize
 from moelora.errors import ComposeError, MoeLoraError
 from moelora.runs.config import DatasetConfig
 from moelora.runs.data import load_rows
-from moelora.runs.examples import padded, tokenised
 from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 from moelora.runs.wording import one_line
 
@@ -60,7 +60,7 @@ class ScoredData:
     def batches(self, file: str) -> list[Any]:
         """The rows of a file as batches."""
         rows = load_rows(DatasetConfig(files=file, limit=self.options.limit), self.tokenizer)
-        return list(padded(tokenised(rows, self.tokenizer), self.options.batch_size, self.tokenizer.pad_token_id))
+        return list(batches(tokenize(rows, self.tokenizer), self.options.batch_size, self.base.device))
 
     def measure(self, adapter: str, *, routing: bool = False) -> Measured:
         """The loss of an adapter on the rows, and where its tokens go.

@@ -1,7 +1,8 @@
-"""Life after training: edit the experts of a mixture, and switch them off and on."""
+"""Life after training: mixtures of LoRAs that exist, edits of experts, and switching them off and on."""
 
 from __future__ import annotations
 
+from moelora.compose.assemble import from_loras
 from moelora.compose.editing import (
     add_experts,
     cut_ranks,
@@ -21,6 +22,7 @@ __all__ = [
     "drop_experts",
     "fit_centroid",
     "freeze_experts",
+    "from_loras",
     "mean_loss",
     "measure_routing",
     "merge_experts",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moelora.errors import ComposeError
 
-# Fields of `LoraConfig` under which a LoRA is something else than W + s B A on linears: that value, the reason.
+# Fields of `LoraConfig` under which a LoRA is something else than W + s B A: the harmless value, and the reason.
 _PLAIN: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA also rescales the base weight"),
     "lora_bias": (False, "it adds a bias of its own"),
@@ -87,7 +87,8 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
         value = getattr(config, field, plain)
         if value != plain and value:
             raise ComposeError(
-                f"the LoRA {source!r} has {field}={value!r}, and {reason}; allowed: {field}={plain!r}. Train without."
+                f"the LoRA {source!r} has {field}={value!r}, and {reason}; allowed: {field}={plain!r}. Train it "
+                "without."
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
@@ -122,7 +123,8 @@ def _weights(source: str) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = load_peft_weights(source, device="cpu")
     except Exception as error:  # safetensors, pickle, the Hub and PEFT each raise their own
         raise ComposeError(
-            f"the weights of the LoRA {source!r} cannot be read: {' '.join(str(error).split())} Save it again."
+            f"the weights of the LoRA {source!r} cannot be read: {' '.join(str(error).split())} Save or "
+            "download it again."
         ) from error
     return weights
 

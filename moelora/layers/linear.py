@@ -53,7 +53,10 @@ class MixtureLinear(MoeLoraLayer):
             return result
         factors = self.lora_factors("", adapter)
         assert factors is not None
-        x_lora = self.moelora_dropout[adapter](self._cast_input_dtype(x, factors.a_ERD.dtype))
+        x_lora = self._cast_input_dtype(x, factors.a_ERD.dtype)
+        dropout: Any = self.moelora_dropout[adapter]
+        if dropout.training and dropout.p > 0:
+            x_lora = dropout(x_lora)
         routing = None
         if adapter in self.routers:
             assert here is not None

@@ -37,7 +37,8 @@ class Factors:
 
     def inner_TER(self, x_TD: Tensor) -> Tensor:
         """`A_e x` of all experts in one product: [T, E, R], or [T, 1, R] with a shared A."""
-        return F.linear(x_TD, self.a_ERD.flatten(0, 1)).unflatten(-1, tuple(self.a_ERD.shape[:2]))
+        E, R, _ = self.a_ERD.shape
+        return F.linear(x_TD, self.a_ERD.flatten(0, 1)).view(*x_TD.shape[:-1], E, R)
 
     def weight_MO(self) -> Tensor:
         """B of all experts as one matrix behind `inner`: [E * R, O]; a view for one expert and for rank one."""

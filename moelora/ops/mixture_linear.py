@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moelora.ops.factors import Factors
 
@@ -36,12 +37,15 @@ def mixture_linear(
     """
     if separate and gates_TE is not None and factors.num_experts > 1:
         return _separately(x_TD, factors, gates_TE, base_TO)
-    inner_TER = factors.inner_TER(x_TD)
-    alpha = factors.scaling
-    if gates_TE is not None:
+    if gates_TE is None:
+        # views of one expert, without the reshapes of several: they cost as much as the products of one token
+        inner_TM, weight_MO = F.linear(x_TD, factors.a_ERD[0]), factors.b_EOR[0].t()
+        alpha = factors.scaling
+    else:
+        inner_TER = factors.inner_TER(x_TD)
         inner_TER = inner_TER * (gates_TE * factors.scaling).to(inner_TER.dtype).unsqueeze(-1)
+        inner_TM, weight_MO = inner_TER.flatten(-2), factors.weight_MO()
         alpha = 1.0
-    inner_TM, weight_MO = inner_TER.flatten(-2), factors.weight_MO()
     if base_TO is not None and base_TO.dtype == inner_TM.dtype:
         return torch.addmm(base_TO, inner_TM, weight_MO, alpha=alpha)
     delta_TO = inner_TM @ weight_MO

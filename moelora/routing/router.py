@@ -76,7 +76,9 @@ class Router(AdapterTensors):
         Returns:
             The decision, in fp32.
         """
-        tensors = {name: self.tensor(name) for name in self.pieces} | (replaced or {})
+        tensors = {name: self.tensor(name) for name in self.pieces}
+        if replaced:
+            tensors |= replaced
         dropouts: dict[str, Any] = {name: each.p if self.training else 0.0 for name, each in self.dropouts.items()}
         given = RouterInput(x_TD, tokens, self.num_experts, tensors, dropouts, self.training)
         scored = self.scores.score(given)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
 from moelora.compose import mean_loss
+from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import DatasetConfig
 from moelora.runs.data import load_rows
-from moelora.runs.examples import padded, tokenised
 from moelora.runs.models import load_adapter
 from tests.compose.mixtures import saved, saved_by_sequence
 from tests.compose.test_split import trained_lora
@@ -70,7 +70,7 @@ def test_an_edit_prints_sizes_and_losses(
     model = load_adapter(AutoModelForCausalLM.from_pretrained(place / "base"), str(place / "out"))
     tokenizer = tiny_tokenizer()
     rows = load_rows(DatasetConfig(files=str(place / "rows.jsonl")), tokenizer)
-    loss = mean_loss(model, padded(tokenised(rows, tokenizer), 3, 0))
+    loss = mean_loss(model, batches(tokenize(rows, tokenizer), 3, "cpu"))
     assert float(table["loss a token"][1]) == pytest.approx(loss, abs=2e-4)
     if words.startswith(("freeze", "split")):
         assert table["loss a token"][0] == table["loss a token"][1]

@@ -52,8 +52,8 @@ def meaning(config: Any) -> dict[str, Any]:
 def assert_stored(found: dict[str, Tensor], folder: Path, keys: set[str] | None = None) -> None:
     """Equal to the stored logits; these come from one CPU, and another may sum in another order.
 
-    T5 does not scale its attention, so that the last bit of a weight moves its logits by 4e-5; in float64 they are equal
-    to 4e-14.
+    T5 does not scale its attention, so that the last bit of a weight moves its logits by 4e-5; in float64 they are
+    equal to 4e-14.
     """
     stored = load_file(folder / "expected.safetensors")
     atol = 1e-4 if "t5" in folder.name else 1e-6

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moelora import record_routing
+from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import load_config, sft_config
 from moelora.runs.data import load_rows
-from moelora.runs.examples import padded, tokenised
 from moelora.runs.models import load_adapter, load_tokenizer
 from tests.runs.tiny import write_run
 from tests.train.test_sft import StopAfter
@@ -51,7 +51,7 @@ def outputs(file: Path, adapter: Path, task: str) -> tuple[list[Tensor], list[in
     rows = [row for row in load_rows(config.dataset, tokenizer) if row["task"] == task]
     model = load_adapter(AutoModelForCausalLM.from_pretrained(config.model), str(adapter)).eval()
     logits, experts = list[Tensor](), list[int | None]()
-    for batch in padded(tokenised(rows, tokenizer), 1, 0):
+    for batch in batches(tokenize(rows, tokenizer), 1, "cpu"):
         with torch.no_grad(), record_routing(model) as listener:
             logits.append(model(**batch).logits)
         ids = listener.records[0].routing.ids_TK
@@ -65,7 +65,7 @@ def test_training_routes_by_the_prompt_alone_as_the_finished_model_does(tmp_path
     assert main([str(file)]) == 0
     config = load_config(file)
     tokenizer = load_tokenizer(config)
-    (batch,) = padded(tokenised(load_rows(config.dataset, tokenizer).select(range(4)), tokenizer), 4, 0)
+    (batch,) = batches(tokenize(load_rows(config.dataset, tokenizer).select(range(4)), tokenizer), 4, "cpu")
     model = load_adapter(
         AutoModelForCausalLM.from_pretrained(config.model), str(stage(tmp_path / "a", 2)), is_trainable=True
     )

@@ -1,0 +1,93 @@
+"""The protocol of a recipe: which choices a composition's router is made of, and how its tensors are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftModel
+from torch import Tensor
+
+from moelora.choices import Choice
+from moelora.config import MoeLoraConfig
+from moelora.errors import ComposeError
+from moelora.layers.base import MoeLoraLayer
+
+Example = Mapping[str, Sequence[int]]
+"""A tokenised row: `input_ids`, and `labels` (-100 where a token is not learnt) where it has an answer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """A mixture whose experts are in place and whose router is to be found.
+
+    Attributes:
+        model: The model, with the mixture as its active adapter.
+        adapter: The adapter's name.
+        names: What the experts are called, in their order.
+        examples: Tokenised rows by the name of the expert that they are for.
+    """
+
+    model: PeftModel
+    adapter: str
+    names: Sequence[str]
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> MoeLoraConfig:
+        """The mixture's configuration."""
+        config: MoeLoraConfig = self.model.peft_config[self.adapter]
+        return config
+
+    def layers(self) -> Iterator[MoeLoraLayer]:
+        """The layers that hold the mixture, in the order of the model."""
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLoraLayer) and layer.has_adapter(self.adapter):
+                yield layer
+
+    def factors(self, layer: MoeLoraLayer) -> tuple[Tensor, Tensor]:
+        """A [E, R, D] and B [E, O, R] of a layer; B has its scaling in it."""
+        factors = layer.lora_factors("", self.adapter)
+        assert factors is not None
+        return factors.a_ERD.detach(), factors.b_EOR.detach() * factors.scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRecipe(Choice):
+    """Base of the recipes. Its fields are what a user may set."""
+
+    axis: ClassVar[str] = "composition"
+    needs_examples: ClassVar[bool] = False
+    """Whether it cannot do without rows for each expert."""
+
+    def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
+        """The words of `MoeLoraConfig` for the router: scores, selection, placement.
+
+        Args:
+            num_experts: E.
+            base: The base model.
+        """
+        raise NotImplementedError
+
+    def fit(self, composition: Composition) -> None:
+        """Find the router's tensors; nothing for one that has none, or whose tensors start as they are declared."""
+
+    def check_examples(self, names: Sequence[str], examples: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse rows for experts that are not there, and none for one that needs them.
+
+        Raises:
+            ComposeError: With the names.
+        """
+        unknown = sorted(set(examples) - set(names))
+        if unknown:
+            raise ComposeError(
+                f"there are rows for {', '.join(unknown)}; allowed: the names of the experts, {', '.join(names)}."
+            )
+        missing = [name for name in names if not examples.get(name)]
+        if self.needs_examples and missing:
+            raise ComposeError(
+                f"the router {self.kind!r} is fitted on rows of each expert, and there are none for "
+                f"{', '.join(missing)}; allowed: at least one row each. Give a file of rows with a column `task` that "
+                "names the expert."
+            )

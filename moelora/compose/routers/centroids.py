@@ -1,0 +1,114 @@
+"""One expert for a whole sequence, by the nearest centroid.
+
+Shape suffixes: N prompts, D features of an embedding, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moelora.choices import register
+from moelora.compose.routers.base import Composition, Example, RouterRecipe
+from moelora.compose.tokens import batches, prompt_of
+from moelora.errors import ComposeError
+from moelora.routing.run import find_hooks
+from moelora.scores.centroids import CentroidScores, cosines
+from moelora.validation import check, check_bool, check_choice, is_real
+
+Embedding = Literal["hidden", "input"]
+_BATCH = 8
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Centroids(RouterRecipe):
+    """The expert whose rows' prompts are nearest to the prompt at hand, or the base model if none is near.
+
+    An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. An expert takes a prompt if
+    the cosine with its centroid is at least its threshold: `slack` of the way from the mean to the lowest cosine among
+    its own rows, each compared with the centroid of the others, is added below that lowest cosine.
+
+    Args:
+        embedding: "hidden", the mean of the base's last hidden states over the prompt; or "input", of its input
+            embeddings, which needs no extra pass and tells apart less.
+        unknown: Whether a prompt that is near to none stays with the base model. It needs two rows for each expert.
+        slack: How far below the lowest cosine of its own rows an expert's threshold is.
+    """
+
+    kind: ClassVar[str] = "centroids"
+    needs_examples: ClassVar[bool] = True
+
+    embedding: Embedding = "hidden"
+    unknown: bool = True
+    slack: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("router.embedding", self.embedding, Embedding)
+        check_bool("router.unknown", self.unknown)
+        check(is_real(self.slack) and self.slack >= 0, "router.slack", self.slack, "a number of at least 0")
+
+    def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
+        """Centroid scores, the nearest, one router for the model."""
+        features = base.get_input_embeddings().embedding_dim
+        if self.embedding == "hidden":
+            features = base.config.get_text_config().hidden_size
+        return {
+            "scores": {"kind": "centroids", "features": features, "embedding": self.embedding},
+            "selection": {"kind": "nearest", "threshold": self.unknown},
+            "placement": {"kind": "linear", "routers": "per_model"},
+        }
+
+    def fit(self, composition: Composition) -> None:
+        """Write centroids, centre and thresholds.
+
+        Raises:
+            ComposeError: If an expert has one row only, and thresholds are asked for.
+        """
+        embeddings = [embed_prompts(composition, composition.examples[name]) for name in composition.names]
+        centroids_ED = torch.stack([h_ND.mean(0) for h_ND in embeddings])
+        # of the experts, not of the rows: an expert with many rows is not nearer to the centre
+        center_1D = centroids_ED.mean(0, keepdim=True) if len(embeddings) > 1 else torch.zeros_like(centroids_ED[:1])
+        router = next(iter(composition.layers())).routers[composition.adapter]
+        router.get_parameter("centroids").data.copy_(centroids_ED)
+        router.get_parameter("center").data.copy_(center_1D)
+        if self.unknown:
+            lowest = [
+                self._threshold(name, h, center_1D) for name, h in zip(composition.names, embeddings, strict=True)
+            ]
+            router.get_parameter("threshold").data.copy_(torch.tensor(lowest).unsqueeze(1))
+
+    def _threshold(self, name: str, h_ND: Tensor, center_1D: Tensor) -> float:
+        count = len(h_ND)
+        if count < 2:
+            raise ComposeError(
+                f"expert {name!r} has one row, which says nothing of how far its prompts are apart; allowed: at least "
+                "two rows each, or unknown=False."
+            )
+        others_ND = (h_ND.sum(0, keepdim=True) - h_ND) / (count - 1)
+        own_N = torch.stack([cosines(h_ND[i : i + 1], others_ND[i : i + 1], center_1D)[0, 0] for i in range(count)])
+        return float(own_N.min() - self.slack * (own_N.mean() - own_N.min()))
+
+
+def embed_prompts(composition: Composition, examples: Sequence[Example]) -> Tensor:
+    """The embedding of each example's prompt as a centroid router sees it, [N, D] in fp32.
+
+    Args:
+        composition: A mixture with centroid scores.
+        examples: Tokenised rows.
+    """
+    hooks = find_hooks(composition.model)
+    assert hooks is not None
+    assert isinstance(composition.config.scores, CentroidScores)
+    base = composition.model.get_base_model()
+    prompts = [{"input_ids": prompt_of(example)} for example in examples]
+    (fact,) = composition.config.scores.needs
+    found = [
+        hooks.facts_of_prompts(base, {name: batch[name] for name in ("input_ids", "attention_mask")})[fact]
+        for batch in batches(prompts, _BATCH, composition.model.device)
+    ]
+    return torch.cat(found)

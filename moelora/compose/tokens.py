@@ -1,0 +1,85 @@
+"""Rows as tokens: the prompt and the answer of each, as TRL's trainer would see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelora.errors import ComposeError
+
+
+def tokenize(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Token ids of rows, with labels where a row has an answer.
+
+    Args:
+        rows: Each has `prompt`, with `completion` or without; or `messages`, of which the last is the answer; or
+            `text`. Prompts and completions are texts, or messages.
+        tokenizer: The base model's tokenizer.
+
+    Returns:
+        `input_ids`, and `labels` with -100 for the prompt; a `text` has no labels: all of it is a prompt.
+
+    Raises:
+        ComposeError: For a row of another form.
+    """
+    return [_tokenize(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _tokenize(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, list[int]]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None and isinstance(row.get("messages"), Sequence) and row["messages"]:
+        prompt, completion = list(row["messages"][:-1]), [row["messages"][-1]]
+    if isinstance(prompt, str) and isinstance(completion, str | None):
+        before = tokenizer(prompt)["input_ids"]
+        whole = before if completion is None else tokenizer(prompt + completion)["input_ids"]
+        if completion is not None and tokenizer.eos_token_id is not None:
+            whole = [*whole, tokenizer.eos_token_id]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, str) and not isinstance(completion, str):
+        words: dict[str, Any] = {"tokenize": True, "return_dict": False}
+        before = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **words)
+        whole = before if completion is None else tokenizer.apply_chat_template([*prompt, *completion], **words)
+    elif isinstance(row.get("text"), str):
+        return {"input_ids": tokenizer(row["text"])["input_ids"]}
+    else:
+        raise ComposeError(
+            f"{where} has the columns {', '.join(row)}; allowed: prompt (with completion), messages, or text, all "
+            "texts or all messages."
+        )
+    if completion is None:
+        return {"input_ids": whole}
+    # a template may write the end of a prompt differently once an answer follows
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
+    )
+    return {"input_ids": whole, "labels": [-100] * shared + list(whole[shared:])}
+
+
+def prompt_of(example: Mapping[str, Sequence[int]]) -> list[int]:
+    """The tokens before an example's answer."""
+    labels = example.get("labels")
+    ids = list(example["input_ids"])
+    return ids if labels is None else [token for token, label in zip(ids, labels, strict=True) if label == -100] or ids
+
+
+def batches(examples: Sequence[Mapping[str, Sequence[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
+    """Examples in padded batches: `input_ids`, `attention_mask` and `labels`.
+
+    Args:
+        examples: Tokenised rows.
+        size: Rows of a batch.
+        device: Where the batches go.
+    """
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        longest = max(len(example["input_ids"]) for example in part)
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for example in part:
+            ids = list(example["input_ids"])
+            padding = longest - len(ids)
+            columns["input_ids"].append(ids + [0] * padding)
+            columns["attention_mask"].append([1] * len(ids) + [0] * padding)
+            columns["labels"].append(list(example.get("labels") or [-100] * len(ids)) + [-100] * padding)
+        yield {name: torch.tensor(values, device=device) for name, values in columns.items()}
