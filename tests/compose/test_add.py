@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelora import record_routing
-from moelora.compose import add_experts, fit_centroid
+from moelora.compose import add_experts, fit_centroid, from_loras
 from moelora.errors import ComposeError
 from moelora.scores.base import RouterInput, Scored
 from moelora.selection.top_k import TopK
 from tests.compose.mixtures import loaded, logits, saved, saved_by_sequence, texts, train, weights
+from tests.compose.test_split import trained_lora
 from tests.conftest import tiny_model
 from tests.routing.routers import every_token
 
@@ -159,6 +160,27 @@ def _expert(model: Any, row: Tensor) -> int:
     ids = listener.records[0].routing.ids_TK
     assert ids is not None
     return int(ids[0, 0])
+
+
+def test_a_composition_of_loras_that_sends_the_unknown_to_the_base_takes_one_more(tmp_path: Path) -> None:
+    """Its new expert is trained, its old ones are not, and takes what is as near as the least strict of them asks."""
+    rows = {
+        name: [{"input_ids": row.tolist()} for row in texts(3, seed=seed)] for seed, name in enumerate(("a", "b"), 20)
+    }
+    loras = {name: trained_lora(tmp_path / name) for name in rows}
+    from_loras(tiny_model(), loras, {"kind": "centroids", "embedding": "input"}, examples=rows).save_pretrained(
+        tmp_path / "old"
+    )
+    centroid = fit_centroid(tiny_model(), [{"input_ids": texts(3, seed=22)}], "input")
+    added = add_experts(tmp_path / "old", tmp_path / "new", names=["c"], rows={"centroids": centroid})
+    assert added.before.num_trainable == 0 < added.after.num_trainable
+    before, after = (
+        next(t for name, t in weights(tmp_path / folder).items() if name.endswith("threshold"))
+        for folder in ("old", "new")
+    )
+    assert after.equal(torch.cat([before, before.min().view(1, 1)]))
+    model = loaded(tmp_path / "new")
+    assert _expert(model, texts(3, seed=22)[0]) == 2
 
 
 def test_a_bias_of_all_experts_is_not_moved_any_more(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_start_is_the_lora(tmp_path: Path, words: dict[str, Any], num_expert
     config = model.peft_config["default"]
     assert (config.experts.num_experts, config.experts.r) == (num_experts, rank)
     assert split.after.num_experts == num_experts
-    assert (split.after.num_parameters > split.before.num_parameters) is (num_experts > 1 or True)
+    assert split.after.num_parameters > split.before.num_parameters  # a router came with it
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model, texts())
     assert all(not p.equal(before[name]) for name, p in model.named_parameters() if p.requires_grad) or num_experts == 1
