@@ -56,7 +56,7 @@ def from_loras(
             its rows. The base is then as it was.
     """
     recipe: RouterRecipe = read("composition", router)
-    named = _named(loras)
+    named = named_sources(loras)
     examples = examples or {}
     recipe.check_examples(list(named), examples)
     sources = [read_lora(name, source) for name, source in named.items()]
@@ -79,7 +79,7 @@ def from_loras(
     return model
 
 
-def _named(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
+def named_sources(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
     """Sources by the name of the expert.
 
     Raises:

@@ -64,7 +64,9 @@ def test_prompts_go_to_their_own_expert(composed: Any) -> None:
 def test_centroids_against_a_naive_router(tmp_path: Path) -> None:
     """Means, centre and thresholds, computed one row at a time from the base model alone."""
     rows = examples()
-    model = from_loras(tiny_model(), three_loras(tmp_path), {"kind": "centroids", "slack": 0.5}, examples=rows)
+    model = from_loras(
+        tiny_model(), three_loras(tmp_path), {"kind": "centroids", "slack": 0.5, "least": 0.1}, examples=rows
+    )
     base = tiny_model()
 
     @torch.no_grad()
@@ -83,7 +85,7 @@ def test_centroids_against_a_naive_router(tmp_path: Path) -> None:
             F.cosine_similarity(part[i] - center, torch.cat([part[:i], part[i + 1 :]]).mean(0) - center, dim=0).item()
             for i in range(len(part))
         ]
-        expected = min(cosines) - 0.5 * (sum(cosines) / len(cosines) - min(cosines))
+        expected = max(0.1, min(cosines) - 0.5 * (1 - min(cosines)))
         assert router.tensor("threshold")[expert].item() == pytest.approx(expected, abs=1e-4)
 
 
