@@ -1,5 +1,31 @@
-"""Life after training: mixtures of LoRAs that exist already."""
+"""Life after training: mixtures of LoRAs that exist, edits of experts, and switching them off and on."""
+
+from __future__ import annotations
 
 from moelora.compose.assemble import from_loras
+from moelora.compose.editing import (
+    add_experts,
+    cut_ranks,
+    drop_experts,
+    fit_centroid,
+    freeze_experts,
+    mean_loss,
+    measure_routing,
+    merge_experts,
+    split_lora,
+)
+from moelora.compose.switch import switch_experts
 
-__all__ = ["from_loras"]
+__all__ = [
+    "add_experts",
+    "cut_ranks",
+    "drop_experts",
+    "fit_centroid",
+    "freeze_experts",
+    "from_loras",
+    "mean_loss",
+    "measure_routing",
+    "merge_experts",
+    "split_lora",
+    "switch_experts",
+]

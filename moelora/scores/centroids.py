@@ -80,7 +80,7 @@ class CentroidScores(Scores):
         h_ND = tokens.fact_N("instance_embedding" if tokens.has_fact("instance_embedding") else self._fact)
         z_NE = cosines(h_ND, given.tensors["centroids"], given.tensors["center"])
         z_TE = z_NE[tokens.sequence_T()]
-        return Scored(z_TE, z_TE.softmax(-1), z_TE, positive=False)
+        return Scored(z_TE, z_TE.softmax(-1), z_TE, is_softmax=False)
 
 
 def cosines(h_ND: Tensor, centroids_ED: Tensor, center_1D: Tensor) -> Tensor:
