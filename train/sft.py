@@ -13,10 +13,10 @@ from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
 
 from moelora import MoeLoraTrainerMixin
+from moelora.files import new_folder
 from moelora.runs.config import RunConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
-from moelora.runs.files import new_folder
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import ModelSource, load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress

@@ -13,8 +13,8 @@ from eval.compare.cells import BASE, Board, Cell
 from eval.compare.mixture import as_dataset, padded
 from eval.compare.sizes import source_of
 from eval.compare.work import Bench, rows_a_step
+from moelora.files import write_atomically
 from moelora.runs.console import say
-from moelora.runs.files import write_atomically
 from moelora.runs.models import load_model
 from moelora.runs.wording import minutes
 

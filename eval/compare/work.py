@@ -19,7 +19,7 @@ from eval.scoring.scorer import Scorer
 from eval.scoring.sources import Contestant
 from eval.scoring.suite_run import card_metrics, score_model
 from eval.suites.registry import Suite, load_suite
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.folder import ADAPTER, RunDir
 from moelora.runs.models import load_model, load_tokenizer
 from moelora.runs.parameters import ParameterCount

@@ -17,7 +17,7 @@ import yaml
 from moelora import presets
 from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import sft_arguments
 from moelora.runs.yaml_file import read_words

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
+from moelora.files import write_atomically
 from moelora.runs.config import RunConfig, save_config
-from moelora.runs.files import write_atomically
 from moelora.runs.yaml_file import parse_yaml
 
 ADAPTER = "adapter"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import MoeLoraError, RunError
+from moelora.files import new_folder
 from moelora.formats import upgrade_keys
 from moelora.runs.config import RunConfig
-from moelora.runs.files import new_folder
 from moelora.runs.wording import one_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
