@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from moelora.errors import ExportError
 
@@ -62,7 +63,7 @@ def _distill_on_data(options: argparse.Namespace) -> str:
     from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
     from moelora.runs.tokens import batches_of
 
-    config = read_config(options.adapter)
+    config = read_config(Path(options.adapter).expanduser())
     check_free(options.output)
     name = _base(options) or config.base_model_name_or_path
     if not name:

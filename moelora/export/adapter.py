@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
+from moelora.formats import upgrade_keys
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 from moelora.layers.feed_forward import MixtureFeedForward
@@ -25,6 +27,7 @@ from moelora.layers.modules import unwrapped
 from moelora.ops.factors import Factors
 from moelora.peft_type import PEFT_TYPE, PREFIX
 from moelora.routing.router import Router
+from moelora.tensors import AdapterTensors
 
 LORA_EXPERTS = ("lora", "lora_composed", "lora_shared_a")
 """The kinds of experts that are LoRAs: `scaling * B_e A_e x` and nothing else."""
@@ -148,7 +151,17 @@ def open_adapter(
         low_cpu_mem_usage=True,
         autocast_adapter_dtype=False,
     )
+    _fill(model, upgrade_keys(load_peft_weights(str(folder), device="cpu")))
     return _of_model(model, "default", name)
+
+
+def _fill(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter its tensors: PEFT has checked them and left them without memory, as their base is."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterTensors):
+            for own in module.declared:
+                tensor = stored[f"{name.removesuffix('.default')}.{own}"]
+                setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
 
 def read_config(folder: Path) -> MoeLoraConfig:

@@ -46,4 +46,4 @@ def activation_of(base: nn.Module) -> str:
         raise ExportError(
             f"the base model is of type {model_type!r}; allowed, as in MixLoRA's code: {', '.join(MODEL_TYPES)}."
         )
-    return str(config.hiddenactivation_of if config.model_type == "gemma2" else config.hidden_act)
+    return str(config.hidden_activation if config.model_type == "gemma2" else config.hidden_act)
