@@ -70,8 +70,8 @@ def distill_lora(
     feed-forward block the u_e are divided by their sum, since the block is inside every expert. With `steps` it is then
     trained by AdamW on `train` to lower KL(mixture || LoRA).
 
-    It equals the mixture only for a fixed mix on linears and a rank as large as all experts' together, for which
-    `export_loras` needs no rank.
+    It is written in fp32. It equals the mixture only for a fixed mix on linears and a rank as large as all experts'
+    together, for which `export_loras` needs no rank.
 
     Args:
         adapter: A model with the adapter, or, without data, the folder of a saved one. The model is left as it was.
@@ -153,7 +153,9 @@ def summed_loras(adapter: OpenAdapter, usage: Mapping[str, Tensor], rank: int) -
     usage = {name: u_E / u_E.sum() if name in blocks and u_E.sum() != 0 else u_E for name, u_E in usage.items()}
     loras, kept, total = {}, 0.0, 0.0
     for name, parts in weighted_parts(adapter, usage).items():
-        loras[name], singular_R = truncated(concatenated(parts), rank)
+        # in fp32, since half precision would round the weighted sum
+        exact = [(weight, Lora(lora.a_RD.float(), lora.b_OR.float(), lora.scaling)) for weight, lora in parts]
+        loras[name], singular_R = truncated(concatenated(exact), rank)
         squared_R = singular_R.double().square()
         kept, total = kept + float(squared_R[:rank].sum()), total + float(squared_R.sum())
     return loras, kept / total if total > 0 else 1.0
@@ -165,17 +167,16 @@ def truncated(lora: Lora, rank: int) -> tuple[Lora, Tensor]:
     It is stored with `rank` rows of A and columns of B; what its product does not need is 0.
 
     Args:
-        lora: A LoRA of any rank K, with scaling 1.
+        lora: A LoRA of any rank K in fp32, with scaling 1.
         rank: R.
     """
     # the product [O, D] is never made: B A = Q_b (R_b R_a^T) Q_a^T, and the middle is at most K x K
-    q_b, r_b = torch.linalg.qr(lora.b_OR.float())
-    q_a, r_a = torch.linalg.qr(lora.a_RD.float().t())
+    q_b, r_b = torch.linalg.qr(lora.b_OR)
+    q_a, r_a = torch.linalg.qr(lora.a_RD.t())
     u, singular, vh = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
     cut = min(rank, len(singular))
     noise = singular[:1] * torch.finfo(torch.float32).eps * max(lora.b_OR.shape[0], lora.a_RD.shape[1])
     root_R = torch.where(singular > noise, singular, 0).sqrt()[:cut]
     a_RD, b_OR = root_R[:, None] * (vh[:cut] @ q_a.t()), (q_b @ u[:, :cut]) * root_R
     padding = rank - cut
-    dtype = lora.a_RD.dtype
-    return Lora(F.pad(a_RD, (0, 0, 0, padding)).to(dtype), F.pad(b_OR, (0, padding)).to(dtype)), singular
+    return Lora(F.pad(a_RD, (0, 0, 0, padding)), F.pad(b_OR, (0, padding))), singular
