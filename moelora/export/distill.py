@@ -59,7 +59,7 @@ def distill_lora(
     train: Sequence[Batch] = (),
     held_out: Sequence[Batch] = (),
     steps: int = 0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     base: str | None = None,
     adapter_name: str = "default",
 ) -> Distilled:
@@ -80,7 +80,7 @@ def distill_lora(
         train: Batches to measure the usage on, and to train on.
         held_out: Batches to measure base, mixture and LoRA on.
         steps: Optimizer steps, a batch each; 0 is none.
-        learning_rate: Of these steps, without a schedule.
+        learning_rate: Of the first step; it falls linearly to 0.
         base: See `open_adapter`.
         adapter_name: Of a model, the name of the adapter.
 

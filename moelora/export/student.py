@@ -172,12 +172,13 @@ class Student:
         Args:
             batches: Taken in turn.
             steps: Number of steps.
-            learning_rate: Of all steps.
+            learning_rate: Of the first step; it falls linearly to 0.
         """
         own = f".{self.name}."
         parameters = [parameter for name, parameter in self.model.named_parameters() if own in name]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for _, batch in zip(range(steps), itertools.cycle(batches), strict=False):
+        for step, batch in zip(range(steps), itertools.cycle(batches), strict=False):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             with self._running(self.teacher), torch.no_grad():
                 teacher_TV = _predictions(self.model, batch)
             with self._running(self.name):

@@ -175,7 +175,8 @@ def test_steps_lower_the_kl_on_the_training_rows_as_a_plain_loop_does(tmp_path: 
     chosen = batch["labels"][:, 1:] != -100
     with torch.no_grad():
         target = model(**batch).logits[:, :-1][chosen].softmax(-1)
-    for _ in range(3):
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
         optimizer.zero_grad()
         log = lora(**batch).logits[:, :-1][chosen].log_softmax(-1)
         F.kl_div(log, target, reduction="batchmean").backward()
