@@ -1,59 +1,77 @@
-"""The page on native MoE exports runs as it stands, and its table is that of the code."""
+"""The recipes on exports run as they stand, on tiny models."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
-from moelora.export.native_moe.targets import ROWS
-from tests.export.bases import TARGETS, make_base, observed, save_pair
+from moelora.export import write_mixlora
+from tests.adapters import shake, small_config
+from tests.export.mixtures import composition, fill_centroids, saved
+from tests.runs.tiny import tiny_folder
 
-PAGE = (Path(__file__).parents[2] / "docs" / "export-native-moe.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_code_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = save_pair(tmp_path, "smollm2")
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "of": 2, "is": 3, "a": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "base")
-    (tmp_path / "base").rename(tmp_path / "my-base")
-    (tmp_path / "base").symlink_to(tmp_path / "my-base")  # as the adapter names it
-    (tmp_path / "adapter").rename(tmp_path / "my-adapter")
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+
+
+def run_commands(page: str) -> None:
+    """The commands of a page; `python` in a process of its own."""
+    for line in "".join(blocks(page, "bash")).splitlines():
+        name, *arguments = shlex.split(line, comments=True)
+        if name == "moelora":
+            assert main(arguments) == 0, line
+        else:
+            assert name == "python"
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder has a base model."""
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL):
-        for line in block.splitlines():
-            program, *arguments = shlex.split(line)
-            assert program == "moelora"
-            assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    shown = re.search(r"\n    my-moe\n(.*?)\n\n", PAGE, flags=re.DOTALL)
-    assert shown is not None
-    for label in re.findall(r"^      (\S.*?)  ", shown[1], flags=re.MULTILINE):
-        assert f"\n  {label} " in printed, label
-
-    namespace: dict[str, Any] = {}
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    exec(compile(block, "export-native-moe.md", "exec"), namespace)
-    assert (observed(model)["logits"] - observed(namespace["native"].eval())["logits"]).abs().max() < 1e-4
+    return tiny_folder(tmp_path / "my-base")
 
 
-def test_the_table_has_every_row() -> None:
-    table = dict(re.findall(r"^\| (`.*?) \| (\w+) \|", PAGE, flags=re.MULTILINE))
-    named = {name: target for words, target in table.items() for name in re.findall(r"`(\w+)`", words)}
-    assert set(ROWS) <= set(named)
-    for row, architecture in TARGETS.items():
-        base = make_base(row).config
-        found = {
-            target
-            for words, target in table.items()
-            if f"`{base.model_type}`" in words
-            and ("attention_bias" in words) == (base.model_type == "llama" and base.attention_bias)
-        }
-        assert {f"{target}ForCausalLM" for target in found} == {architecture}, row
+def test_export_loras(base: Path) -> None:
+    words: dict[str, Any] = {"scores": {"kind": "centroids", "features": 36}, "selection": "nearest"}
+    mixture = composition(base, **words, placement={"kind": "linear", "routers": "per_model"})
+    fill_centroids(mixture, torch.randn(3, 36))
+    saved(mixture, Path("my-mixture"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), small_config("mixlora"))
+    shake(model)
+    saved(model, Path("my-adapter"))
+    rows = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(10)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_commands("export-loras.md")
+    for block in blocks("export-loras.md", "python"):
+        namespace: dict[str, Any] = {}
+        exec(compile(block, "export-loras.md", "exec"), namespace)
+        if "request" in namespace:
+            assert namespace["request"]["model"] in ("maths", "code", "prose")
+    for folder in ("my-loras/maths", "my-loras-again/code", "my-lora", "my-lora-on-data", "my-lora-again"):
+        assert Path(folder, "adapter_model.safetensors").is_file(), folder
+
+
+def test_mixlora_folders(base: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), small_config("mixlora"))
+    shake(model)
+    write_mixlora(model, "alpaca-mixlora")
+    run_commands("mixlora-folders.md")
+    for block in blocks("mixlora-folders.md", "python"):
+        exec(compile(block, "mixlora-folders.md", "exec"), {})
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "my-adapter-again")
+    assert Path("for-mixlora-again/adapter_model.bin").is_file()
