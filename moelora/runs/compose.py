@@ -17,7 +17,7 @@ from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
-from moelora.runs.files import new_folder
+from moelora.files import new_folder
 from moelora.runs.models import ModelSource, load_model, load_tokenizer
 from moelora.runs.schema import build
 from moelora.runs.yaml_file import parse_yaml, read_words

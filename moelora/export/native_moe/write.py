@@ -22,7 +22,7 @@ from moelora.export.native_moe.plan import Plan, plan_tensors
 from moelora.export.native_moe.routing import MoeRouting, read_routing
 from moelora.export.native_moe.targets import Target, find_target
 from moelora.export.safetensors_writer import DTYPES, size_of, write_sharded
-from moelora.runs.files import new_folder
+from moelora.files import new_folder
 from moelora.runs.wording import one_line
 
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
