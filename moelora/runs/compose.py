@@ -14,10 +14,10 @@ from moelora.compose.routers.base import Example
 from moelora.compose.sources import read_lora
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
+from moelora.files import new_folder
 from moelora.runs.config import DatasetConfig
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
-from moelora.files import new_folder
 from moelora.runs.models import ModelSource, load_model, load_tokenizer
 from moelora.runs.schema import build
 from moelora.runs.yaml_file import parse_yaml, read_words
