@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from moelora.choices import Init, Param, Site, register
 from moelora.routing.decision import Routing
 from moelora.scores.base import RouterInput, Scored
 from moelora.selection.base import Selection
-from moelora.validation import check_bool
+from moelora.validation import check, check_bool
 
 
 @register
@@ -30,6 +30,20 @@ class Nearest(Selection):
 
     def __post_init__(self) -> None:
         check_bool("selection.threshold", self.threshold)
+
+    def check(self, config: Any) -> None:
+        """Refuse a threshold with feed-forward blocks: the block is inside the experts, and with none it would be 0.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        check(
+            not self.threshold or config.placement.kind == "linear",
+            "selection.threshold",
+            self.threshold,
+            "False with the placement 'feed_forward'",
+            "A token that no expert takes would lose the whole block.",
+        )
 
     def params(self, site: Site) -> list[Param]:
         """`threshold` [E, 1] in fp32."""
