@@ -14,13 +14,14 @@ import torch
 from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
 
-from moelora import MoeLoraTrainerMixin
+from moelora import MoeLoraConfig, MoeLoraTrainerMixin
+from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.runs.config import RunConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
-from moelora.runs.models import load_model, load_tokenizer
+from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress
 from moelora.runs.wording import minutes
 from train.baseline import baseline_config
@@ -61,7 +62,16 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
 
 
 def _make_model(config: RunConfig, peft_config: Any) -> Any:
-    return new_adapter(load_model(config), peft_config, config.adapter_dtype)
+    path = config.adapter.get("path")
+    if path is None or not isinstance(peft_config, MoeLoraConfig):
+        return new_adapter(load_model(config), peft_config, config.adapter_dtype)
+    model = load_adapter(load_model(config), str(Path(path).expanduser()), is_trainable=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RunError(
+            f"adapter.path {path!r} has nothing to train: its experts are frozen and its router is not trained; "
+            "allowed: a composition with router topk, or one made with --trainable."
+        )
+    return model
 
 
 def show_rows(rows: Any, config: RunConfig) -> None:

