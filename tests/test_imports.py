@@ -25,7 +25,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("inject",),
     ("loading", "model"),
     ("presets", "training"),
-    ("hub", "runs", "cli"),
+    ("hub", "runs", "cli", "compose"),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 import moelora.compose.routers  # noqa: F401 - registers the recipes
 from moelora.choices import read
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
-from moelora.compose.sources import LoraSource, read_lora
+from moelora.compose.sources import LoraSource, mean_factors, read_lora
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.inject.base_modules import base_modules
@@ -60,14 +60,16 @@ def from_loras(
     examples = examples or {}
     recipe.check_examples(list(named), examples)
     sources = [read_lora(name, source) for name, source in named.items()]
-    _check_names(base, sources, check_base_name)
+    general = [read_lora(source, source) for source in recipe.subtracted()]
+    _check_names(base, [*sources, *general], check_base_name)
+    means = mean_factors(general, sources)
     config = _config(base, sources, recipe, trainable)
     asked, training = [p for p in base.parameters() if p.requires_grad], base.training
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     try:
         for index, source in enumerate(sources):
-            _fill(model, adapter_name, index, source)
+            _fill(model, adapter_name, index, source, means)
         model.eval()
         recipe.fit(Composition(model, adapter_name, [source.name for source in sources], examples))
     except BaseException:
@@ -176,8 +178,10 @@ def _check_fit(modules: Mapping[str, nn.Module], source: LoraSource, base: str) 
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, adapter: str, index: int, source: LoraSource) -> None:
-    """Write a LoRA into its expert; its scaling goes into B."""
+def _fill(
+    model: PeftModel, adapter: str, index: int, source: LoraSource, means: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Write a LoRA into its expert, less the mean factors of the general ones; its scaling goes into B."""
     pairs = source.factors()
     for layer in model.modules():
         if not isinstance(layer, MoeLoraLayer):
@@ -185,6 +189,8 @@ def _fill(model: PeftModel, adapter: str, index: int, source: LoraSource) -> Non
         a_ERD, b_EOR = (layer.parts[adapter][factor].get_parameter("weight").data for factor in ("A", "B"))
         a_ERD[index].zero_()
         if layer.name in pairs:
-            a_RD, b_OR = pairs[layer.name]
+            a_RD, b_OR = (factor.float() for factor in pairs[layer.name])
+            if layer.name in means:
+                a_RD, b_OR = a_RD - means[layer.name][0], b_OR - means[layer.name][1]
             a_ERD[index, : len(a_RD)].copy_(a_RD)
-            b_EOR[index, :, : len(a_RD)].copy_(b_OR.float() * source.scaling(layer.name))
+            b_EOR[index, :, : len(a_RD)].copy_(b_OR * source.scaling(layer.name))

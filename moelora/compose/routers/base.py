@@ -70,6 +70,10 @@ class RouterRecipe(Choice):
         """
         raise NotImplementedError
 
+    def subtracted(self) -> list[str]:
+        """Folders or names of LoRAs whose mean A and mean B are taken from each expert's A and B before all else."""
+        return []
+
     def fit(self, composition: Composition) -> None:
         """Find the router's tensors; nothing for one that has none, or whose tensors start as they are declared."""
 
