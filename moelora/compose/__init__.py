@@ -1,5 +1,6 @@
 """Life after training: mixtures of LoRAs that exist already."""
 
 from moelora.compose.assemble import from_loras
+from moelora.compose.xlora_folders import read_xlora, write_xlora
 
-__all__ = ["from_loras"]
+__all__ = ["from_loras", "read_xlora", "write_xlora"]
