@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 import moelora.compose.routers  # noqa: F401 - registers the recipes
 from moelora.choices import read
+from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.sources import LoraSource, mean_factors, read_lora
 from moelora.config import MoeLoraConfig
-from moelora.errors import ComposeError
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
-from moelora.layers.modules import is_linear, linear_size
 
 
 def from_loras(
@@ -56,15 +55,15 @@ def from_loras(
             its rows. The base is then as it was.
     """
     recipe: RouterRecipe = read("composition", router)
-    named = _named(loras)
-    examples = examples or {}
-    recipe.check_examples(list(named), examples)
+    pool, examples = named_sources(loras), examples or {}
+    recipe.check_examples(list(pool), examples)
+    named = recipe.chosen(base, pool, examples, check_base_name)
     sources = [read_lora(name, source) for name, source in named.items()]
     general = [read_lora(source, source) for source in recipe.subtracted()]
-    _check_names(base, [*sources, *general], check_base_name)
+    check_names(base, [*sources, *general], check_base_name)
     means = mean_factors(general, sources)
     config = _config(base, sources, recipe, trainable)
-    asked, training = [p for p in base.parameters() if p.requires_grad], base.training
+    untouched = Untouched(base)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     try:
@@ -73,54 +72,9 @@ def from_loras(
         model.eval()
         recipe.fit(Composition(model, adapter_name, [source.name for source in sources], examples))
     except BaseException:
-        model.unload()
-        base.train(training)
-        for parameter in asked:
-            parameter.requires_grad_(True)
+        untouched.restore(model)
         raise
     return model
-
-
-def _named(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
-    """Sources by the name of the expert.
-
-    Raises:
-        ComposeError: If there are none, or two have the same name.
-    """
-    if isinstance(loras, Mapping):
-        named = {name: str(source) for name, source in loras.items()}
-    else:
-        names = [Path(str(source).rstrip("/")).name for source in loras]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ComposeError(
-                f"several LoRAs are called {', '.join(twice)} by the ends of their paths; allowed: names that differ. "
-                "Give each a name: NAME=PATH, or a dict of paths by name."
-            )
-        named = dict(zip(names, map(str, loras), strict=True))
-    if not named:
-        raise ComposeError("there are no LoRAs to compose; allowed: at least one.")
-    return named
-
-
-def _check_names(base: Any, sources: Sequence[LoraSource], check: bool) -> None:
-    """Refuse LoRAs of different bases, task types, or of another base than this, by what they state."""
-    types = {source.config.task_type for source in sources}
-    if len(types) > 1:
-        found = ", ".join(f"{source.name}: {source.config.task_type}" for source in sources)
-        raise ComposeError(f"the LoRAs are for different task types ({found}); allowed: one.")
-    if not check:
-        return
-    own = getattr(getattr(base, "config", None), "_name_or_path", None)
-    stated = {source.name: source.config.base_model_name_or_path for source in sources}
-    # the same model may be in a folder here and on the Hub there: the last part of its name is compared
-    last = {name: Path(str(of).rstrip("/")).name.lower() for name, of in {**stated, "the base": own}.items() if of}
-    if len(set(last.values())) > 1:
-        found = ", ".join(f"{name}: {stated.get(name, own)!r}" for name in last)
-        raise ComposeError(
-            f"the LoRAs and the base model name different bases ({found}); allowed: one. If they are the same model "
-            "under different names, pass check_base_name=False (`--any-base-name`)."
-        )
 
 
 def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trainable: bool) -> MoeLoraConfig:
@@ -131,7 +85,7 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
     """
     modules = dict(base_modules(base))
     for source in sources:
-        _check_fit(modules, source, type(base).__name__)
+        check_fit(modules, source, type(base).__name__)
     sites = {module for source in sources for module in source.shapes}
     endings = {site.rpartition(".")[2] for site in sites}
     same = {name for name in modules if name.rpartition(".")[2] in endings}
@@ -158,23 +112,6 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
 def _origin(source: LoraSource) -> dict[str, Any]:
     found = {"source": source.source, "license": source.license, "revision": source.config.revision}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _check_fit(modules: Mapping[str, nn.Module], source: LoraSource, base: str) -> None:
-    for name, (_, in_features, out_features) in source.shapes.items():
-        module = modules.get(name)
-        if module is None or not is_linear(module):
-            found = "no such module" if module is None else f"a {type(module).__name__} there"
-            raise ComposeError(
-                f"the LoRA {source.source!r} adapts {name!r}, and {base} has {found}; allowed: a LoRA of this base "
-                f"model (it names {source.config.base_model_name_or_path!r})."
-            )
-        if linear_size(module) != (in_features, out_features):
-            raise ComposeError(
-                f"the LoRA {source.source!r} is made for {in_features} inputs and {out_features} outputs at {name!r}, "
-                f"and {base} has {linear_size(module)} there; allowed: a LoRA of this base model (it names "
-                f"{source.config.base_model_name_or_path!r})."
-            )
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moelora.compose.assemble import from_loras
+from moelora.compose.pool import Untouched
 from moelora.compose.routers.base import Composition
 from moelora.compose.routers.xlora import XLora
 from moelora.config import MoeLoraConfig
@@ -59,7 +60,7 @@ def read_xlora(
     recipe = _recipe(folder, config)
     loras = {name: str(folder / name) if _is_lora(folder / name) else path for name, path in config.adapters.items()}
     tensors = _classifier(folder, recipe)
-    asked, training = [p for p in base.parameters() if p.requires_grad], base.training
+    untouched = Untouched(base)
     model = from_loras(
         base,
         loras,
@@ -72,10 +73,7 @@ def read_xlora(
     for name, tensor in tensors.items():
         own = router.get_parameter(name).data
         if own.shape != tensor.shape:
-            model.unload()
-            base.train(training)
-            for parameter in asked:
-                parameter.requires_grad_(True)
+            untouched.restore(model)
             raise ComposeError(
                 f"the classifier in {str(folder)!r} has {name} {list(tensor.shape)}; allowed: {list(own.shape)} for "
                 f"{len(loras)} experts and this base model. The folder is for another one."
@@ -212,7 +210,7 @@ def _words(config: Any) -> dict[str, Any]:
 
 
 def _step(dropout: float) -> int:
-    """How far apart the linears are in PEFT's `nn.Sequential`: a ReLU is between them, and a dropout if there is one."""
+    """How far apart the linears are in PEFT's `nn.Sequential`: a ReLU is between, and a dropout if there is one."""
     return 3 if dropout > 0 else 2
 
 
@@ -240,9 +238,10 @@ def _is_lora(folder: Path) -> bool:
     """Whether a folder holds the weights of a LoRA and nothing else."""
     try:
         with safe_open(folder / _WEIGHTS, "pt") as file:
-            return all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in file.keys())
+            names: list[str] = list(file.keys())
     except (OSError, SafetensorError):
         return False
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
 
 
 def _router(model: PeftModel, adapter: str) -> Router:

@@ -201,9 +201,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             elif self.training and self._moves_bias(adapter):
                 raise MoeLoraError(self._not_repeatable())
         prepared_T = here.tokens.prepared_T(adapter)
-        if place is not None and prepared_T is not None:
-            if prepared_T.requires_grad and place.run.grad_enabled and not torch.is_grad_enabled():
-                raise MoeLoraError(self._not_reentrant())
+        loses_gradient = prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
+        if loses_gradient and place is not None and place.run.grad_enabled:
+            raise MoeLoraError(self._not_reentrant())
         # what looks at the batch alone is the same in every layer of a run
         shared = None if place is None or here.key is None or not router.is_shared else (adapter, *here.key)
         if place is not None and shared in place.run.decisions:

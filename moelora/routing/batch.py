@@ -109,9 +109,9 @@ class Tokens:
         known_T = found.flatten(0, 1)
         if self.valid_BS.numel() != len(known_T):
             raise ConfigError(
-                f"the adapter decides for each of the {len(known_T)} tokens that the model was called with, and a layer has "
-                f"{self.valid_BS.numel()} others (of images, sound, or experts of the base); allowed: layers of the "
-                "text. Leave the layer out with exclude_modules."
+                f"the adapter decides for each of the {len(known_T)} tokens that the model was called with, and a "
+                f"layer has {self.valid_BS.numel()} others (of images, sound, experts of the base); allowed: layers of "
+                "the text. Leave the layer out with exclude_modules."
             )
         return known_T.to(self.valid_BS.device)
 

@@ -1,4 +1,4 @@
-"""A composition computes what its LoRAs do, whatever their shapes; and what cannot be composed leaves the base alone."""
+"""A composition computes what its LoRAs do, whatever their shapes; what cannot be composed leaves the base alone."""
 
 from __future__ import annotations
 
