@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.receipt import make_receipt
     from eval.scoring.agreement import compare
     from moelora.errors import RunError
-    from moelora.runs.files import write_atomically
+    from moelora.files import write_atomically
     from moelora.runs.models import ModelSource, load_model, load_tokenizer
     from moelora.runs.tables import markdown
 

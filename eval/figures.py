@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 
 
 def save(figure: Any, file: Path, dpi: int = 120) -> None:

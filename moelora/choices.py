@@ -12,9 +12,9 @@ import importlib
 import math
 import pkgutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import nn
@@ -152,6 +152,42 @@ class Choice:
         Raises:
             ConfigError: With the reason.
         """
+
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """The same choice for a mixture of some of its experts, none of them frozen.
+
+        Args:
+            experts: Their numbers, in the new order; one that comes twice becomes two experts.
+            num_experts: E before.
+        """
+        return self
+
+    def merged(self, groups: Sequence[Sequence[int]], num_experts: int) -> Self:
+        """The same choice for a mixture in which each group of experts has become one.
+
+        Args:
+            groups: Numbers of experts; the first of each group is the one that the others joined.
+            num_experts: E before.
+        """
+        return self.picked([group[0] for group in groups], num_experts)
+
+    def frozen(self, num_experts: int) -> Self:
+        """The same choice with what belongs to the first so many experts kept from training.
+
+        Args:
+            num_experts: How many; 0 is none.
+        """
+        return self
+
+    def new_rows(self, name: str, old: torch.Tensor, count: int) -> torch.Tensor | None:
+        """What experts that are added have in a router's tensor, [count, ...]; None if that has to be given.
+
+        Args:
+            name: The tensor.
+            old: Its rows for the experts that are there.
+            count: How many are added.
+        """
+        return None
 
     def describe(self) -> str:
         """One phrase: the kind and the fields."""

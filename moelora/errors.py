@@ -45,3 +45,7 @@ class ReportError(MoeLoraError):
 
 class RunError(MoeLoraError):
     """A program cannot start what it was asked for, or cannot resume it."""
+
+
+class ExportError(MoeLoraError):
+    """An adapter cannot be exported: the target cannot express it, its base does not fit, or there is no place."""

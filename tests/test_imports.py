@@ -17,15 +17,17 @@ LONGEST_FILE = 450
 # that knows modules of the base model, lies with the injection. `moelora` itself is above all of them; of the highest
 # level it imports only what has to come before PEFT, `runs.quiet`, which imports nothing of the library.
 LEVELS: list[tuple[str, ...]] = [
-    ("errors", "version", "validation", "peft_type", "forward"),
+    ("errors", "version", "validation", "peft_type", "forward", "files"),
     ("choices", "formats", "preset_registry", "peft_plugin"),
     ("tensors", "routing", "experts", "scores", "selection", "balance", "ops"),
     ("config",),
     ("layers",),
     ("inject",),
     ("loading", "model"),
-    ("presets", "training"),
-    ("hub", "runs", "cli", "compose"),
+    ("presets", "training", "compose"),
+    ("hub", "runs"),
+    ("export",),  # reads adapters and makes folders as these two do
+    ("cli",),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a value of the file; dots for nesting"
     )
+    parser.add_argument("--recipe", help="the program that trains, as `recipe` in the file: sft, or sequential")
     parser.add_argument("--restart", action="store_true", help="throw away what this run has trained so far")
     options = parser.parse_intermixed_args(arguments)
 
@@ -42,10 +43,11 @@ def run(options: argparse.Namespace) -> None:
     """
     from moelora.runs.config import load_config
 
-    config = load_config(options.config, options.overrides)
-    from train import sft
+    recipe = [] if options.recipe is None else [f"recipe={options.recipe}"]
+    config = load_config(options.config, [*options.overrides, *recipe])
+    from train import sequential, sft
 
-    recipes = {"sft": sft.run}
+    recipes = {"sft": sft.run, "sequential": sequential.run}
     recipes[config.recipe](config, restart=options.restart)
 
 

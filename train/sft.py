@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
 
 from moelora import MoeLoraTrainerMixin
+from moelora.files import new_folder
 from moelora.runs.config import RunConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
-from moelora.runs.files import new_folder
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
-from moelora.runs.models import ModelSource, load_model, load_tokenizer
+from moelora.runs.models import load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress
 from moelora.runs.wording import minutes
 from train.baseline import baseline_config
@@ -46,7 +48,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     rows = load_rows(config.dataset, tokenizer)
     if IS_MAIN:
         folder.check_rows(rows)
-    _show_rows(rows, config)
+    show_rows(rows, config)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
     stages = {ADAPTER: (adapter, dict[str, Any]())}
@@ -54,11 +56,16 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
     for stage, (peft_config, changes) in stages.items():
         args = sft_config(config, folder.checkpoints(stage), changes)
-        train_stage(stage, config, peft_config, args, folder, tokenizer, rows, adapter_dtype=config.adapter_dtype)
+        train_stage(stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows)
     say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
 
 
-def _show_rows(rows: Any, config: RunConfig) -> None:
+def _make_model(config: RunConfig, peft_config: Any) -> Any:
+    return new_adapter(load_model(config), peft_config, config.adapter_dtype)
+
+
+def show_rows(rows: Any, config: RunConfig) -> None:
+    """Print what a run is trained on."""
     say(f"Model     {config.model} in {config.dtype}")
     tasks = Counter(rows["task"]) if "task" in rows.column_names else {}
     say(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
@@ -66,10 +73,14 @@ def _show_rows(rows: Any, config: RunConfig) -> None:
     say(f"A row     {json.dumps(row, ensure_ascii=False)[:400]}")
 
 
-def make_trainer(
-    base: Any, peft_config: Any, args: Any, rows: Any, tokenizer: Any, *, adapter_dtype: str = "auto"
-) -> RunTrainer:
-    """A trainer of a new adapter on a base model, without a progress display."""
+def new_adapter(base: Any, peft_config: Any, adapter_dtype: str = "auto") -> Any:
+    """A base model with a new adapter.
+
+    Args:
+        base: The base model; it is changed.
+        peft_config: The adapter.
+        adapter_dtype: As in `RunConfig`.
+    """
     model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype != "bfloat16")
     if adapter_dtype != "auto":
         # PEFT knows float32 and the base's own data type; with a base in float32 it would leave bfloat16 undone
@@ -77,6 +88,11 @@ def make_trainer(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def make_trainer(model: Any, args: Any, rows: Any, tokenizer: Any) -> RunTrainer:
+    """A trainer of a model's adapter, without a progress display."""
     trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -84,27 +100,23 @@ def make_trainer(
 
 def train_stage(
     stage: str,
-    source: RunConfig | ModelSource,
-    peft_config: Any,
+    make_model: Callable[[], Any],
     args: Any,
     folder: RunDir,
     tokenizer: Any,
     rows: Any,
     *,
-    adapter_dtype: str = "auto",
     label: str | None = None,
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
     Args:
         stage: Its name in the folder.
-        source: The base model.
-        peft_config: The adapter.
+        make_model: Makes the base model with the adapter to train; called once the seed is set.
         args: The `SFTConfig`.
         folder: The run's folder.
         tokenizer: The base's tokenizer.
         rows: The training rows.
-        adapter_dtype: As in `RunConfig`.
         label: What messages call it; None for the stage's name.
     """
     label = label or stage
@@ -112,10 +124,12 @@ def train_stage(
         say(f"\nThe {label} is trained already: {folder.stage(stage)} (--restart trains it again)")
         return
     set_seed(args.seed)
-    trainer = make_trainer(load_model(source), peft_config, args, rows, tokenizer, adapter_dtype=adapter_dtype)
-    model = trainer.model
+    model = make_model()
+    trainer = make_trainer(model, args, rows, tokenizer)
+    peft_config = model.peft_config[model.active_adapter]
     trainable, total = model.get_nb_trainable_parameters()
-    name = getattr(peft_config, "preset", None) or "plain LoRA"
+    experts = getattr(peft_config, "experts", None)
+    name = getattr(peft_config, "preset", None) or (f"{experts.num_experts} experts" if experts else "plain LoRA")
     say(f"\nTraining  {label}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
     trainer.add_callback(LiveProgress(label))
     checkpoint = folder.last_checkpoint(stage)

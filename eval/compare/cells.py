@@ -15,7 +15,7 @@ from typing import Any, Literal
 from eval.compare.schema import BenchmarkConfig
 from eval.scoring.model_scores import ModelScores
 from moelora.errors import RunError
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.folder import HARMLESS, changes
 
 BASE = "base"

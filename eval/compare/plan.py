@@ -13,8 +13,8 @@ from eval.compare.cells import BASE, Board, Cell
 from eval.compare.mixture import as_dataset, padded
 from eval.compare.sizes import source_of
 from eval.compare.work import Bench, rows_a_step
+from moelora.files import write_atomically
 from moelora.runs.console import say
-from moelora.runs.files import write_atomically
 from moelora.runs.models import load_model
 from moelora.runs.wording import minutes
 
@@ -96,7 +96,7 @@ def probe(bench: Bench) -> None:
 
 
 def _seconds_a_step(bench: Bench, method: str) -> float:
-    from train.sft import make_trainer
+    from train.sft import make_trainer, new_adapter
 
     cell = Cell("final", method, 0, bench.config.selection.learning_rates[0])
     rows, size = bench.rows(cell), rows_a_step(bench.config.training)
@@ -109,12 +109,10 @@ def _seconds_a_step(bench: Bench, method: str) -> float:
         arguments = bench.arguments(cell, Path(folder), **changes, max_steps=1)
         config = bench.config
         trainer = make_trainer(
-            load_model(source_of(config)),
-            config.methods[method].peft_config(),
+            new_adapter(load_model(source_of(config)), config.methods[method].peft_config(), config.adapter_dtype),
             arguments,
             as_dataset(chosen),
             bench.tokenizer,
-            adapter_dtype=config.adapter_dtype,
         )
         trainer.train()  # the first step pays for what is set up once
         trainer.args.max_steps = PROBE_STEPS

@@ -13,7 +13,7 @@ from eval.compare.summary import MethodSummary, Summary, summarize
 from eval.receipt import make_receipt
 from eval.scoring.judging import FLOOR_NOTE, floor_cell, score_cell
 from eval.scoring.scores import Score, percent
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.tables import markdown
 from moelora.runs.wording import minutes
 

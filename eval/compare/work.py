@@ -19,7 +19,7 @@ from eval.scoring.scorer import Scorer
 from eval.scoring.sources import Contestant
 from eval.scoring.suite_run import card_metrics, score_model
 from eval.suites.registry import Suite, load_suite
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.folder import ADAPTER, RunDir
 from moelora.runs.models import load_model, load_tokenizer
 from moelora.runs.parameters import ParameterCount
@@ -88,19 +88,18 @@ class Bench:
 
     def train(self, cell: Cell) -> RunDir:
         """Train a cell's adapter, from where it was when the process died."""
-        from train.sft import train_stage
+        from train.sft import new_adapter, train_stage
 
         folder = RunDir(self.board.folder(cell))
         folder.root.mkdir(parents=True, exist_ok=True)
+        peft_config = self.config.methods[cell.method].peft_config()
         train_stage(
             ADAPTER,
-            source_of(self.config),
-            self.config.methods[cell.method].peft_config(),
+            lambda: new_adapter(load_model(source_of(self.config)), peft_config, self.config.adapter_dtype),
             self.arguments(cell, folder.checkpoints(ADAPTER)),
             folder,
             self.tokenizer,
             as_dataset(self.rows(cell)),
-            adapter_dtype=self.config.adapter_dtype,
             label=cell.id,
         )
         return folder

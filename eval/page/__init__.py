@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval.page.content import read_run
 from eval.page.page import render_page
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 
 __all__ = ["build_report", "read_run", "render_page"]
 

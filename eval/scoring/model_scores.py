@@ -11,7 +11,7 @@ from typing import Any
 from eval.scoring.judging import is_at_floor
 from eval.scoring.scores import Score, macro, mean
 from moelora.errors import RunError
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 
 FORMAT = 1
 

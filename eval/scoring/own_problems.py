@@ -10,7 +10,7 @@ from eval.receipt import make_receipt
 from eval.scoring import heatmaps, reasoning, reasoning_report, reasoning_tables
 from eval.scoring.routing import as_json
 from eval.scoring.sources import find_contestants
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.tables import terminal
 from moelora.runs.wording import minutes
 

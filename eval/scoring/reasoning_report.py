@@ -13,7 +13,7 @@ from eval.scoring.reasoning import ReasoningResults, TaskResult
 from eval.scoring.reasoning_tables import at_floor, score_rows, verdict
 from eval.scoring.scores import card_row, macro, mean
 from eval.scoring.sources import Contestant
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.tables import markdown
 from moelora.runs.wording import commit_words
 

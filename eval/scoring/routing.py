@@ -17,8 +17,8 @@ from eval.scoring.heatmaps import RoutingMap
 from eval.suites.registry import Suite
 from eval.suites.requests import right_request
 from moelora import record_routing
+from moelora.files import write_atomically
 from moelora.forward import without_logits
-from moelora.runs.files import write_atomically
 from moelora.runs.parameters import router_weights
 
 # An expert with less than this share of what it would have in perfect balance is dead.

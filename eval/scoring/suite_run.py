@@ -19,9 +19,9 @@ from eval.scoring.suite_scores import score_suite, uses_chat
 from eval.scoring.suite_tables import check_comparable, notes, score_table
 from eval.suites.registry import Suite, load_suite
 from moelora.errors import RunError
+from moelora.files import write_atomically
 from moelora.runs.config import RunConfig
 from moelora.runs.console import say
-from moelora.runs.files import write_atomically
 from moelora.runs.models import ModelSource, load_skeleton, load_tokenizer
 from moelora.runs.parameters import count_parameters
 from moelora.runs.tables import markdown, terminal

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.speed.models import RANK, SLICE, SMOLLM2
     from eval.speed.report import write_report
     from eval.speed.run import Run, check_parity, compare, curves, memory
-    from moelora.runs.files import write_atomically
+    from moelora.files import write_atomically
 
     output = options.output or Path("runs/speed" if options.quick else "eval/results/speed")
     rounds = options.rounds or (3 if options.quick else 7)

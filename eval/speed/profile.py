@@ -16,7 +16,7 @@ from eval.speed import models
 from eval.speed.measure import batch, restart_in_huge_pages, step
 from eval.speed.models import COMPILED, LINEAR_METHODS, LORA, MIXLORA, SLICE, SMOLLM2
 from eval.speed.report import facts
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.quiet import quiet_libraries
 from moelora.runs.tables import markdown
 

@@ -22,7 +22,7 @@ from eval.speed.models import (
     SMOLLM2,
     SMORA,
 )
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.tables import markdown
 from moelora.runs.wording import commit_words
 

@@ -26,8 +26,8 @@ from moelora.compose.routers.xlora import XLora
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.experts.composed import ComposedLoraExperts
+from moelora.files import new_folder
 from moelora.routing.router import Router
-from moelora.runs.files import new_folder
 from moelora.scores.classifier import ClassifierScores
 from moelora.selection.top_k import TopK
 
@@ -72,13 +72,15 @@ def read_xlora(
     router = _router(model, adapter_name)
     for name, tensor in tensors.items():
         own = router.get_parameter(name).data
-        if own.shape != tensor.shape:
+        is_last = int(name.partition("_")[2]) == recipe.depth - 1
+        expected = _by_site(own).shape if is_last else own.shape
+        if tensor.shape != expected:
             untouched.restore(model)
             raise ComposeError(
-                f"the classifier in {str(folder)!r} has {name} {list(tensor.shape)}; allowed: {list(own.shape)} for "
+                f"the classifier in {str(folder)!r} has {name} {list(tensor.shape)}; allowed: {list(expected)} for "
                 f"{len(loras)} experts and this base model. The folder is for another one."
             )
-        own.copy_(tensor)
+        own.copy_(tensor.unflatten(0, (-1, len(loras))).transpose(0, 1) if is_last else tensor)
     return model
 
 
@@ -115,15 +117,18 @@ def write_xlora(model: PeftModel, folder: str | Path, *, adapter_name: str = "de
     )
     router = _router(model, adapter_name)
     step = _step(config.xlora_dropout_p)
-    tensors = {
-        f"{_PREFIX}{step * int(index)}.{kind}": router.tensor(f"{kind}_{index}").detach().cpu().contiguous()
-        for kind, _, index in (name.partition("_") for name in router.pieces)
-    }
+    tensors = {}
+    for piece in router.pieces:
+        kind, _, index = piece.partition("_")
+        tensor = router.tensor(piece).detach().cpu()
+        if int(index) == config.xlora_depth - 1:
+            tensor = _by_site(tensor)
+        tensors[f"{_PREFIX}{step * int(index)}.{kind}"] = tensor.contiguous()
     with new_folder(folder) as ready:
         config.save_pretrained(str(ready))
         save_file(tensors, ready / _WEIGHTS, metadata={"format": "pt"})
-        for index in range(len(names)):
-            _write_expert(composition, index, ready / str(index), getattr(base, "name_or_path", None))
+        for expert in range(len(names)):
+            _write_expert(composition, expert, ready / str(expert), getattr(base, "name_or_path", None))
 
 
 def _config(folder: Path) -> XLoraConfig:
@@ -207,6 +212,11 @@ def _words(config: Any) -> dict[str, Any]:
         "layerwise_scalings": scores.layerwise,
         "top_k_lora": None if top_k is None else top_k.k,
     }
+
+
+def _by_site(tensor: Tensor) -> Tensor:
+    """A tensor of the last linear, [E, L, ...] by expert and site, as PEFT has it: [L * E, ...]."""
+    return tensor.transpose(0, 1).flatten(0, 1)
 
 
 def _step(dropout: float) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from moelora.choices import Choice
 from moelora.ops.factors import Factors
@@ -27,6 +27,10 @@ class Experts(Choice):
     def scaling(self) -> float:
         """The factor of an expert's low-rank product."""
         raise NotImplementedError
+
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """See `Choice.picked`."""
+        return replace(self.frozen(0), num_experts=len(experts))
 
     def factors(self, parts: Mapping[str, AdapterTensors], role: str, scaling: float) -> Factors | None:
         """The low-rank factors of all experts on the linear `role`, or None if it has no experts.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from moelora.choices import register
 from moelora.experts.lora import LoraExperts
@@ -48,3 +49,32 @@ class ComposedLoraExperts(LoraExperts):
             check(valid, f"experts.{name}", given, f"{E} {allowed}, one for each expert, or an empty list")
             object.__setattr__(self, name, list(given))
         check(len(set(self.names)) == len(self.names), "experts.names", self.names, "names that differ")
+
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """See `Choice.picked`; the name of one that comes again gets a number."""
+        names: list[str] = []
+        for e in experts if self.names else ():
+            again = (f"{self.names[e]}-{n}" for n in range(2, len(experts) + len(self.names) + 2))
+            names.append(next(name for name in (self.names[e], *again) if name not in names))
+        return self._of(
+            len(experts),
+            names,
+            [self.ranks[e] for e in experts if self.ranks],
+            [self.sources[e] for e in experts if self.sources],
+        )
+
+    def merged(self, groups: Sequence[Sequence[int]], num_experts: int) -> Self:
+        """See `Choice.merged`; names are joined, and what is known of the sources is kept."""
+        return self._of(
+            len(groups),
+            ["+".join(self.names[e] for e in group) for group in groups if self.names],
+            [min(self.r, sum(self.ranks[e] for e in group)) for group in groups if self.ranks],
+            [
+                self.sources[group[0]] if len(group) == 1 else {"merged": [self.sources[e] for e in group]}
+                for group in groups
+                if self.sources
+            ],
+        )
+
+    def _of(self, count: int, names: list[str], ranks: list[int], sources: list[dict[str, Any]]) -> Self:
+        return replace(self, num_experts=count, num_frozen=0, names=names, ranks=ranks, sources=sources)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import Experts
@@ -69,6 +69,10 @@ class LoraExperts(Experts):
     def scaling(self) -> float:
         """The factor of `B A x`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def frozen(self, num_experts: int) -> Self:
+        """See `Choice.frozen`."""
+        return replace(self, num_frozen=num_experts)
 
     def dropouts(self) -> dict[str, float]:
         """Of the input of A."""

@@ -83,6 +83,10 @@ class Placement(Choice):
         }
         return {**sites, **shared}
 
+    def routes_linear(self, name: str) -> bool:
+        """Whether a targeted linear outside feed-forward blocks has a mixture, not one ordinary LoRA."""
+        return self.unrouted_modules != "rest" and not self.is_unrouted(name)
+
     def is_unrouted(self, name: str) -> bool:
         """Whether `unrouted_modules` names a linear explicitly."""
         pattern = self.unrouted_modules
@@ -126,7 +130,7 @@ class LinearPlacement(Placement):
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
-        return {name: PlannedSite(name, ("",), {"": name}, not self.is_unrouted(name)) for name in targeted}
+        return {name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name)) for name in targeted}
 
 
 @register
@@ -161,8 +165,7 @@ class FeedForwardPlacement(Placement):
                     linears = {role: f"{parent}.{child}" for role, child in form.linears.items()}
                     blocks[block] = PlannedSite(block, (), linears, True, form)
             else:
-                routed = self.unrouted_modules != "rest" and not self.is_unrouted(name)
-                sites[name] = PlannedSite(name, ("",), {"": name}, routed)
+                sites[name] = PlannedSite(name, ("",), {"": name}, self.routes_linear(name))
                 continue
             if self.is_unrouted(name):
                 raise TargetError(

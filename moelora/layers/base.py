@@ -150,6 +150,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """Whether the layer holds an adapter of that name."""
         return adapter in self.configs
 
+    def is_off(self, adapter: str) -> bool:
+        """Whether all experts of an adapter's mixture are switched off, so that it adds nothing."""
+        router = self.routers.get(adapter)
+        return router is not None and router.is_off
+
     def mixtures(self) -> dict[Mixture, int]:
         """The active adapters that route here, with their number of experts."""
         if self.disable_adapters:

@@ -49,6 +49,8 @@ class MixtureFeedForward(MoeLoraLayer):
 
     def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of one adapter."""
+        if self.is_off(adapter):
+            return self.base_output(x)
         assert here is not None
         routing = self.route(adapter, x, here)
         compute = self.configs[adapter].compute

@@ -49,6 +49,8 @@ class MixtureLinear(MoeLoraLayer):
         return result
 
     def _add(self, adapter: str, x: Tensor, here: Here | None, result: Tensor) -> Tensor:
+        if self.is_off(adapter):
+            return result
         factors = self.lora_factors("", adapter)
         assert factors is not None
         x_lora = self._cast_input_dtype(x, factors.a_ERD.dtype)
@@ -64,6 +66,7 @@ class MixtureLinear(MoeLoraLayer):
             factors,
             None if routing is None else routing.gates_TE(),
             result.reshape(-1, self.out_features),
+            separate=routing is not None and routing.separate,
         )
         if routing is not None and here is not None:
             y_TO = self.report_routing(adapter, routing, here, y_TO)

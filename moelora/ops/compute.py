@@ -26,9 +26,11 @@ class Compute(Choice):
 
     axis: ClassVar[str] = "compute"
 
-    def linear(self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor) -> Tensor:
+    def linear(
+        self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor, separate: bool = False
+    ) -> Tensor:
         """A mixture on one linear; see `moelora.ops.mixture_linear`."""
-        return mixture_linear(x_TD, factors, gates_TE, base_TO)
+        return mixture_linear(x_TD, factors, gates_TE, base_TO, separate)
 
     def feed_forward(
         self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
@@ -75,7 +77,9 @@ class Reference(Compute):
 
     kind: ClassVar[str] = "reference"
 
-    def linear(self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor) -> Tensor:
+    def linear(
+        self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor, separate: bool = False
+    ) -> Tensor:
         """See `Compute.linear`."""
         a_ERD = factors.expanded_a_ERD()
         return base_TO + reference.mixture_linear(x_TD, a_ERD, factors.b_EOR, gates_TE, factors.scaling)

@@ -27,6 +27,8 @@ class Routing:
             reduce. None: all do.
         sums_to_one: Whether a token's weights always sum to one. Else a feed-forward block, which is inside every
             expert, is scaled by their sum.
+        separate: Whether each expert is computed by itself, in products whose shapes do not depend on the others: then
+            an expert that is added or dropped changes no bit of what goes to another one.
     """
 
     logits_TE: Tensor
@@ -35,6 +37,7 @@ class Routing:
     ids_TK: Tensor | None
     assigned_TK: Tensor | None = None
     sums_to_one: bool = False
+    separate: bool = False
 
     @property
     def num_experts(self) -> int:

@@ -1,19 +1,21 @@
 """The router of one mixture: scores, then selection.
 
-Shape suffixes: T tokens, D input features.
+Shape suffixes: T tokens, D input features, E experts, K chosen experts of a token, M experts that are switched on.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moelora.choices import Site
 from moelora.errors import ConfigError
 from moelora.routing.batch import Tokens
 from moelora.routing.decision import Routing
-from moelora.scores.base import RouterInput, Scores
+from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.selection.base import Selection
 from moelora.tensors import AdapterTensors
 
@@ -26,9 +28,14 @@ class Router(AdapterTensors):
         scores: The choice of scores.
         selection: The choice of selection.
 
+    Attributes:
+        on: Numbers of the experts that are switched on, in order; None while all are. It is not saved.
+
     Raises:
         ConfigError: If the two choices declare a tensor of the same name.
     """
+
+    on: tuple[int, ...] | None = None
 
     def __init__(self, site: Site, scores: Scores, selection: Selection) -> None:
         params = [*scores.params(site), *selection.params(site)]
@@ -37,6 +44,10 @@ class Router(AdapterTensors):
             raise ConfigError(f"{scores.kind!r} scores and {selection.kind!r} selection both own one of {names}.")
         super().__init__(params)
         self.scores, self.selection, self.num_experts = scores, selection, site.num_experts
+        more = replace(site, num_experts=site.num_experts + 1)
+        grown = {param.name: param.shape for param in selection.params(more)}
+        # of the selection's tensors those with an entry for each expert
+        self.per_expert = {param.name for param in selection.params(site) if grown[param.name] != param.shape}
         # a bias without gradient is moved between forwards; repeating a forward needs the value that it had
         self.has_moving_bias = "bias" in names and not self.declared["bias"].trainable
         # modules, so that tools which switch dropout off find them
@@ -93,7 +104,43 @@ class Router(AdapterTensors):
         given = RouterInput(
             x_TD, tokens, self.num_experts, tensors, self._dropouts(), self.training, prepared_T, site_index
         )
-        return self.selection.select(self.scores.score(given), given)
+        scored = self.scores.score(given)
+        if self.on is None:
+            return self.selection.select(scored, given)
+        return self._among(torch.tensor(self.on, dtype=torch.long, device=x_TD.device), scored, given)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether all experts are switched off."""
+        return self.on == ()
+
+    def _among(self, on_M: Tensor, scored: Scored, given: RouterInput) -> Routing:
+        """Select as if there were no other experts than these."""
+        logits_TM, probs_TM, scores_TM = (
+            each.index_select(-1, on_M) for each in (scored.logits_TE, scored.probs_TE, scored.scores_TE)
+        )
+        if scored.is_softmax:
+            probs_TM = scores_TM = logits_TM.softmax(-1)
+        else:
+            probs_TM = probs_TM / probs_TM.sum(-1, keepdim=True).clamp_min(1e-9)
+        tensors = {
+            name: tensor.index_select(0, on_M) if name in self.per_expert else tensor
+            for name, tensor in given.tensors.items()
+        }
+        found = self.selection.select(
+            Scored(logits_TM, probs_TM, scores_TM, scored.is_softmax),
+            replace(given, num_experts=len(on_M), tensors=tensors),
+        )
+
+        def spread(values_TM: Tensor, fill: float | bool) -> Tensor:
+            return torch.full_like(scored.logits_TE, fill, dtype=values_TM.dtype).index_copy(-1, on_M, values_TM)
+
+        logits_TE, probs_TE = spread(found.logits_TE, float("-inf")), spread(found.probs_TE, 0.0)
+        if found.ids_TK is not None:
+            return replace(found, logits_TE=logits_TE, probs_TE=probs_TE, ids_TK=on_M[found.ids_TK])
+        assigned_TE = None if found.assigned_TK is None else spread(found.assigned_TK, False)
+        weights_TE = spread(found.weights_TK, 0.0)
+        return replace(found, logits_TE=logits_TE, probs_TE=probs_TE, weights_TK=weights_TE, assigned_TK=assigned_TE)
 
     def extra_repr(self) -> str:
         """The two choices."""

@@ -17,7 +17,7 @@ import yaml
 from moelora import presets
 from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
-from moelora.runs.files import write_atomically
+from moelora.files import write_atomically
 from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import sft_arguments
 from moelora.runs.yaml_file import read_words
@@ -96,6 +96,48 @@ class BaselineConfig:
 
 
 @dataclass(kw_only=True)
+class SequentialConfig:
+    """How `recipe: sequential` trains the tasks one after the other, each into an expert of its own.
+
+    Args:
+        order: The tasks by name, in their order; None is that of `dataset.tasks`.
+        router: "centroids" sends a whole sequence to the expert whose key, the mean embedding of its task's prompts, is
+            nearest to its prompt: what goes to an old expert stays bit for bit what it was. "linear" gives each expert
+            a gate at each linear, a sigmoid of the token: the new gate is trained with its expert, and adds to old
+            outputs what it lets through.
+        embedding: What a prompt's embedding is, for centroids: the mean of the base's last "hidden" states, which
+            costs a pass over the prompt, or of its "input" embeddings.
+        start: How a new expert starts: "zero", as a fresh LoRA; "mean", at the mean of the old experts; "previous", as
+            a copy of the last one.
+        common: Targeted linears that get one common LoRA instead of experts (name endings, or a regex). It is trained
+            with the first task, is always active, and stays as it is from then on.
+        replay: Rows of earlier tasks to train on again with each new one, as a share of the new task's rows; only with
+            the linear router, whose new gate they teach to stay shut.
+    """
+
+    order: list[str] | None = None
+    router: Literal["centroids", "linear"] = "centroids"
+    embedding: Literal["hidden", "input"] = "hidden"
+    start: Literal["zero", "mean", "previous"] = "zero"
+    common: str | list[str] | None = None
+    replay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.replay < 0:
+            raise RunError(f"sequential.replay is {self.replay}; allowed: a number of at least 0.")
+        if self.router == "centroids" and self.replay > 0:
+            raise RunError(
+                f"sequential.replay is {self.replay} with router 'centroids'; allowed: 0. Rows of earlier tasks go "
+                "to their own experts, which are frozen, and teach nothing; use router: linear."
+            )
+        if self.router == "linear" and self.start != "zero":
+            raise RunError(
+                f"sequential.start is {self.start!r} with router 'linear'; allowed: 'zero'. There the old experts act "
+                "on the new task too, and the new one adds to them."
+            )
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """How `python -m eval` scores the run.
 
@@ -124,7 +166,8 @@ class RunConfig:
         output_dir: Folder of the run.
         dataset: The training rows.
         adapter: `preset` and the words of that preset (see `moelora.presets.words`).
-        recipe: The program that trains.
+        recipe: The program that trains: "sft" trains one adapter on all rows, "sequential" one expert after the other.
+        sequential: How the second does it.
         dtype: Data type of the base model's weights.
         adapter_dtype: Data type of the adapter's weights; "auto" leaves it to PEFT, which takes float32 where the base
             has less.
@@ -138,7 +181,8 @@ class RunConfig:
     output_dir: str
     dataset: DatasetConfig
     adapter: dict[str, Any]
-    recipe: Literal["sft"] = "sft"
+    recipe: Literal["sft", "sequential"] = "sft"
+    sequential: SequentialConfig | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 - config.yaml: the whole configuration
 - adapter/: the trained adapter, with training.json (steps, seconds, losses)
 - baseline/: the plain LoRA, if the run has one
+- stages/<number>-<task>/: of a sequential run, the adapter after each task
 - checkpoints/<stage>/: what a stopped run is resumed from
 """
 
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
+from moelora.files import write_atomically
 from moelora.runs.config import RunConfig, save_config
-from moelora.runs.files import write_atomically
 from moelora.runs.yaml_file import parse_yaml
 
 ADAPTER = "adapter"
 BASELINE = "baseline"
+STAGES = "stages"
 # Keys that change neither the rows nor the weights.
 HARMLESS = (
     "output_dir",
@@ -90,7 +92,7 @@ class RunDir:
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"output_dir {str(self.root)!r} is a file; give the name of a folder.")
         if restart:
-            for path in (self.root / "checkpoints", self.stage(ADAPTER), self.stage(BASELINE)):
+            for path in (self.root / each for each in ("checkpoints", ADAPTER, BASELINE, STAGES)):
                 shutil.rmtree(path, ignore_errors=True)
         elif self._has_work():
             self._check_unchanged(config)
@@ -116,7 +118,12 @@ class RunDir:
         write_atomically(file, json.dumps(found, indent=2) + "\n")
 
     def _has_work(self) -> bool:
-        return any(self.is_finished(name) or self.last_checkpoint(name) for name in (ADAPTER, BASELINE))
+        of_tasks = {
+            f"{STAGES}/{path.name}"
+            for place in (self.root, self.root / "checkpoints")
+            for path in place.glob(f"{STAGES}/*")
+        }
+        return any(self.is_finished(name) or self.last_checkpoint(name) for name in (ADAPTER, BASELINE, *of_tasks))
 
     def _check_unchanged(self, config: RunConfig) -> None:
         if not self.config_file.is_file():

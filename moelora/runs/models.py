@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import MoeLoraError, RunError
+from moelora.files import new_folder
 from moelora.formats import upgrade_keys
 from moelora.runs.config import RunConfig
-from moelora.runs.files import new_folder
 from moelora.runs.wording import one_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -139,7 +139,7 @@ def load_model(config: RunConfig | ModelSource) -> Any:
     return _from_pretrained(AutoModelForCausalLM, config.model, words)
 
 
-def load_adapter(base: Any, adapter: str) -> Any:
+def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
     """A base model with an adapter, each tensor of which has the data type that it is stored in.
 
     PEFT gives an adapter's parameters the base's data type, or float32 in its place: neither is what the adapter was
@@ -148,12 +148,13 @@ def load_adapter(base: Any, adapter: str) -> Any:
     Args:
         base: The base model; it is changed.
         adapter: Folder or Hub name of the adapter.
+        is_trainable: Whether it is to be trained further.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights
 
     # First without loss into float32 or what is wider, then to what is stored.
-    model = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=True)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, autocast_adapter_dtype=True)
     stored = upgrade_keys(load_peft_weights(adapter, device="cpu"))
     for name, tensor in model.named_parameters():
         saved = stored.get(re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name))

@@ -48,13 +48,13 @@ class Scored:
         logits_TE: Output of the router's linear.
         probs_TE: The scores as a distribution over the experts; what a balance loss calls P.
         scores_TE: What experts are chosen and weighted by.
-        positive: Whether the largest scores are known to be far above 0, as those of a softmax.
+        is_softmax: Whether the scores are the softmax of the logits.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     scores_TE: Tensor
-    positive: bool
+    is_softmax: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ class CentroidScores(Scores):
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`."""
         z_TE = self.cosines_TE(given)
-        return Scored(z_TE, z_TE.softmax(-1), z_TE, positive=False)
+        return Scored(z_TE, z_TE.softmax(-1), z_TE, is_softmax=False)
 
 
 def cosines(h_ND: Tensor, centroids_ED: Tensor, center_1D: Tensor) -> Tensor:

@@ -94,13 +94,17 @@ class ClassifierScores(Scores):
         return {"classifier_dropout": self.dropout}
 
     def params(self, site: Site) -> list[Param]:
-        """`weight_0` [size, D] and `bias_0` [size] to the last, [E, size] or [L * E, size]; as `nn.Linear` starts."""
-        out = site.num_experts * (site.num_sharing if self.layerwise else 1)
-        sizes = [self.features, *[self.size] * (self.depth - 1), out]
+        """`weight_0` [size, D] and `bias_0` [size] to the last, [E, L, size] and [E, L]; as `nn.Linear` starts.
+
+        L is 1 without `layerwise`.
+        """
+        last = (site.num_experts, site.num_sharing if self.layerwise else 1)
+        outs: list[tuple[int, ...]] = [*[(self.size,)] * (self.depth - 1), last]
         found = []
-        for i in range(self.depth):
-            found.append(Param(f"weight_{i}", (sizes[i + 1], sizes[i]), Init("kaiming")))
-            found.append(Param(f"bias_{i}", (sizes[i + 1],), Init("uniform", sizes[i] ** -0.5)))
+        for i, out in enumerate(outs):
+            features = self.features if i == 0 else self.size
+            found.append(Param(f"weight_{i}", (*out, features), Init("kaiming")))
+            found.append(Param(f"bias_{i}", out, Init("uniform", features**-0.5)))
         return found
 
     def prepare(
@@ -112,9 +116,9 @@ class ClassifierScores(Scores):
             for i in range(self.depth):
                 if i > 0:
                     h = F.dropout(h.relu(), dropouts["classifier_dropout"])
-                weight = tensors[f"weight_{i}"]
-                h = F.linear(h.to(weight.device), weight.float(), tensors[f"bias_{i}"].float())
-        return h.unflatten(-1, (-1, num_experts))
+                weight = tensors[f"weight_{i}"].float().flatten(0, -2)
+                h = F.linear(h.to(weight.device), weight, tensors[f"bias_{i}"].float().flatten())
+        return h.unflatten(-1, (num_experts, -1)).transpose(-1, -2)
 
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`.
@@ -128,5 +132,7 @@ class ClassifierScores(Scores):
                 "calls of the model, or of a part of it that is a model."
             )
         logits_TE = given.prepared[:, given.site_index if self.layerwise else 0]
-        probs_TE = (logits_TE / self.temperature).softmax(-1)
-        return Scored(logits_TE, probs_TE, probs_TE if self.softmax else logits_TE, positive=self.softmax)
+        if self.softmax:
+            logits_TE = logits_TE / self.temperature
+        probs_TE = logits_TE.softmax(-1)
+        return Scored(logits_TE, probs_TE, probs_TE if self.softmax else logits_TE, is_softmax=self.softmax)

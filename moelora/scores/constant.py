@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -60,11 +61,23 @@ class ConstantScores(Scores):
         """Always."""
         return True
 
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """See `Choice.picked`: each keeps its weight, the share of a uniform mix too."""
+        weights = self._weights(num_experts)
+        return replace(self, weights=[weights[e] for e in experts])
+
+    def merged(self, groups: Sequence[Sequence[int]], num_experts: int) -> Self:
+        """See `Choice.merged`: weights add up."""
+        weights = self._weights(num_experts)
+        return replace(self, weights=[sum(weights[e] for e in group) for group in groups])
+
+    def _weights(self, num_experts: int) -> list[float]:
+        return [1 / num_experts] * num_experts if self.weights is None else self.weights
+
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`."""
         E, T = given.num_experts, len(given.x_TD)
-        weights = [1 / E] * E if self.weights is None else self.weights
-        weights_TE = torch.tensor(weights, dtype=torch.float32, device=given.x_TD.device).expand(T, E)
+        weights_TE = torch.tensor(self._weights(E), dtype=torch.float32, device=given.x_TD.device).expand(T, E)
         # negative weights are no distribution; what a report shows of them is their size
         probs_TE = weights_TE.abs() / weights_TE.abs().sum(-1, keepdim=True).clamp_min(1e-9)
-        return Scored(weights_TE, probs_TE, weights_TE, positive=False)
+        return Scored(weights_TE, probs_TE, weights_TE, is_softmax=False)

@@ -61,4 +61,4 @@ class GliderScores(CentroidScores):
         local_TE = standardized_logits(given.x_TD, given.tensors["prototypes"])
         logits_TE = local_TE + self.alpha * self.cosines_TE(given)
         probs_TE = logits_TE.softmax(-1)
-        return Scored(logits_TE, probs_TE, probs_TE, positive=True)
+        return Scored(logits_TE, probs_TE, probs_TE, is_softmax=True)

@@ -5,8 +5,9 @@ Shape suffixes: T tokens, D input features, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +77,22 @@ class LinearScores(Scores):
         """Whether training moves the router."""
         return self.trainable
 
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """See `Choice.picked`."""
+        return self.frozen(0)
+
+    def frozen(self, num_experts: int) -> Self:
+        """See `Choice.frozen`."""
+        return replace(self, num_frozen=num_experts if self.trainable else 0)
+
+    def new_rows(self, name: str, old: Tensor, count: int) -> Tensor | None:
+        """The mean of the old rows: a logit between their smallest and their largest, for every token.
+
+        A softmax does not see what all its logits have in common, so a row of zeros would mean nothing; the mean does
+        not depend on it. A new expert is never the first choice before its row is trained.
+        """
+        return old.mean(0, keepdim=True).expand(count, *old.shape[1:]) if name in ("weight", "bias") else None
+
     def params(self, site: Site) -> list[Param]:
         """`weight` [E, D], and `bias` [E] in fp32."""
         init = Init("kaiming") if self.init_std is None else Init("normal", self.init_std)
@@ -99,8 +116,8 @@ class LinearScores(Scores):
             scores_TE = logits_TE.sigmoid()
             probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-9)
         if self.bias:
-            return Scored(logits_TE, probs_TE, scores_TE + given.tensors["bias"], positive=False)
-        return Scored(logits_TE, probs_TE, scores_TE, positive=self.activation == "softmax")
+            return Scored(logits_TE, probs_TE, scores_TE + given.tensors["bias"], is_softmax=False)
+        return Scored(logits_TE, probs_TE, scores_TE, is_softmax=self.activation == "softmax")
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class PrototypeScores(Scores):
             logits_TE = router_logits(x_TD, v_ED)
         logits_TE = (logits_TE.abs() if self.absolute else logits_TE) / self.temperature
         probs_TE = logits_TE.softmax(-1)
-        return Scored(logits_TE, probs_TE, probs_TE, positive=True)
+        return Scored(logits_TE, probs_TE, probs_TE, is_softmax=True)
 
 
 def standardized_logits(x_TD: Tensor, v_ED: Tensor) -> Tensor:

@@ -51,4 +51,4 @@ class TaskScores(Scores):
             raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: 0 to {E - 1}, the experts, and -1, the base.")
         hot_NE = F.one_hot(ids_N + 1, E + 1)[:, 1:].float()
         hot_TE = hot_NE[given.tokens.sequence_T()]
-        return Scored(hot_TE, hot_TE, hot_TE, positive=False)
+        return Scored(hot_TE, hot_TE, hot_TE, is_softmax=False)

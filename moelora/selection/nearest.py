@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from moelora.choices import Init, Param, Site, register
 from moelora.routing.decision import Routing
@@ -35,6 +36,10 @@ class Nearest(Selection):
         least = Param("threshold", (site.num_experts, 1), Init("zeros"), trainable=False, dtype=torch.float32)
         return [least] if self.threshold else []
 
+    def new_rows(self, name: str, old: Tensor, count: int) -> Tensor | None:
+        """The lowest of the old thresholds."""
+        return old.min().expand(count, 1) if name == "threshold" else None
+
     def experts_per_token(self, num_experts: int) -> int:
         """1."""
         return 1
@@ -52,5 +57,11 @@ class Nearest(Selection):
             weights_T1 = (best_T1 >= given.tensors["threshold"].view(-1)[ids_T1]).float()
         assigned_T1 = weights_T1 > 0 if self.threshold else None
         return Routing(
-            scored.logits_TE, scored.probs_TE, weights_T1, ids_T1, assigned_T1, sums_to_one=not self.threshold
+            scored.logits_TE,
+            scored.probs_TE,
+            weights_T1,
+            ids_T1,
+            assigned_T1,
+            sums_to_one=not self.threshold,
+            separate=True,
         )

@@ -5,8 +5,9 @@ Shape suffixes: T tokens, E experts, K chosen experts of a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -87,6 +88,10 @@ class TopK(Selection):
                 "not trained."
             )
 
+    def picked(self, experts: Sequence[int], num_experts: int) -> Self:
+        """See `Choice.picked`: no more choices than experts."""
+        return replace(self, k=min(self.k, len(experts)))
+
     def dropouts(self) -> dict[str, float]:
         """Of the scores."""
         return {"expert_dropout": self.expert_dropout}
@@ -112,11 +117,11 @@ class TopK(Selection):
         if dropout > 0:
             kept_TE = (torch.rand_like(scores_TE) >= dropout) / (1 - dropout)
             scores_TE = scores_TE * kept_TE
-        weights_TK, ids_TK = scores_TE.topk(self.k, dim=-1)
+        weights_TK, ids_TK = scores_TE.topk(min(self.k, scores_TE.shape[-1]), dim=-1)
         if kept_TE is not None:
             assigned_TK = kept_TE.gather(-1, ids_TK) > 0
         if self.renormalize:
-            weights_TK = renormalize(weights_TK, scored.positive and kept_TE is None)
+            weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None)
         limited = self.capacity_factor is not None and (given.training or self.capacity_in_eval)
         if self.capacity_factor is not None and limited:
             num_experts = scores_TE.shape[-1]

@@ -24,7 +24,7 @@ from moelora.errors import ConfigError
 from moelora.forward import base_of, without_logits
 from moelora.routing.batch import FACTS
 from moelora.routing.record import Mixture
-from moelora.routing.run import RunHooks, batch_facts, find_hooks
+from moelora.routing.run import RunHooks, batch_facts, find_hooks, known_facts
 from moelora.training.columns import FactColumns
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
@@ -127,7 +127,7 @@ class MoeLoraTrainerMixin(_Base):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""
         inputs, facts = _without_facts(inputs)
-        with facts:
+        with facts, self._moelora_prompts(inputs):
             result = super().compute_loss(model, inputs, *args, **kwargs)
         micro_batch = self._moelora_micro_batch
         if micro_batch is None:
@@ -139,6 +139,14 @@ class MoeLoraTrainerMixin(_Base):
         self._moelora_metrics.add(micro_batch)
         self._warn_if_nothing_was_recorded(micro_batch)
         return (loss, *rest) if isinstance(result, tuple) else loss
+
+    def _moelora_prompts(self, inputs: Any) -> AbstractContextManager[None]:
+        """What routing by sequence has to know of prompts, found here since a loss may hide labels from the model."""
+        hooks = find_hooks(self.model)
+        if hooks is None or not isinstance(inputs, Mapping) or not {"input_ids", "inputs_embeds"} & set(inputs):
+            return nullcontext()
+        base = next(module for module, name in hooks.names.items() if not name)
+        return known_facts(hooks.facts_of_prompts(base, inputs))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.prediction_step`."""

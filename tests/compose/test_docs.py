@@ -1,51 +1,57 @@
-"""The page about routers: its code runs as it stands, on a tiny model, and no recipe is missing."""
+"""What docs/edit-experts.md and docs/sequential.md say runs as it stands, on tiny models in place of real ones."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-from peft import PeftModel
+import yaml
 
-from moelora.choices import kinds
-from tests.adapters import outputs
-from tests.compose.loras import save_lora, three_loras
-from tests.conftest import tiny_model
-from tests.test_readme import tiny_checkpoint
+from moelora.cli import main as moelora
+from tests.compose.mixtures import saved, saved_by_sequence
+from tests.compose.test_split import trained_lora
+from tests.runs.tiny import tiny_folder, write_run
+from train.__main__ import main as train
 
-PAGE = Path(__file__).parents[2] / "docs" / "compose-routers.md"
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def _blocks(text: str) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_routers_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each section makes the mixture that it is about, which computes something else than the base."""
-    tiny_checkpoint(tmp_path / "tiny")
-    three_loras(tmp_path / "loras")
-    save_lora(tmp_path / "loras" / "general", 9)
+def blocks(page: str, language: str) -> list[str]:
+    found: list[str] = re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    return found
+
+
+def test_edit_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, *sections = PAGE.read_text().split("\n## ")
-    namespace: dict[str, Any] = {}
-    code = _blocks(first)
-    assert NAME in code
-    exec(compile(code.replace(NAME, "tiny"), str(PAGE), "exec"), namespace)
-    scores = {}
-    for section in sections:
-        kind = section.split("`")[1]
-        assert f"| `{kind}` |" in first
-        exec(compile(_blocks(section), str(PAGE), "exec"), namespace)
-        model = namespace.pop("model")
-        assert isinstance(model, PeftModel)
-        scores[kind] = model.peft_config["default"].scores.kind
-        if kind not in ("task", "centroids"):
-            assert not outputs(model).allclose(outputs(tiny_model()), atol=1e-3)
-    assert set(scores) == set(kinds("composition"))
-    assert scores["glider"] == "glider"
-    assert scores["xlora"] == "classifier"
-    assert (tmp_path / "my-xlora" / "0" / "adapter_model.safetensors").is_file()
-    assert len(namespace["found"].names) == 2
+    saved(tmp_path / "mixture", "mixlora")
+    saved_by_sequence(tmp_path / "by-centroid")
+    trained_lora(tmp_path / "lora")
+    tiny_folder(tmp_path / "base")
+    rows = "\n".join(json.dumps({"prompt": f"{n} ", "completion": f"{n + 1}"}) for n in range(4))
+    for name in ("rows.jsonl", "legal.jsonl"):
+        (tmp_path / name).write_text(rows)
+    outputs = []
+    for block in blocks("edit-experts.md", "bash"):
+        for line in block.splitlines():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "moelora"
+            assert moelora(words) == 0, line
+            outputs.append(words[words.index("-o") + 1])
+    for block in blocks("edit-experts.md", "python"):
+        exec(block, {})
+    assert len(outputs) == 8
+    for name in (*outputs, "smaller"):
+        assert (tmp_path / name / "adapter_config.json").is_file()
+
+
+def test_sequential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = map(yaml.safe_load, blocks("sequential.md", "yaml"))
+    write_run(tmp_path, **words)
+    monkeypatch.chdir(tmp_path)
+    ((command,),) = (block.splitlines() for block in blocks("sequential.md", "bash"))
+    assert command.startswith("python -m train ")
+    assert train(shlex.split(command)[3:]) == 0
+    assert (tmp_path / "run/stages/2-letter_counting/adapter_config.json").is_file()

@@ -180,3 +180,28 @@ def test_tracing_gives_the_same_at_other_sizes() -> None:
         for T in (5, 1, 63):
             x_TD, gates_TE = torch.randn(T, 12), torch.rand(T, 3)
             torch.testing.assert_close(traced(x_TD, gates_TE), mixture_linear(x_TD, experts, gates_TE))
+
+
+@pytest.mark.parametrize(("E", "R"), [(1, 3), (3, 3), (3, 1), (7, 2)])
+def test_experts_that_are_computed_apart_do_not_see_each_other(E: int, R: int) -> None:
+    """One expert more, which no token is sent to, changes no bit; and the sum is the reference's."""
+    T, D, O = 23, 36, 20
+    leaves = {"x": leaf(T, D), "a": leaf(E + 1, R, D), "b": leaf(E + 1, O, R), "base": leaf(T, O)}
+    gates_TE = sparse_gates_TE(T, E, 1).requires_grad_()
+    leaves["gates"] = gates_TE
+    few = {**leaves, "a": leaves["a"][:E], "b": leaves["b"][:E]}
+    more_TE = torch.cat([gates_TE, torch.zeros(T, 1)], 1)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            one = mixture_linear(leaves["x"], factors(few), gates_TE, leaves["base"], separate=True)
+            two = mixture_linear(leaves["x"], factors(leaves), more_TE, leaves["base"], separate=True)
+        assert one.equal(two)
+    fast = gradients(lambda: mixture_linear(leaves["x"], factors(few), gates_TE, leaves["base"], separate=True), leaves)
+    naive = gradients(
+        lambda: leaves["base"] + reference.mixture_linear(leaves["x"], few["a"], few["b"], gates_TE, SCALING),
+        leaves,
+    )
+    for name, expected in naive.items():
+        assert_close(name, fast[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    nobody = mixture_linear(leaves["x"], factors(few), torch.zeros(T, E), separate=True)
+    assert nobody.equal(torch.zeros(T, O))

@@ -52,11 +52,10 @@ def select(
     tokens: Tokens | None = None,
     *,
     training: bool = False,
-    positive: bool = True,
 ) -> Routing:
     """A selection's decision on scores, which stand for logits and probabilities too."""
     dropouts = {name: p if training else 0.0 for name, p in selection.dropouts().items()}
     given = RouterInput(
         scores_TE, tokens or every_token(1, len(scores_TE)), scores_TE.shape[-1], {}, dropouts, training
     )
-    return selection.select(Scored(scores_TE, scores_TE, scores_TE, positive), given)
+    return selection.select(Scored(scores_TE, scores_TE, scores_TE, is_softmax=False), given)

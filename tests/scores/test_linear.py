@@ -24,7 +24,7 @@ def test_softmax_golden() -> None:
     torch.testing.assert_close(found.scores_TE, SOFTMAX_TE, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.logits_TE, LOGITS_TE)
     assert found.probs_TE is found.scores_TE
-    assert found.positive
+    assert found.is_softmax
 
 
 def test_a_bias_moves_the_scores_but_not_the_distribution_of_the_loss() -> None:
@@ -33,8 +33,8 @@ def test_a_bias_moves_the_scores_but_not_the_distribution_of_the_loss() -> None:
     found = scored(BIASED, LOGITS_TE, bias=bias_E)
     torch.testing.assert_close(found.scores_TE, plain.scores_TE + bias_E)
     assert torch.equal(found.probs_TE, plain.probs_TE)
-    assert not found.positive
-    assert not plain.positive
+    assert not found.is_softmax
+    assert not plain.is_softmax
 
 
 def test_sigmoid_scores_are_a_distribution_for_the_loss() -> None:

@@ -29,15 +29,21 @@ _BATCH = 8
 class Centroids(RouterRecipe):
     """The expert whose rows' prompts are nearest to the prompt at hand, or the base model if none is near.
 
-    An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. An expert takes a prompt if
-    the cosine with its centroid is at least its threshold: `slack` of the way from the mean to the lowest cosine among
-    its own rows, each compared with the centroid of the others, is added below that lowest cosine.
+    An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. With `unknown` an expert
+    takes a prompt only if the cosine with its centroid is at least its threshold:
+
+        max(least, low - slack * (1 - low))
+
+    where `low` is the lowest cosine of a row of its own with the centroid of its other rows. The rule and its two
+    numbers are ours; with 8 rows each of four reasoning tasks on SmolLM2-135M 159 of 160 fresh prompts passed, and
+    none of 24 prompts of other kinds did.
 
     Args:
         embedding: "hidden", the mean of the base's last hidden states over the prompt; or "input", of its input
             embeddings, which needs no extra pass and tells apart less.
         unknown: Whether a prompt that is near to none stays with the base model. It needs two rows for each expert.
-        slack: How far below the lowest cosine of its own rows an expert's threshold is.
+        slack: How far below `low` the threshold is, in distances of `low` from 1.
+        least: The lowest threshold there is.
     """
 
     kind: ClassVar[str] = "centroids"
@@ -45,12 +51,14 @@ class Centroids(RouterRecipe):
 
     embedding: Embedding = "hidden"
     unknown: bool = True
-    slack: float = 1.0
+    slack: float = 2.0
+    least: float = 0.65
 
     def __post_init__(self) -> None:
         check_choice("router.embedding", self.embedding, Embedding)
         check_bool("router.unknown", self.unknown)
         check(is_real(self.slack) and self.slack >= 0, "router.slack", self.slack, "a number of at least 0")
+        check(is_real(self.least) and -1 <= self.least <= 1, "router.least", self.least, "a cosine, -1 to 1")
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Centroid scores, the nearest, one router for the model."""
@@ -83,7 +91,8 @@ class Centroids(RouterRecipe):
             )
         others_ND = (h_ND.sum(0, keepdim=True) - h_ND) / (count - 1)
         own_N = torch.stack([cosines(h_ND[i : i + 1], others_ND[i : i + 1], center_1D)[0, 0] for i in range(count)])
-        return float(own_N.min() - self.slack * (own_N.mean() - own_N.min()))
+        low = float(own_N.min())
+        return max(self.least, low - self.slack * (1 - low))
 
 
 def embedding_words(base: Any, embedding: Embedding) -> dict[str, Any]:

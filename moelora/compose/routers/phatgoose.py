@@ -33,7 +33,7 @@ class _TrainedGate(Scores):
         logits_TE = router_logits(given.x_TD, given.tensors["prototypes"])
         own_TE = nn.functional.one_hot(given.tokens.fact_T("task_ids").long(), given.num_experts)
         gates_TE = logits_TE.sigmoid() * own_TE
-        return Scored(logits_TE, gates_TE, gates_TE, positive=False)
+        return Scored(logits_TE, gates_TE, gates_TE, is_softmax=False)
 
 
 @register

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelora.runs.files import new_folder, write_atomically
+from moelora.files import new_folder, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The base model and the rows that `moelora expert` measures on."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moelora.compose.editing import SiteRouting, fit_centroid, mean_loss, measure_routing, read_stacked
+from moelora.compose.editing.stacked import read_words
+from moelora.compose.tokens import batches, tokenize
+from moelora.errors import ComposeError, MoeLoraError
+from moelora.runs.config import DatasetConfig
+from moelora.runs.data import load_rows
+from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
+from moelora.runs.wording import one_line
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What an adapter does on the rows."""
+
+    loss: float
+    routing: dict[str, SiteRouting]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredData:
+    """A base model and rows.
+
+    Attributes:
+        base: The base model, without an adapter between the measurements.
+        tokenizer: Its tokenizer.
+        options: The words of the command.
+    """
+
+    base: Any
+    tokenizer: Any
+    options: argparse.Namespace
+
+    @classmethod
+    def open(cls, options: argparse.Namespace) -> ScoredData:
+        """Load the base model.
+
+        Raises:
+            MoeLoraError: If it is not known, or cannot be loaded.
+        """
+        folder = Path(options.adapter)
+        if not (folder / "adapter_config.json").is_file():
+            raise ComposeError(f"{options.adapter!r} holds no adapter: adapter_config.json missing.")
+        name = options.base or read_words(folder).get("base_model_name_or_path")
+        if not name:
+            raise ComposeError("the adapter does not record its base model; allowed: --base MODEL.")
+        source = ModelSource(name, dtype=options.dtype)
+        return cls(load_model(source).eval(), load_tokenizer(source), options)
+
+    def batches(self, file: str) -> list[Any]:
+        """The rows of a file as batches."""
+        rows = load_rows(DatasetConfig(files=file, limit=self.options.limit), self.tokenizer)
+        return list(batches(tokenize(rows, self.tokenizer), self.options.batch_size, self.base.device))
+
+    def measure(self, adapter: str, *, routing: bool = False) -> Measured:
+        """The loss of an adapter on the rows, and where its tokens go.
+
+        Raises:
+            MoeLoraError: If the adapter does not fit the base model.
+        """
+        try:
+            model = load_adapter(self.base, adapter)
+        except MoeLoraError:
+            raise
+        except (ValueError, RuntimeError, KeyError, OSError) as error:  # what PEFT raises for its own LoRA
+            raise ComposeError(
+                f"{adapter!r} does not fit the base model {self.base.config._name_or_path!r}: {one_line(error)[:300]} "
+                "Allowed: --base with the model it was trained on."
+            ) from error
+        batches = self.batches(self.options.data)
+        found = Measured(mean_loss(model, batches), measure_routing(model, batches) if routing else {})
+        model.unload()
+        return found
+
+    def centroid(self, adapter: str, file: str) -> Tensor:
+        """The centroid [1, D] of the expert that a file's rows are for.
+
+        Raises:
+            ComposeError: If the adapter is not routed by centroids, or several experts are added.
+        """
+        scores = read_stacked(adapter).config.scores
+        if scores.kind != "centroids":
+            raise ComposeError(
+                f"--rows are for a mixture routed by centroids, and this one has {scores.kind!r} scores; leave it out."
+            )
+        if self.options.count != 1:
+            raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
+        return fit_centroid(self.base, self.batches(file), scores.embedding)

@@ -1,0 +1,50 @@
+"""`moelora export`: an adapter as a model, or as an adapter of another kind."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from moelora.cli.export_adapters import export_lora, export_mixlora, import_mixlora
+from moelora.cli.export_native_moe import export_native_moe
+
+TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "lora": export_lora,
+    "mixlora": export_mixlora,
+    "moelora": import_mixlora,
+    "native-moe": export_native_moe,
+}
+"""What `--to` takes, and what does it with the parsed options."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to those of `moelora`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write an adapter in another form",
+        description="Write an adapter in another form. lora: ordinary PEFT LoRAs and a router that picks one per "
+        "request, or one LoRA; with --rank one LoRA that approximates any mixture. mixlora: a folder of MixLoRA's "
+        "authors. moelora: such a folder as an adapter of moelora. native-moe: the adapter and its dense base as one "
+        "mixture-of-experts model, which transformers loads without moelora.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter, or Hub repository (owner/name)")
+    parser.add_argument("output", metavar="OUT", help="the folder to make")
+    parser.add_argument("--to", required=True, choices=sorted(TARGETS), help="the form to write")
+    parser.add_argument("--base", help="the base model: a folder or a Hub name (default: what the adapter names)")
+    distil = parser.add_argument_group("one LoRA for a whole mixture (--to lora)")
+    distil.add_argument("--rank", type=int, help="rank of the LoRA")
+    distil.add_argument("--data", metavar="FILE", help="rows to measure on, in the forms that training takes")
+    distil.add_argument("--steps", type=int, default=0, help="train the LoRA towards the mixture for so many steps")
+    native = parser.add_argument_group("a native mixture-of-experts model (--to native-moe)")
+    native.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="data type of the weights (default: the base's)"
+    )
+    native.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
+    native.add_argument("--no-check", action="store_true", help="do not run the result beside the adapter")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the adapter in the form asked for."""
+    TARGETS[options.to](options)

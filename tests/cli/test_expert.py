@@ -1,0 +1,163 @@
+"""`moelora expert`: every edit by its command, and what goes wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from moelora.cli import main
+from moelora.compose import mean_loss
+from moelora.compose.tokens import batches, tokenize
+from moelora.runs.config import DatasetConfig
+from moelora.runs.data import load_rows
+from moelora.runs.models import load_adapter
+from tests.compose.mixtures import saved, saved_by_sequence
+from tests.compose.test_split import trained_lora
+from tests.conftest import tiny_model
+from tests.runs.tiny import tiny_folder, tiny_tokenizer
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with adapters, the base model that they fit, and rows."""
+    saved(tmp_path / "mixture", "mixlora")
+    saved_by_sequence(tmp_path / "named")
+    trained_lora(tmp_path / "lora")
+    tiny_folder(tmp_path / "base")
+    rows = [{"prompt": "1 2 3 ", "completion": "4"}, {"prompt": "5 6 ", "completion": "7 8"}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def expert(place: Path, words: str) -> int:
+    """Run the command; `@name` is a path in the folder."""
+    arguments = [str(place / word[1:]) if word.startswith("@") else word for word in words.split()]
+    return main(["expert", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        pytest.param("add @mixture -o @out --count 2 --start mean", ("4", "6"), id="add"),
+        pytest.param(
+            "add @named -o @out --start two --name four --rows @rows.jsonl --base @base", ("3", "4"), id="key"
+        ),
+        pytest.param("drop @mixture -o @out --experts 0,2", ("4", "2"), id="drop"),
+        pytest.param("drop @named -o @out --experts two", ("3", "2"), id="drop by name"),
+        pytest.param("freeze @mixture -o @out --experts all", ("4", "4"), id="freeze"),
+        pytest.param("freeze @mixture -o @out --experts none", ("4", "4"), id="free"),
+        pytest.param("merge @mixture -o @out --to 3", ("4", "3"), id="merge"),
+        pytest.param("drop @named -o @out --unused 0.34", ("3", None), id="drop the unused"),
+        pytest.param("cut @mixture -o @out --rank 2", ("4", "4"), id="cut"),
+        pytest.param("split @lora -o @out --num-experts 4", ("1", "4"), id="split"),
+        pytest.param("split @lora -o @out --into copies --num-experts 3 --top-k 2", ("1", "3"), id="copies"),
+    ],
+)
+def test_an_edit_prints_sizes_and_losses(
+    place: Path, capsys: pytest.CaptureFixture[str], words: str, counts: tuple[str, str | None]
+) -> None:
+    assert expert(place, f"{words} --data @rows.jsonl --base @base") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == str(place / "out")
+    table = {" ".join(line.split()[:-2]): line.split()[-2:] for line in shown[1:6]}
+    assert table["experts"][0] == counts[0]
+    assert table["experts"][1] == counts[1] or (counts[1] is None and table["experts"][1] in ("1", "2"))
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(place / "base"), str(place / "out"))
+    tokenizer = tiny_tokenizer()
+    rows = load_rows(DatasetConfig(files=str(place / "rows.jsonl")), tokenizer)
+    loss = mean_loss(model, batches(tokenize(rows, tokenizer), 3, "cpu"))
+    assert float(table["loss a token"][1]) == pytest.approx(loss, abs=2e-4)
+    if words.startswith(("freeze", "split")):
+        assert table["loss a token"][0] == table["loss a token"][1]
+
+
+def test_without_data_no_base_is_needed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(place / "base")
+    assert expert(place, "cut @mixture -o @out --rank 1") == 0
+    assert "loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["add", "drop --experts 0", "freeze --experts 0", "merge --to 2", "cut --rank 1", "split --num-experts 4"],
+)
+@pytest.mark.parametrize("fault", ["missing", "cut off", "output exists", "output is input", "no space", "wrong base"])
+def test_bad_input_of_each_verb_is_one_line_and_leaves_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], verb: str, fault: str
+) -> None:
+    name, *rest = verb.split()
+    output, data = "@out", "--data @rows.jsonl --base @base" if name == "merge" or fault == "wrong base" else ""
+    adapter = "lora" if name == "split" else "mixture"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    expected = {
+        "missing": "holds no adapter",
+        "cut off": "cannot be read",
+        "output exists": "exists; allowed: a new folder",
+        "output is input": "is the input",
+        "no space": "cannot be written",
+        "wrong base": "do not fit",
+    }[fault]
+    if name == "split":  # read by PEFT's own words
+        expected = {"missing": "cannot be read", "wrong base": "does not fit the base model"}.get(fault, expected)
+    if fault == "missing":
+        (place / adapter / "adapter_model.safetensors").unlink()
+    elif fault == "cut off":
+        file = place / adapter / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:3000])
+    elif fault == "output exists":
+        (place / "out").mkdir()
+        (place / "out/adapter_config.json").write_text("{")
+    elif fault == "output is input":
+        output = f"@{adapter}"
+    elif fault == "wrong base":
+        shutil.rmtree(place / "base")
+        tokenizer = tiny_tokenizer()
+        tiny_model(hidden_size=24, vocab_size=len(tokenizer)).save_pretrained(place / "base")
+        tokenizer.save_pretrained(place / "base")
+    before = sorted(str(path) for path in place.rglob("*"))
+    capsys.readouterr()
+    if fault == "no space":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        assert expert(place, f"{name} @{adapter} -o {output} {' '.join(rest)} {data}") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("moelora expert")]
+    assert line.startswith(f"moelora expert {name}: ")
+    assert expected in line
+    assert "Traceback" not in captured.err
+    assert sorted(str(path) for path in place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param("add @named -o @out --name two --rows @rows.jsonl --base @base", "Taken: two", id="name clash"),
+        pytest.param("add @named -o @out", "the rows of 'centroids' for the new experts are not given", id="no rows"),
+        pytest.param("add @mixture -o @out --rows @rows.jsonl --base @base", "'linear' scores", id="useless rows"),
+        pytest.param("add @named -o @out --rows @none.jsonl --base @base", "no file matches", id="no such rows"),
+        pytest.param("merge @mixture -o @out --to 2", "allowed: with --data", id="merge without data"),
+        pytest.param("drop @mixture -o @out --unused 0.1", "allowed: with --data", id="unused without data"),
+        pytest.param("drop @mixture -o @out --experts seven", "no expert 'seven'", id="no such expert"),
+        pytest.param("cut @lora -o @out --rank 1", "PEFT type 'LORA'", id="a LoRA is no mixture"),
+        pytest.param("split @mixture -o @out --num-experts 2", "mixtures of 4 experts already", id="split a mixture"),
+        pytest.param("split @lora -o @out --num-experts 3", "the divisors of the LoRA's rank", id="no divisor"),
+        pytest.param("cut @mixture -o @out --rank 1 --data @rows.jsonl", "--base MODEL", id="no base"),
+        pytest.param("cut @mixture -o @out --rank 1 --data @rows.jsonl --base ./no", "no model in that folder", id="?"),
+    ],
+)
+def test_what_is_wrong_with_the_words(
+    place: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    capsys.readouterr()
+    assert expert(place, words) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not (place / "out").exists()

@@ -1,0 +1,194 @@
+"""Tasks one after the other: each trains an expert of its own beside those of the tasks before it, which stay.
+
+The adapter after each task is in `stages/`, the last of them in `adapter/` too. A run that was stopped goes on with the
+task, and from the checkpoint, that it had come to.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets
+from torch import Tensor
+
+from moelora import MoeLoraConfig
+from moelora.compose import add_experts, fit_centroid
+from moelora.compose.editing import read_stacked
+from moelora.compose.tokens import batches, tokenize
+from moelora.errors import RunError
+from moelora.files import new_folder
+from moelora.layers.base import MoeLoraLayer
+from moelora.runs.config import RunConfig, SequentialConfig, adapter_config, sft_config
+from moelora.runs.console import IS_MAIN, say
+from moelora.runs.data import load_rows
+from moelora.runs.folder import ADAPTER, STAGES, RunDir
+from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from train.sft import new_adapter, show_rows, train_stage
+
+# A mean embedding hardly moves with more rows than this.
+CENTROID_ROWS = 256
+
+
+def run(config: RunConfig, *, restart: bool = False) -> None:
+    """Train what `config` says into `config.output_dir`, from where an earlier call was stopped.
+
+    Args:
+        config: The run.
+        restart: Throw away what an earlier call has trained.
+
+    Raises:
+        RunError: If the run cannot start or be resumed.
+    """
+    words = config.sequential or SequentialConfig()
+    order = _order(config, words)
+    first = _first_config(config, words, order[0])
+    folder = RunDir(config.output_dir)
+    if IS_MAIN:
+        folder.open(config, restart=restart)
+    tokenizer = load_tokenizer(config)
+    rows = load_rows(config.dataset, tokenizer)
+    if IS_MAIN:
+        folder.check_rows(rows)
+    show_rows(rows, config)
+    of_task = _by_task(rows, order)
+    before: Path | None = None
+    for index, task in enumerate(order):
+        stage = f"{STAGES}/{index + 1}-{task}"
+        args = sft_config(config, folder.checkpoints(stage))
+        own = of_task[task]
+        earlier = [of_task[each] for each in order[:index]]
+        make_model = partial(_make_model, config, words, first, before, task, own, tokenizer)
+        train_stage(
+            stage, make_model, args, folder, tokenizer, _with_replay(own, earlier, words.replay, args.seed), label=task
+        )
+        before = folder.stage(stage)
+    assert before is not None
+    if IS_MAIN and not folder.is_finished(ADAPTER):
+        with new_folder(folder.stage(ADAPTER)) as ready:
+            shutil.copytree(before, ready, dirs_exist_ok=True)
+    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+
+
+def _order(config: RunConfig, words: SequentialConfig) -> list[str]:
+    """The tasks in their order.
+
+    Raises:
+        RunError: If they are not known, come twice, or cannot be names of folders and experts; or the run asks for
+            something that this recipe does not do.
+    """
+    order = list(words.order if words.order is not None else config.dataset.tasks or ())
+    if not order or len(set(order)) < len(order):
+        raise RunError(f"sequential.order is {order}; it must list each task once, in the order of training.")
+    for task in order:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", task):
+            raise RunError(f"sequential.order has {task!r}; allowed: letters, digits, and . - _ in the name of a task.")
+    if config.baseline is not None:
+        raise RunError("baseline is set with recipe sequential; allowed: none. Train it by a run of its own.")
+    return order
+
+
+def _first_config(config: RunConfig, words: SequentialConfig, task: str) -> MoeLoraConfig:
+    """The mixture of the first task alone; the words of its LoRA are those of the section `adapter`.
+
+    Raises:
+        RunError: If that is no plain LoRA.
+    """
+    lora: MoeLoraConfig = adapter_config(config)
+    if lora.preset != "lora":
+        raise RunError(
+            f"adapter.preset is {lora.preset!r} with recipe sequential; allowed: 'lora', what each expert is."
+        )
+    own = {name: getattr(lora.experts, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+    experts = {**own, "kind": "lora_composed", "num_experts": 1, "names": [task], "ranks": [lora.r]}
+    by_sequence = words.router == "centroids"
+    kept = {name: getattr(lora, name) for name in MoeLoraConfig.peft_words() if hasattr(lora, name)}
+    return MoeLoraConfig(
+        **{
+            **kept,
+            "experts": {**experts, "sources": [{"source": f"trained on {task}"}]},
+            "placement": {
+                "kind": "linear",
+                "unrouted_modules": words.common,
+                "routers": "per_model" if by_sequence else "per_site",
+            },
+            "scores": {"kind": "centroids", "embedding": words.embedding}
+            if by_sequence
+            else {"kind": "linear", "activation": "sigmoid"},
+            "selection": "nearest" if by_sequence else "dense",
+        }
+    )
+
+
+def _by_task(rows: Any, order: list[str]) -> dict[str, Any]:
+    """The rows of each task.
+
+    Raises:
+        RunError: If the rows do not say their task, or a task has none.
+    """
+    if "task" not in rows.column_names:
+        raise RunError("the rows do not say their task; allowed: a column `task` (`dataset.columns: {task: NAME}`).")
+    tasks = rows["task"]
+    found = {task: rows.select([i for i, each in enumerate(tasks) if each == task]) for task in order}
+    empty = [task for task, own in found.items() if len(own) == 0]
+    if empty:
+        raise RunError(
+            f"sequential.order names {', '.join(empty)}, of which there are no rows; there are rows of "
+            f"{', '.join(sorted(set(tasks)))}."
+        )
+    return found
+
+
+def _with_replay(rows: Any, earlier: list[Any], share: float, seed: int) -> Any:
+    """The rows of a task, and some of the tasks before it."""
+    if share == 0 or not earlier:
+        return rows
+    old = concatenate_datasets(earlier).shuffle(seed=seed)
+    again = old.select(range(min(len(old), round(share * len(rows)))))
+    return concatenate_datasets([rows, again]).shuffle(seed=seed)
+
+
+def _make_model(
+    config: RunConfig,
+    words: SequentialConfig,
+    first: MoeLoraConfig,
+    before: Path | None,
+    task: str,
+    rows: Any,
+    tokenizer: Any,
+) -> Any:
+    """The base model with the adapter of the tasks before, if there is one, and a new expert."""
+    base = load_model(config)
+    centroid = _centroid(base, words, rows, tokenizer) if words.router == "centroids" else None
+    if before is None:
+        if centroid is None:
+            return new_adapter(base, first, config.adapter_dtype)
+        model = new_adapter(
+            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), config.adapter_dtype
+        )
+        for layer in model.modules():
+            for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
+                router.get_parameter("centroids").data.copy_(centroid)
+        return model
+    start: str | int = words.start if words.start != "previous" else read_stacked(before).num_experts - 1
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "adapter"
+        seed = int(config.training.get("seed", 42))
+        add_experts(
+            before, made, start=start, names=[task], rows={} if centroid is None else {"centroids": centroid}, seed=seed
+        )
+        return load_adapter(base, str(made), is_trainable=True)
+
+
+def _centroid(base: Any, words: SequentialConfig, rows: Any, tokenizer: Any) -> Tensor:
+    """The mean embedding of the task's prompts."""
+    if torch.accelerator.is_available():
+        base = base.to(torch.accelerator.current_accelerator())
+    examples = tokenize(rows.select(range(min(len(rows), CENTROID_ROWS))), tokenizer)
+    return fit_centroid(base, batches(examples, 8, base.device), words.embedding).cpu()
