@@ -41,6 +41,24 @@ OTHER: dict[str, Any] = {
     "capacity_in_eval": True,
     "max_threshold": 0.2,
     "coef": 0.5,
+    "num_frozen": 2,
+    "names": ["a", "b", "c", "d", "e"],
+    "ranks": [1, 2, 3, 1, 2],
+    "sources": [{"source": name} for name in "abcde"],
+    "routers": "per_model",
+    "weights": [0.5, -1.0],
+    "absolute": True,
+    "standardize": True,
+    "temperature": 0.7,
+    "features": 12,
+    "embedding": "input",
+    "threshold": True,
+    "alpha": 2.5,
+    "depth": 3,
+    "size": 6,
+    "dropout": 0.1,
+    "softmax": False,
+    "layerwise": True,
 }
 
 
@@ -55,10 +73,10 @@ def filled(axis: str, kind: str) -> Choice:
 
 def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
-        "experts": {"lora", "lora_shared_a"},
+        "experts": {"lora", "lora_shared_a", "lora_composed"},
         "placement": {"linear", "feed_forward"},
-        "scores": {"linear"},
-        "selection": {"dense", "top_k", "learned_threshold"},
+        "scores": {"linear", "constant", "task", "prototypes", "centroids", "glider", "classifier"},
+        "selection": {"dense", "top_k", "learned_threshold", "nearest"},
         "balance": {"switch", "mixtral", "z", "threshold", "bias_update"},
         "compute": {"fast", "compiled", "reference"},
     }

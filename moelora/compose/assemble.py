@@ -99,7 +99,7 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
             "num_frozen": 0 if trainable else E,
             "names": [source.name for source in sources],
             "ranks": [source.rank for source in sources],
-            "sources": [_origin(source) for source in sources],
+            "sources": [_origin(source, recipe.subtracted()) for source in sources],
         },
         target_modules=endings if same == sites else sites,
         task_type=sources[0].config.task_type,
@@ -109,8 +109,13 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
     return config
 
 
-def _origin(source: LoraSource) -> dict[str, Any]:
-    found = {"source": source.source, "license": source.license, "revision": source.config.revision}
+def _origin(source: LoraSource, subtracted: Sequence[str]) -> dict[str, Any]:
+    found = {
+        "source": source.source,
+        "license": source.license,
+        "revision": source.config.revision,
+        "minus": list(subtracted) or None,
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -117,8 +117,11 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
     )
     composed = model.peft_config["default"]
     composed.base_model_name_or_path = source.model
-    for name, rank, lora in zip(composed.experts.names, composed.experts.ranks, config.loras.values(), strict=True):
-        say(f"Expert    {name}: rank {rank}, {lora}" + (f", {len(examples[name])} rows" if name in examples else ""))
+    for name, rank in zip(composed.experts.names, composed.experts.ranks, strict=True):
+        say(
+            f"Expert    {name}: rank {rank}, {config.loras[name]}"
+            + (f", {len(examples[name])} rows" if name in examples else "")
+        )
     with new_folder(output) as ready:
         model.save_pretrained(str(ready))
         tokenizer.save_pretrained(str(ready))

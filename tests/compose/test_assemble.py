@@ -95,6 +95,7 @@ def test_general_loras_are_subtracted_as_by_peft(count: int, tmp_path: Path) -> 
     ours = from_loras(tiny_model(), loras, {**router, "general": general})
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(outputs(ours), outputs(from_loras(tiny_model(), loras, router)), atol=1e-2)
+    assert ours.peft_config["default"].experts.sources[1]["minus"] == general
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.cli import main as moelora
 from moelora.compose import choose, from_loras
 from moelora.errors import ComposeError, ConfigError
 from tests.adapters import outputs, snapshot
 from tests.compose.loras import save_lora, unlike_loras
 from tests.conftest import tiny_model
+from tests.runs.tiny import tiny_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -132,6 +135,22 @@ def test_kshot_composes_the_chosen(pool: dict[str, str]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert _loss(model) < before
+
+
+def test_kshot_by_the_command(pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task of the rows is the new one, no name of a LoRA."""
+    tiny_folder(tmp_path / "base")
+    rows = [{"prompt": f"{n} ", "completion": f"{n + 1}", "task": "new"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    words = [f"{name}={folder}" for name, folder in pool.items()]
+    router = ["--router", "{kind: kshot, count: 2}", "--data", "rows.jsonl", "--base", "base", "-o", "mix"]
+    assert moelora(["compose", *words, *router, "--any-base-name"]) == 0
+    config = json.loads((tmp_path / "mix/adapter_config.json").read_text())
+    assert len(config["experts"]["names"]) == 2
+    assert [source["source"] for source in config["experts"]["sources"]] == [
+        pool[name] for name in config["experts"]["names"]
+    ]
 
 
 def test_what_cannot_be_chosen(pool: dict[str, str], tmp_path: Path) -> None:

@@ -233,8 +233,9 @@ def test_glider_against_a_naive_router(tmp_path: Path) -> None:
         for alpha in (0.0, 2.5, 1000.0)
     }
     fresh = prompts(examples(seed=1))[[0, 7, 14]]
+    models: dict[Any, Any] = {"phatgoose": phatgoose, "centroids": centroids, **glider}
     recorded = {}
-    for name, model in {"phatgoose": phatgoose, "centroids": centroids, **glider}.items():
+    for name, model in models.items():
         with torch.no_grad(), moelora.record_routing(model) as listener:
             recorded[name] = (model(input_ids=fresh).logits, [record.routing for record in listener.records])
     torch.testing.assert_close(recorded[0.0][0], recorded["phatgoose"][0])

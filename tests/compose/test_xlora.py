@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moelora
-from moelora.compose import from_loras, read_xlora, write_xlora
+from moelora.compose import drop_experts, from_loras, read_xlora, switch_experts, write_xlora
 from moelora.errors import ComposeError, ConfigError, MoeLoraError
 from tests.adapters import outputs, snapshot
 from tests.compose.loras import three_loras, unlike_loras
@@ -116,6 +116,20 @@ def test_saved_and_loaded(mixture: Any, tmp_path: Path) -> None:
     mixture.save_pretrained(str(tmp_path / "mix"))
     again = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "mix")).eval()
     assert torch.equal(outputs(again), outputs(mixture))
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_an_expert_less(layerwise: bool, tmp_path: Path) -> None:
+    """Dropped from the folder or switched off: the softmax, with its temperature, over the others."""
+    router = {"kind": "xlora", "depth": 2, "size": 8, "layerwise": layerwise, "temperature": 0.3}
+    model = from_loras(tiny_model(), three_loras(tmp_path), router)
+    model.save_pretrained(str(tmp_path / "mix"))
+    drop_experts(tmp_path / "mix", tmp_path / "less", ["words"])
+    less = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "less")).eval()
+    whole = outputs(model)
+    switch_experts(model, {"words": False})
+    torch.testing.assert_close(outputs(less), outputs(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs(model), whole, atol=1e-3)
 
 
 def test_checkpointing(mixture: Any) -> None:
