@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moelora.errors import ExportError
+
+_BATCH = 8
 
 
 def export_lora(options: argparse.Namespace) -> None:
@@ -61,7 +65,6 @@ def _distill_on_data(options: argparse.Namespace) -> str:
     from moelora.runs.config import DatasetConfig
     from moelora.runs.data import load_rows
     from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
-    from moelora.runs.tokens import batches_of
 
     config = read_config(Path(options.adapter).expanduser())
     check_free(options.output)
@@ -76,8 +79,28 @@ def _distill_on_data(options: argparse.Namespace) -> str:
     kept = max(1, len(rows) // 5)
     experts = getattr(config.experts, "names", []) if "task_ids" in config.needs else None
     held_out, train = (
-        batches_of(rows.select(part), tokenizer, experts) for part in (range(kept), range(kept, len(rows)))
+        _batches(rows.select(part), tokenizer, experts) for part in (range(kept), range(kept, len(rows)))
     )
     model = load_adapter(load_model(source), options.adapter)
     found = distill_lora(model, options.output, rank=options.rank, train=train, held_out=held_out, steps=options.steps)
     return f"{found.output}\n{found.table()}"
+
+
+def _batches(rows: Any, tokenizer: Any, experts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Batches of tokens; with the names of the experts, where the mixture goes by tasks, also `task_ids`."""
+    import torch
+
+    from moelora.compose.tokens import batches, tokenize
+
+    found: list[dict[str, Any]] = list(batches(tokenize(rows, tokenizer), _BATCH, "cpu"))
+    if experts is None:
+        return found
+    tasks = [row.get("task") for row in rows]
+    unknown = next((task for task in tasks if task not in experts), None)
+    if unknown is not None or None in tasks:
+        raise ExportError(
+            f"a row has the task {unknown!r}, and the mixture goes by tasks; allowed: {', '.join(experts) or 'none'}. "
+            "Rows need a column `task` with the name of an expert."
+        )
+    ids = torch.tensor([experts.index(task) for task in tasks]).split(_BATCH)
+    return [{**batch, "task_ids": part} for batch, part in zip(found, ids, strict=True)]

@@ -20,7 +20,8 @@ def tokenize(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[dict[str
         tokenizer: The base model's tokenizer.
 
     Returns:
-        `input_ids`, and `labels` with -100 for the prompt; a `text` has no labels: all of it is a prompt.
+        `input_ids`, and where there is an answer `labels`, -100 for the prompt. All of a `text`, and of `messages` of
+        one message, is an answer.
 
     Raises:
         ComposeError: For a row of another form.
@@ -32,6 +33,9 @@ def _tokenize(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, l
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None and isinstance(row.get("messages"), Sequence) and row["messages"]:
         prompt, completion = list(row["messages"][:-1]), [row["messages"][-1]]
+        if not prompt:
+            ids = list(tokenizer.apply_chat_template(completion, tokenize=True, return_dict=False))
+            return {"input_ids": ids, "labels": ids}
     if isinstance(prompt, str) and isinstance(completion, str | None):
         before = tokenizer(prompt)["input_ids"]
         whole = before if completion is None else tokenizer(prompt + completion)["input_ids"]
@@ -42,7 +46,8 @@ def _tokenize(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, l
         before = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **words)
         whole = before if completion is None else tokenizer.apply_chat_template([*prompt, *completion], **words)
     elif isinstance(row.get("text"), str):
-        return {"input_ids": tokenizer(row["text"])["input_ids"]}
+        ids = list(tokenizer(row["text"])["input_ids"])
+        return {"input_ids": ids, "labels": ids}
     else:
         raise ComposeError(
             f"{where} has the columns {', '.join(row)}; allowed: prompt (with completion), messages, or text, all "
@@ -61,7 +66,8 @@ def prompt_of(example: Mapping[str, Sequence[int]]) -> list[int]:
     """The tokens before an example's answer."""
     labels = example.get("labels")
     ids = list(example["input_ids"])
-    return ids if labels is None else [token for token, label in zip(ids, labels, strict=True) if label == -100] or ids
+    prompt = ids if labels is None else [token for token, label in zip(ids, labels, strict=True) if label == -100]
+    return prompt or ids
 
 
 def batches(examples: Sequence[Mapping[str, Sequence[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
