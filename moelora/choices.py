@@ -112,6 +112,8 @@ class Site:
         routed: Whether the site has a router.
         router_features: Features of the router's input.
         owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
+        index: Its number among the sites that share its router.
+        num_sharing: How many these are.
     """
 
     name: str
@@ -120,6 +122,8 @@ class Site:
     routed: bool
     router_features: int
     owns_router: bool = True
+    index: int = 0
+    num_sharing: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

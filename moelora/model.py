@@ -197,7 +197,11 @@ class MoeLoraModel(BaseTuner):
         return self._with_facts(self.model, *args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generation by the base model with its adapters; facts are given once for each prompt."""
+        """Generation by the base model with its adapters; facts are given once for each prompt.
+
+        An adapter that routes by a first pass over all tokens (X-LoRA) generates without a KV cache, whatever
+        `use_cache` is: the tokens are the same, at the cost of running the whole sequence for each of them.
+        """
         return self._with_facts(self._generate, *args, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,6 +214,8 @@ class MoeLoraModel(BaseTuner):
         first = args[0] if args else kwargs.get("inputs")
         if first is not None:
             inputs.setdefault("input_ids", first)
+        if hooks.reads_base_hidden():
+            kwargs["use_cache"] = False
         with known_facts(hooks.facts_of_prompts(self.model, inputs)):
             return self.model.generate(*args, **kwargs)
 

@@ -53,6 +53,12 @@ OTHER: dict[str, Any] = {
     "features": 12,
     "embedding": "input",
     "threshold": True,
+    "alpha": 2.5,
+    "depth": 3,
+    "size": 6,
+    "dropout": 0.1,
+    "softmax": False,
+    "layerwise": True,
 }
 
 
@@ -69,7 +75,7 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {"lora", "lora_shared_a", "lora_composed"},
         "placement": {"linear", "feed_forward"},
-        "scores": {"linear", "constant", "task", "prototypes", "centroids"},
+        "scores": {"linear", "constant", "task", "prototypes", "centroids", "glider", "classifier"},
         "selection": {"dense", "top_k", "learned_threshold", "nearest"},
         "balance": {"switch", "mixtral", "z", "threshold", "bias_update"},
         "compute": {"fast", "compiled", "reference"},

@@ -18,7 +18,7 @@ from tests.conftest import tiny_model
 README = Path(__file__).parent.parent / "README.md"
 
 
-def _tiny_checkpoint(folder: Path) -> None:
+def tiny_checkpoint(folder: Path) -> None:
     vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -30,7 +30,7 @@ def _tiny_checkpoint(folder: Path) -> None:
 
 
 def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _tiny_checkpoint(tmp_path / "tiny")
+    tiny_checkpoint(tmp_path / "tiny")
     rows = [{"prompt": "abc", "completion": "def"}, {"prompt": "gh", "completion": "ijk"}] * 4
     (tmp_path / "my_tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moelora.compose.assemble import from_loras
+from moelora.compose.choose import Chosen, choose
 from moelora.compose.editing import (
     add_experts,
     cut_ranks,
@@ -15,9 +16,12 @@ from moelora.compose.editing import (
     split_lora,
 )
 from moelora.compose.switch import switch_experts
+from moelora.compose.xlora_folders import read_xlora, write_xlora
 
 __all__ = [
+    "Chosen",
     "add_experts",
+    "choose",
     "cut_ranks",
     "drop_experts",
     "fit_centroid",
@@ -26,6 +30,8 @@ __all__ = [
     "mean_loss",
     "measure_routing",
     "merge_experts",
+    "read_xlora",
     "split_lora",
     "switch_experts",
+    "write_xlora",
 ]

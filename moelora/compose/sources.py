@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,39 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
     pairs = _pairs(source, _weights(source))
     shapes = {module: (a.shape[0], a.shape[1], b.shape[0]) for module, (a, b) in pairs.items()}
     return LoraSource(name, source, config, shapes, _license(source))
+
+
+def mean_factors(general: Sequence[LoraSource], experts: Sequence[LoraSource]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The mean A [R, D] and the mean B [O, R] of some LoRAs, in fp32 and without scalings, by the name of the linear.
+
+    Args:
+        general: The LoRAs; without any the result is empty.
+        experts: Those that the means are to be taken from.
+
+    Raises:
+        ComposeError: If one of them has other ranks or sites than the others.
+    """
+    if not general:
+        return {}
+    for source in (*general, *experts):
+        if source.shapes != general[0].shapes:
+            differ = sorted(
+                name
+                for name in source.shapes.keys() | general[0].shapes.keys()
+                if source.shapes.get(name) != general[0].shapes.get(name)
+            )
+            found = [each.shapes.get(differ[0], "nothing") for each in (source, general[0])]
+            raise ComposeError(
+                f"general LoRAs are subtracted from the factors of each expert, and {source.source!r} has (rank, in, "
+                f"out) {found[0]} at {differ[0]!r} where {general[0].source!r} has {found[1]}; allowed: LoRAs of the "
+                "same rank on the same linears."
+            )
+    means: dict[str, tuple[Tensor, Tensor]] = {}
+    for source in general:
+        for name, (a_RD, b_OR) in source.factors().items():
+            a, b = a_RD.float() / len(general), b_OR.float() / len(general)
+            means[name] = (means[name][0] + a, means[name][1] + b) if name in means else (a, b)
+    return means
 
 
 def _config(source: str) -> LoraConfig:

@@ -24,7 +24,8 @@ class ComposedLoraExperts(LoraExperts):
     Args:
         names: What the experts are called, in their order.
         ranks: The rank that each had.
-        sources: Where each came from: `{"source": ..., "license": ...}` as far as it is known.
+        sources: Where each came from: `{"source": ..., "license": ...}` as far as it is known, and "minus", the
+            LoRAs that were subtracted from it.
 
     Raises:
         ConfigError: For a value out of range, or lists of another length than `num_experts`.

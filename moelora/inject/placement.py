@@ -73,12 +73,15 @@ class Placement(Choice):
         )
 
     def share_routers(self, sites: Mapping[str, PlannedSite]) -> dict[str, PlannedSite]:
-        """The sites, each with the name of the one that holds its router."""
+        """The sites, each with the name of the one that holds its router, and its number among those that share it."""
         if self.routers == "per_site":
             return dict(sites)
-        holder = next((name for name, site in sites.items() if site.routed), None)
-        shares = {name for name, site in sites.items() if site.routed and name != holder}
-        return {name: replace(site, router=holder) if name in shares else site for name, site in sites.items()}
+        routed = [name for name, site in sites.items() if site.routed]
+        shared = {
+            name: replace(sites[name], router=routed[0] if index else None, index=index, num_sharing=len(routed))
+            for index, name in enumerate(routed)
+        }
+        return {**sites, **shared}
 
     def routes_linear(self, name: str) -> bool:
         """Whether a targeted linear outside feed-forward blocks has a mixture, not one ordinary LoRA."""

@@ -22,6 +22,8 @@ class PlannedSite:
         form: The form of the block; None for a single linear.
         split: Whether the block's `down` is in a sibling of the module.
         router: Name of the site that holds the router it uses; None is the site itself.
+        index: Its number among the sites that share its router.
+        num_sharing: How many these are.
     """
 
     name: str
@@ -31,6 +33,8 @@ class PlannedSite:
     form: FeedForwardForm | None = None
     split: bool = False
     router: str | None = None
+    index: int = 0
+    num_sharing: int = 1
 
     def declare(self, config: MoeLoraConfig, sizes: Mapping[str, tuple[int, int]]) -> Site:
         """What the choices of a configuration may know of it, to declare their tensors.
@@ -46,4 +50,6 @@ class PlannedSite:
             routed=self.routed,
             router_features=sizes["" if self.form is None else "up"][0],
             owns_router=self.router is None,
+            index=self.index,
+            num_sharing=self.num_sharing,
         )

@@ -18,6 +18,7 @@ from moelora.errors import AdapterNameError, MergeError, MoeLoraError
 from moelora.ops.factors import Factors
 from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
+from moelora.routing.prompts import BASE_HIDDEN
 from moelora.routing.record import Mixture
 from moelora.routing.router import Router
 from moelora.routing.run import Place, current_place, in_backward, row_adapters, runs_base_only
@@ -52,7 +53,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         name: Its name in the base model.
     """
 
-    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "routers", "moelora_dropout")
+    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "routers", "site_index", "moelora_dropout")
 
     # PEFT's classes are Any to the type checker, and nn.Module would answer for their attributes with Tensor | Module
     adapter_layer_names: tuple[str, ...]
@@ -77,6 +78,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.parts: dict[str, dict[str, AdapterTensors]] = {}
         # the router of each adapter that routes here; it may be held by another layer, hence no submodule
         self.routers: dict[str, Router] = {}
+        # the layer's number among those that share a router
+        self.site_index: dict[str, int] = {}
         self.moelora_dropout = nn.ModuleDict({})
         self.adapter_layer_names = ()
         for container in ("moelora_A", "moelora_B", "moelora_router"):
@@ -107,6 +110,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """
         self.forget(adapter_name)
         self.configs[adapter_name] = config
+        self.site_index[adapter_name] = site.index
         self.scaling[adapter_name] = config.experts.scaling
         self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.dropouts().get("lora_dropout", 0.0))
         declared = config.expert_params(site)
@@ -165,9 +169,15 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def needs(self) -> frozenset[str]:
         """The facts of the batch that routing of the active adapters cannot do without."""
+        return frozenset().union(*(self.configs[adapter].needs for adapter in self._routing_now()))
+
+    def _routing_now(self) -> set[str]:
         active = set(self.active_adapters) | set(row_adapters())
-        adapters = () if self.disable_adapters else active & self.routers.keys()
-        return frozenset().union(*(self.configs[adapter].needs for adapter in adapters))
+        return set() if self.disable_adapters else active & self.routers.keys()
+
+    def routers_of_base_hidden(self) -> list[tuple[str, Router]]:
+        """The routers of the active adapters that look at the base's hidden states before the model runs."""
+        return [(a, self.routers[a]) for a in self._routing_now() if BASE_HIDDEN in self.configs[a].scores.needs]
 
     def expects_balance_loss(self) -> bool:
         """Whether an active adapter that trains is configured with a balance loss, which somebody has to add."""
@@ -179,7 +189,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             MoeLoraError: If checkpointing of another kind than transformers' repeats a layer whose routing depends on
-                the batch, which is not known then.
+                the batch, which is not known then; or if a router that decided before the layers is to be trained
+                under reentrant checkpointing.
         """
         router = self.routers[adapter]
         place, replaced = here.place, None
@@ -194,11 +205,16 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 replaced = {"bias": biases[self.name, adapter]}
             elif self.training and self._moves_bias(adapter):
                 raise MoeLoraError(self._not_repeatable())
+        prepared_T = here.tokens.prepared_T(adapter)
+        loses_gradient = prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
+        if loses_gradient and place is not None and place.run.grad_enabled:
+            raise MoeLoraError(self._not_reentrant())
         # what looks at the batch alone is the same in every layer of a run
-        shared = None if place is None or here.key is None or not router.ignores_input else (adapter, *here.key)
+        shared = None if place is None or here.key is None or not router.is_shared else (adapter, *here.key)
         if place is not None and shared in place.run.decisions:
             return place.run.decisions[shared]
-        found: Routing = router(x.reshape(-1, x.shape[-1]), here.tokens, replaced)
+        site_index = self.site_index[adapter]
+        found: Routing = router(x.reshape(-1, x.shape[-1]), here.tokens, replaced, prepared_T, site_index)
         if place is not None and shared is not None and not found.weights_TK.requires_grad:
             place.run.decisions[shared] = found
         return found
@@ -208,6 +224,13 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             f"{self.name!r} is run again in the backward pass by other means than transformers' gradient "
             "checkpointing, and its routing depends on the first run (a capacity, a bias that moves, given facts); "
             "allowed: model.gradient_checkpointing_enable(), or none."
+        )
+
+    def _not_reentrant(self) -> str:
+        return (
+            f"{self.name!r} runs without gradients in a forward that has them, as under reentrant gradient "
+            "checkpointing, and its router decides before the layers run, so that its gradient would be lost; allowed: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or none."
         )
 
     def report_routing(self, adapter: str, routing: Routing, here: Here, output: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ class Tokens:
         sequence_BS: Which sequence of the batch each token is in: numbers that rise along the batch, each sequence
             without a gap. None where each row is a sequence.
         facts: What the user gave beside the inputs, one for each sequence.
+        prepared: What the routers of adapters made of the batch at the model's entry, [B, S, ...] by adapter.
     """
 
     valid_BS: Tensor
     sequence_BS: Tensor | None = None
     facts: Mapping[str, Tensor] = field(default_factory=dict)
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def valid_T(self) -> Tensor:
@@ -95,14 +97,33 @@ class Tokens:
         # generation expands each prompt to its beams and returned sequences, next to each other
         return given.repeat_interleave(count // len(given), 0)
 
+    def prepared_T(self, adapter: str) -> Tensor | None:
+        """What the router of an adapter made of each token, [T, ...]; None if it made nothing.
+
+        Raises:
+            ConfigError: If the layer's tokens are not those of the model's entry.
+        """
+        found = self.prepared.get(adapter)
+        if found is None:
+            return None
+        known_T = found.flatten(0, 1)
+        if self.valid_BS.numel() != len(known_T):
+            raise ConfigError(
+                f"the adapter decides for each of the {len(known_T)} tokens that the model was called with, and a "
+                f"layer has {self.valid_BS.numel()} others (of images, sound, experts of the base); allowed: layers of "
+                "the text. Leave the layer out with exclude_modules."
+            )
+        return known_T.to(self.valid_BS.device)
+
     def rows(self, rows: list[int]) -> Tokens:
         """The tokens of some rows of the batch, with their sequences and the facts of these."""
+        prepared = {adapter: made[rows] for adapter, made in self.prepared.items()}
         if self.sequence_BS is None and not self.facts:
-            return Tokens(self.valid_BS[rows])
+            return Tokens(self.valid_BS[rows], prepared=prepared)
         sequence_T = self.sequence_T()
         picked, sequence_RS = sequence_T.view(self.valid_BS.shape)[rows].unique_consecutive(return_inverse=True)
         facts = {name: self._of_sequences(name, sequence_T)[picked] for name in self.facts}
-        return Tokens(self.valid_BS[rows], sequence_RS, facts)
+        return Tokens(self.valid_BS[rows], sequence_RS, facts, prepared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +136,7 @@ class Batch:
         sequence_BS: Which sequence each token is in, where rows may hold several; see `Tokens`.
         encoded: What cross-attention layers of a decoder read, and its batch.
         cached: Whether earlier tokens are in a KV cache, so that the mask is longer than the input.
-        facts: See `Tokens`.
+        facts, prepared: See `Tokens`.
     """
 
     mask_BS: Tensor | None = None
@@ -124,6 +145,7 @@ class Batch:
     encoded: tuple[Tensor, Batch] | None = None
     cached: bool = False
     facts: Mapping[str, Tensor] = field(default_factory=dict)
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tokens(self, x: Tensor) -> Tokens:
         """The tokens of a layer's input `x` [..., D].
@@ -142,16 +164,17 @@ class Batch:
         if known is not None and len(leading) == 1 and known.numel() == leading[0]:
             return self._at(x.device, slice(None))
         shape = (leading[0], leading[1:].numel()) if len(leading) > 1 else (leading.numel(), 1)
-        return Tokens(torch.ones(shape, dtype=torch.bool, device=x.device), facts=self.facts)
+        return Tokens(torch.ones(shape, dtype=torch.bool, device=x.device), None, self.facts, self.prepared)
 
     def _at(self, device: torch.device, columns: slice) -> Tokens:
         mask, sequence = self.mask_BS, self.sequence_BS
         if mask is None:
             assert sequence is not None
-            return Tokens(torch.ones_like(sequence, dtype=torch.bool, device=device), sequence.to(device), self.facts)
+            valid = torch.ones_like(sequence, dtype=torch.bool, device=device)
+            return Tokens(valid, sequence.to(device), self.facts, self.prepared)
         same = sequence is not None and sequence.shape == mask.shape
         found = sequence[:, columns].to(device) if sequence is not None and same else None
-        return Tokens(mask[:, columns].to(device), found, self.facts)
+        return Tokens(mask[:, columns].to(device), found, self.facts, self.prepared)
 
     @classmethod
     def of_call(
@@ -192,7 +215,7 @@ class Batch:
             known = outer.sequence_BS if outer.mask_BS is None else outer.mask_BS
             if known is not None and known.shape == shape:
                 mask, sequence = outer.mask_BS, outer.sequence_BS
-        return cls(mask, outer.decoder_mask_BS, sequence, encoded, cached, facts)
+        return cls(mask, outer.decoder_mask_BS, sequence, encoded, cached, facts, outer.prepared)
 
 
 def _mask(value: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What is derived of the prompts of a batch before the model runs: one embedding of each sequence.
+"""What is derived of a batch before the model runs: one embedding of each sequence, or the base's hidden states.
 
 Routing by sequence must not change while an answer grows, so it looks at the prompt alone: with labels the tokens
 before the first one that has a label, in generation the tokens that it starts from, else all valid tokens.
@@ -19,9 +19,11 @@ from moelora.routing.batch import Batch
 
 INPUT_MEAN = "input_mean"
 HIDDEN_MEAN = "hidden_mean"
-DERIVED = (INPUT_MEAN, HIDDEN_MEAN)
+BASE_HIDDEN = "base_hidden"
+MEANS = (INPUT_MEAN, HIDDEN_MEAN)
+DERIVED = (*MEANS, BASE_HIDDEN)
 """The facts that are derived: the mean over the prompt of the model's input embeddings, or of the last hidden states of
-the base model without its adapters (one more pass over the prompt)."""
+the base model without its adapters (one more pass over the prompt); and these hidden states themselves."""
 
 
 def derive(
@@ -32,7 +34,7 @@ def derive(
     wanted: frozenset[str],
     base_pass: Callable[[nn.Module, Mapping[str, Any]], Any],
 ) -> dict[str, Tensor]:
-    """The facts of `DERIVED` that are wanted, [N, D] in fp32, without gradient.
+    """The facts of `DERIVED` that are wanted, without gradient: [N, D] in fp32, `BASE_HIDDEN` [B, S, D] as it is.
 
     Args:
         module: The model that is called.
@@ -42,9 +44,12 @@ def derive(
         base_pass: Runs a part of the base model without adapters.
 
     Raises:
-        ConfigError: If the call continues a KV cache, whose prompt is not known any more, or has no tokens.
+        ConfigError: If the call continues a KV cache, whose prompt is not known any more, or has no tokens; or if
+            `BASE_HIDDEN` is wanted of an encoder-decoder model, whose two halves have tokens of their own.
     """
     inputs = _inputs(module, args, kwargs)
+    if BASE_HIDDEN in wanted:
+        _check_whole_call(module, kwargs)
     if _cached_length(kwargs.get("past_key_values")) > 0:
         raise ConfigError(
             f"the adapter routes each sequence by its prompt ({', '.join(sorted(wanted))}), and this call continues a "
@@ -56,9 +61,26 @@ def derive(
         if INPUT_MEAN in wanted:
             embed: Any = module.get_input_embeddings()  # type: ignore[operator]
             states[INPUT_MEAN] = inputs["inputs_embeds"] if "inputs_embeds" in inputs else embed(inputs["input_ids"])
-        if HIDDEN_MEAN in wanted:
-            states[HIDDEN_MEAN] = _last_hidden(module, inputs, base_pass)
-        return {name: mean_of_prompts(state_BSD, batch, kwargs.get("labels")) for name, state_BSD in states.items()}
+        if wanted & {HIDDEN_MEAN, BASE_HIDDEN}:
+            states[HIDDEN_MEAN] = states[BASE_HIDDEN] = _last_hidden(module, inputs, base_pass)
+        labels = kwargs.get("labels")
+        means = {name: mean_of_prompts(states[name], batch, labels) for name in MEANS if name in wanted}
+        return means | {name: states[name] for name in wanted & {BASE_HIDDEN}}
+
+
+def _check_whole_call(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "the adapter routes each token by a first pass of the base model, and "
+            f"{type(module).__name__} has an encoder and a decoder with tokens of their own; allowed: a model of one "
+            "stack."
+        )
+    if _cached_length(kwargs.get("past_key_values")) > 0:
+        raise ConfigError(
+            "the adapter routes each token by a first pass of the base model over the whole sequence, and this call "
+            "continues a KV cache; allowed: `generate` of the PEFT model, which runs without one, or a call without "
+            "past_key_values."
+        )
 
 
 def mean_of_prompts(states_BSD: Tensor, batch: Batch, labels: Any = None) -> Tensor:

@@ -62,16 +62,38 @@ class Router(AdapterTensors):
 
     @property
     def ignores_input(self) -> bool:
-        """Whether the decision is the same in every layer: it looks at the batch alone, and every layer shares it."""
+        """Whether the decision looks at the batch alone."""
         return self.scores.ignores_input and self.selection.ignores_input
 
-    def forward(self, x_TD: Tensor, tokens: Tokens, replaced: dict[str, Tensor] | None = None) -> Routing:
+    @property
+    def is_shared(self) -> bool:
+        """Whether the decision is the same in every layer: it looks at the batch alone, and every layer shares it."""
+        return self.ignores_input and not self.scores.differs_by_site
+
+    def prepare(self, hidden_BSD: Tensor) -> Tensor:
+        """See `Scores.prepare`."""
+        tensors = {name: self.tensor(name) for name in self.pieces}
+        return self.scores.prepare(hidden_BSD, tensors, self._dropouts(), self.num_experts)
+
+    def _dropouts(self) -> dict[str, Any]:
+        return {name: each.p if self.training else 0.0 for name, each in self.dropouts.items()}
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        tokens: Tokens,
+        replaced: dict[str, Tensor] | None = None,
+        prepared_T: Tensor | None = None,
+        site_index: int = 0,
+    ) -> Routing:
         """Route each token.
 
         Args:
             x_TD: Tokens, of any floating dtype.
             tokens: What the batch says of them.
             replaced: Tensors to use in place of the router's own, by name.
+            prepared_T: What `prepare` made for these tokens, [T, ...].
+            site_index: The number of the site among those that share the router.
 
         Returns:
             The decision, in fp32.
@@ -79,8 +101,9 @@ class Router(AdapterTensors):
         tensors = {name: self.tensor(name) for name in self.pieces}
         if replaced:
             tensors |= replaced
-        dropouts: dict[str, Any] = {name: each.p if self.training else 0.0 for name, each in self.dropouts.items()}
-        given = RouterInput(x_TD, tokens, self.num_experts, tensors, dropouts, self.training)
+        given = RouterInput(
+            x_TD, tokens, self.num_experts, tensors, self._dropouts(), self.training, prepared_T, site_index
+        )
         scored = self.scores.score(given)
         if self.on is None:
             return self.selection.select(scored, given)

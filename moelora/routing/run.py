@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from moelora.errors import ConfigError, MoeLoraError
 from moelora.routing.batch import FACTS, Batch
-from moelora.routing.prompts import DERIVED, derive
+from moelora.routing.prompts import BASE_HIDDEN, DERIVED, MEANS, derive
 from moelora.routing.record import Mixture, ModelRun, RoutingListener
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,9 @@ class RunHooks:
         wanted = self._wanted(batch.facts)
         if wanted:
             derived = derive(module, args, kwargs, batch, wanted, partial(self._base_pass, run))
-            batch = replace(batch, facts={**batch.facts, **derived})
+            hidden_BSD = derived.pop(BASE_HIDDEN, None)
+            prepared = {} if hidden_BSD is None else self._prepare(hidden_BSD)
+            batch = replace(batch, facts={**batch.facts, **derived}, prepared=prepared)
         _PLACE.set(Place(run, batch, module, outer, repeated))
 
     def facts_of_prompts(self, module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -228,16 +230,26 @@ class RunHooks:
             kwargs: Its inputs by name.
         """
         batch = Batch.of_call(module, (), kwargs, None, _FACTS.get())
-        wanted = self._wanted(batch.facts)
+        wanted = self._wanted(batch.facts) - {BASE_HIDDEN}  # that is of each forward, not of the prompt
         run = ModelRun(self, (), False)
         return derive(module, (), kwargs, batch, wanted, partial(self._base_pass, run)) if wanted else {}
 
+    def reads_base_hidden(self) -> bool:
+        """Whether an active mixture routes by a first pass over all tokens, so that no KV cache may be used."""
+        return any(layer.needs_prompts and BASE_HIDDEN in layer.needs() for layer in self.layers)
+
     def _wanted(self, facts: Mapping[str, Any]) -> frozenset[str]:
-        """The facts to derive: what active mixtures need, unless the user gave an embedding of his own."""
-        if "instance_embedding" in facts or not any(layer.needs_prompts for layer in self.layers):
+        """The facts to derive: what active mixtures need; no mean if the user gave an embedding of his own."""
+        if not any(layer.needs_prompts for layer in self.layers):
             return frozenset()
         needed = frozenset().union(*(layer.needs() for layer in self.layers))
-        return (needed & set(DERIVED)) - set(facts)
+        given = set(facts) | (set(MEANS) if "instance_embedding" in facts else set())
+        return (needed & set(DERIVED)) - given
+
+    def _prepare(self, hidden_BSD: Tensor) -> dict[str, Tensor]:
+        """What routers make of the base's hidden states, with gradients: once, outside all checkpointed layers."""
+        routers = {adapter: router for layer in self.layers for adapter, router in layer.routers_of_base_hidden()}
+        return {adapter: router.prepare(hidden_BSD) for adapter, router in routers.items()}
 
     def _base_pass(self, run: ModelRun, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Run a part of the base model without any adapter, without gradients."""

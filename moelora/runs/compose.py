@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from moelora.compose.assemble import from_loras, named_sources
+from moelora.compose.assemble import from_loras
+from moelora.compose.pool import named_sources
 from moelora.compose.routers.base import Example
 from moelora.compose.sources import read_lora
 from moelora.compose.tokens import tokenize
@@ -119,8 +120,11 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
     )
     composed = model.peft_config["default"]
     composed.base_model_name_or_path = source.model
-    for name, rank, lora in zip(composed.experts.names, composed.experts.ranks, config.loras.values(), strict=True):
-        say(f"Expert    {name}: rank {rank}, {lora}" + (f", {len(examples[name])} rows" if name in examples else ""))
+    for name, rank in zip(composed.experts.names, composed.experts.ranks, strict=True):
+        say(
+            f"Expert    {name}: rank {rank}, {config.loras[name]}"
+            + (f", {len(examples[name])} rows" if name in examples else "")
+        )
     with new_folder(output) as ready:
         model.save_pretrained(str(ready))
         tokenizer.save_pretrained(str(ready))

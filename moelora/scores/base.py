@@ -26,6 +26,8 @@ class RouterInput:
         tensors: The router's tensors, by the names that the choices declare.
         dropouts: Probability of each dropout that the choices declare, now; 0 outside training.
         training: Whether the layer is in training mode.
+        prepared: What `Scores.prepare` made for the tokens at the model's entry, [T, ...]; None if it makes nothing.
+        site_index: The number of the site among those that share the router.
     """
 
     x_TD: Tensor
@@ -34,6 +36,8 @@ class RouterInput:
     tensors: Mapping[str, Tensor]
     dropouts: Mapping[str, float]
     training: bool
+    prepared: Tensor | None = None
+    site_index: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,20 @@ class Scores(Choice):
     def ignores_input(self) -> bool:
         """Whether the scores look at the batch alone, not at the layer's input, nor at tensors of one site's own."""
         return False
+
+    @property
+    def differs_by_site(self) -> bool:
+        """Whether sites that share a router get different scores, by their numbers."""
+        return False
+
+    def prepare(
+        self, hidden_BSD: Tensor, tensors: Mapping[str, Tensor], dropouts: Mapping[str, float], num_experts: int
+    ) -> Tensor:
+        """What all sites need of the base model's last hidden states, made once at the model's entry: [B, S, ...].
+
+        It is asked of scores that need `BASE_HIDDEN`; the other arguments are as in `RouterInput`.
+        """
+        raise NotImplementedError
 
     def score(self, given: RouterInput) -> Scored:
         """The scores of each token."""

@@ -74,12 +74,16 @@ class CentroidScores(Scores):
             Param("center", (1, self.features), Init("zeros"), False, torch.float32),
         ]
 
-    def score(self, given: RouterInput) -> Scored:
-        """See `Scores.score`."""
+    def cosines_TE(self, given: RouterInput) -> Tensor:
+        """Each token has the cosines of its sequence."""
         tokens = given.tokens
         h_ND = tokens.fact_N("instance_embedding" if tokens.has_fact("instance_embedding") else self._fact)
         z_NE = cosines(h_ND, given.tensors["centroids"], given.tensors["center"])
-        z_TE = z_NE[tokens.sequence_T()]
+        return z_NE[tokens.sequence_T()]
+
+    def score(self, given: RouterInput) -> Scored:
+        """See `Scores.score`."""
+        z_TE = self.cosines_TE(given)
         return Scored(z_TE, z_TE.softmax(-1), z_TE, is_softmax=False)
 
 

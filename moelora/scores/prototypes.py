@@ -66,13 +66,17 @@ class PrototypeScores(Scores):
         """See `Scores.score`."""
         x_TD, v_ED = given.x_TD, given.tensors["prototypes"]
         if self.standardize:
-            D = x_TD.shape[-1]
-            logits_TE = router_logits(standardized(x_TD), standardized(v_ED)) / D**0.5
+            logits_TE = standardized_logits(x_TD, v_ED)
         else:
             logits_TE = router_logits(x_TD, v_ED)
         logits_TE = (logits_TE.abs() if self.absolute else logits_TE) / self.temperature
         probs_TE = logits_TE.softmax(-1)
         return Scored(logits_TE, probs_TE, probs_TE, is_softmax=True)
+
+
+def standardized_logits(x_TD: Tensor, v_ED: Tensor) -> Tensor:
+    """`std(v_e) . std(x) / sqrt(D)` [T, E] in fp32."""
+    return router_logits(standardized(x_TD), standardized(v_ED)) / x_TD.shape[-1] ** 0.5
 
 
 def standardized(x: Tensor) -> Tensor:

@@ -79,6 +79,44 @@ def test_arrow_is_pefts(top_k: int, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_general_loras_are_subtracted_as_by_peft(count: int, tmp_path: Path) -> None:
+    """GenKnowSub: A and B each for itself, whatever the general LoRAs' alpha."""
+    loras = three_loras(tmp_path)
+    general = [str(save_lora(tmp_path / f"general{i}", 10 + i, lora_alpha=2)) for i in range(count)]
+    theirs = create_arrow_model(
+        tiny_model(),
+        list(loras.values()),
+        ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=0, use_gks=True),
+        general_adapter_paths=general,
+    ).eval()
+    _exact_prototypes(theirs)
+    router = {"kind": "arrow", "top_k": 2, "temperature": 0.7}
+    ours = from_loras(tiny_model(), loras, {**router, "general": general})
+    torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs(ours), outputs(from_loras(tiny_model(), loras, router)), atol=1e-2)
+    assert ours.peft_config["default"].experts.sources[1]["minus"] == general
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"r": 2}, r"\(3, 52, 36\) at 'model.layers.0.mlp.down_proj' where .*general' has \(2, 52, 36\)"),
+        ({"target_modules": ["q_proj"]}, "where .*general' has nothing"),
+    ],
+)
+def test_general_loras_of_another_shape(words: dict[str, Any], message: str, tmp_path: Path) -> None:
+    loras = three_loras(tmp_path)
+    general = str(save_lora(tmp_path / "general", 10, **words))
+    base = tiny_model()
+    before = snapshot(base)
+    with pytest.raises(ComposeError, match=message):
+        from_loras(base, loras, {"kind": "arrow", "general": [general]})
+    assert snapshot(base) == before
+    with pytest.raises(ConfigError, match="router.general is 'x'; allowed: a list"):
+        from_loras(base, loras, {"kind": "arrow", "general": "x"})
+
+
 def _exact_prototypes(model: Any) -> None:
     """Let PEFT's power iteration converge; 15 steps leave it some percent off where two singular values are near."""
     outputs(model)

@@ -222,6 +222,41 @@ def _train_gate_alone(folder: str, rows: list[dict[str, list[int]]], steps: int)
     return {name: gate.detach() for name, gate in gates.items()}
 
 
+def test_glider_against_a_naive_router(tmp_path: Path) -> None:
+    """Logits are PHATGOOSE's plus alpha times those of centroids, at each site; alpha decides who wins."""
+    loras, rows = three_loras(tmp_path), examples()
+    gates = {"steps": 2, "batch_size": 3, "learning_rate": 0.02, "top_k": 2}
+    phatgoose = from_loras(tiny_model(), loras, {"kind": "phatgoose", **gates}, examples=rows)
+    centroids = from_loras(tiny_model(), loras, {"kind": "centroids", "unknown": False}, examples=rows)
+    glider = {
+        alpha: from_loras(tiny_model(), loras, {"kind": "glider", "alpha": alpha, **gates}, examples=rows)
+        for alpha in (0.0, 2.5, 1000.0)
+    }
+    fresh = prompts(examples(seed=1))[[0, 7, 14]]
+    models: dict[Any, Any] = {"phatgoose": phatgoose, "centroids": centroids, **glider}
+    recorded = {}
+    for name, model in models.items():
+        with torch.no_grad(), moelora.record_routing(model) as listener:
+            recorded[name] = (model(input_ids=fresh).logits, [record.routing for record in listener.records])
+    torch.testing.assert_close(recorded[0.0][0], recorded["phatgoose"][0])
+    local, cosine = (recorded[name][1][0].logits_TE for name in ("phatgoose", "centroids"))
+    found = recorded[2.5][1][0]  # later layers see other inputs, as earlier ones route otherwise
+    torch.testing.assert_close(found.logits_TE, local + 2.5 * cosine)
+    kept, ids = found.logits_TE.topk(2, -1)
+    assert found.ids_TK is not None
+    assert torch.equal(found.ids_TK, ids)
+    torch.testing.assert_close(found.weights_TK, kept.softmax(-1))
+    for routing in recorded[1000.0][1]:
+        assert routing.ids_TK is not None
+        assert torch.equal(routing.ids_TK[:, 0], torch.arange(3).repeat_interleave(7)), "the prompt decides"
+    words = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    first, second = (glider[2.5].generate(input_ids=fresh, use_cache=cache, **words) for cache in (True, False))
+    assert torch.equal(first, second)
+    glider[2.5].save_pretrained(str(tmp_path / "mix"))
+    again = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "mix")).eval()
+    assert torch.equal(again(input_ids=fresh).logits, recorded[2.5][0])
+
+
 def test_lorahub_lowers_the_loss(tmp_path: Path) -> None:
     """Found weights are no worse than none on the rows they were found on, and are in the saved configuration."""
     rows = examples()
@@ -257,6 +292,8 @@ def test_prototypes_are_singular_vectors() -> None:
         ("centroids", {**examples(), "others": []}, "rows for others; allowed: the names of the experts"),
         ("centroids", examples(count=1), "'sums' has one row"),
         ("phatgoose", {n: [{"input_ids": [5, 6]}] for n in BANDS}, "a row of 'sums' has none"),
+        ("glider", {n: [{"input_ids": [5, 6]}] for n in BANDS}, "'glider' learns from answers"),
+        ({"kind": "glider", "alpha": -1}, {}, "router.alpha is -1; allowed: a number of at least 0"),
         ("lorahub", {}, "there are none"),
         ({"kind": "arrow", "k": 3}, {}, "unknown key"),
         ("nearest", {}, "composition is 'nearest'"),

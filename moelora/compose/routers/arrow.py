@@ -5,7 +5,8 @@ Shape suffixes: E experts, R rank, D input features, O output features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,22 +24,38 @@ class Arrow(RouterRecipe):
 
         z_e = |v_e . x|,  v_e the first right singular vector of B_e A_e;  softmax over the top k of z / temperature
 
+    With `general` (GenKnowSub, arXiv 2505.10939) what all tasks share is taken from each LoRA first: the mean A of the
+    general LoRAs from its A, and their mean B from its B, each for itself as PEFT's `use_gks` does:
+
+        A_e <- A_e - mean_g A_g,  B_e <- B_e - mean_g B_g
+
+    That is not the difference of the products, and the scalings of the general LoRAs do not count.
+
     Deviation: PEFT finds v_e by 15 power iterations from a random start, here it is exact. An expert that is not at a
     linear has v_e = 0 there, hence z_e = 0, the lowest there is.
 
     Args:
         top_k: Experts of a token.
         temperature: Divides z.
+        general: Folders of the general LoRAs, or their names on the Hub; of the experts' ranks and sites.
+
+    Raises:
+        ConfigError: For a value out of range.
     """
 
     kind: ClassVar[str] = "arrow"
 
     top_k: int = 3
     temperature: float = 1.0
+    general: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check(is_count(self.top_k), "router.top_k", self.top_k, "an integer of at least 1")
         check(is_real(self.temperature) and self.temperature > 0, "router.temperature", self.temperature, "above 0")
+        given = self.general
+        names = isinstance(given, (list, tuple)) and all(isinstance(each, (str, Path)) and str(each) for each in given)
+        check(names, "router.general", given, "a list of folders or of names on the Hub")
+        object.__setattr__(self, "general", [str(each) for each in given])
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Prototypes, the top k of them."""
@@ -46,6 +63,10 @@ class Arrow(RouterRecipe):
             "scores": {"kind": "prototypes", "absolute": True, "temperature": self.temperature},
             "selection": {"kind": "top_k", "k": min(self.top_k, num_experts)},
         }
+
+    def subtracted(self) -> list[str]:
+        """The general LoRAs."""
+        return self.general
 
     def fit(self, composition: Composition) -> None:
         """Write the prototypes of each layer."""

@@ -70,6 +70,23 @@ class RouterRecipe(Choice):
         """
         raise NotImplementedError
 
+    def chosen(
+        self, base: Any, loras: Mapping[str, str], examples: Mapping[str, Sequence[Example]], check_base_name: bool
+    ) -> Mapping[str, str]:
+        """The LoRAs that become experts, in their order; all, unless it is a recipe that chooses from a pool.
+
+        Args:
+            base: The base model; it is as it was afterwards.
+            loras: Sources by name.
+            examples: Tokenised rows.
+            check_base_name: See `from_loras`.
+        """
+        return loras
+
+    def subtracted(self) -> list[str]:
+        """Folders or names of LoRAs whose mean A and mean B are taken from each expert's A and B before all else."""
+        return []
+
     def fit(self, composition: Composition) -> None:
         """Find the router's tensors; nothing for one that has none, or whose tensors start as they are declared."""
 
@@ -91,3 +108,23 @@ class RouterRecipe(Choice):
                 f"{', '.join(missing)}; allowed: at least one row each. Give a file of rows with a column `task` that "
                 "names the expert."
             )
+
+
+def rows_with_answers(kind: str, examples: Mapping[str, Sequence[Example]]) -> list[Example]:
+    """The rows of all names together.
+
+    Args:
+        kind: The recipe that learns from them.
+        examples: Tokenised rows.
+
+    Raises:
+        ComposeError: If there are none, or one has no answer.
+    """
+    rows = [row for part in examples.values() for row in part]
+    if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
+        found = "one has none" if rows else "there are none"
+        raise ComposeError(
+            f"{kind!r} works on rows with answers, and {found}; allowed: at least one row, each with prompt and "
+            "completion, or messages."
+        )
+    return rows

@@ -62,11 +62,8 @@ class Centroids(RouterRecipe):
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Centroid scores, the nearest, one router for the model."""
-        features = base.get_input_embeddings().embedding_dim
-        if self.embedding == "hidden":
-            features = base.config.get_text_config().hidden_size
         return {
-            "scores": {"kind": "centroids", "features": features, "embedding": self.embedding},
+            "scores": {"kind": "centroids", **embedding_words(base, self.embedding)},
             "selection": {"kind": "nearest", "threshold": self.unknown},
             "placement": {"kind": "linear", "routers": "per_model"},
         }
@@ -77,17 +74,12 @@ class Centroids(RouterRecipe):
         Raises:
             ComposeError: If an expert has one row only, and thresholds are asked for.
         """
-        embeddings = [embed_prompts(composition, composition.examples[name]) for name in composition.names]
-        centroids_ED = torch.stack([h_ND.mean(0) for h_ND in embeddings])
-        # of the experts, not of the rows: an expert with many rows is not nearer to the centre
-        center_1D = centroids_ED.mean(0, keepdim=True) if len(embeddings) > 1 else torch.zeros_like(centroids_ED[:1])
-        router = next(iter(composition.layers())).routers[composition.adapter]
-        router.get_parameter("centroids").data.copy_(centroids_ED)
-        router.get_parameter("center").data.copy_(center_1D)
+        embeddings, center_1D = write_centroids(composition)
         if self.unknown:
             lowest = [
                 self._threshold(name, h, center_1D) for name, h in zip(composition.names, embeddings, strict=True)
             ]
+            router = next(iter(composition.layers())).routers[composition.adapter]
             router.get_parameter("threshold").data.copy_(torch.tensor(lowest).unsqueeze(1))
 
     def _threshold(self, name: str, h_ND: Tensor, center_1D: Tensor) -> float:
@@ -101,6 +93,30 @@ class Centroids(RouterRecipe):
         own_N = torch.stack([cosines(h_ND[i : i + 1], others_ND[i : i + 1], center_1D)[0, 0] for i in range(count)])
         low = float(own_N.min())
         return max(self.least, low - self.slack * (1 - low))
+
+
+def embedding_words(base: Any, embedding: Embedding) -> dict[str, Any]:
+    """The words of `CentroidScores` for a base model."""
+    features = base.get_input_embeddings().embedding_dim
+    if embedding == "hidden":
+        features = base.config.get_text_config().hidden_size
+    return {"features": features, "embedding": embedding}
+
+
+def write_centroids(composition: Composition) -> tuple[list[Tensor], Tensor]:
+    """Write the experts' centroids and their centre into each router that has them.
+
+    Returns:
+        The embeddings of each expert's rows, [N, D] each, and the centre [1, D].
+    """
+    embeddings = [embed_prompts(composition, composition.examples[name]) for name in composition.names]
+    centroids_ED = torch.stack([h_ND.mean(0) for h_ND in embeddings])
+    # of the experts, not of the rows: an expert with many rows is not nearer to the centre
+    center_1D = centroids_ED.mean(0, keepdim=True) if len(embeddings) > 1 else torch.zeros_like(centroids_ED[:1])
+    for router in {layer.routers[composition.adapter] for layer in composition.layers()}:
+        router.get_parameter("centroids").data.copy_(centroids_ED)
+        router.get_parameter("center").data.copy_(center_1D)
+    return embeddings, center_1D
 
 
 def embed_prompts(composition: Composition, examples: Sequence[Example]) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition, RouterRecipe
+from moelora.compose.routers.base import Composition, RouterRecipe, rows_with_answers
 from moelora.compose.tokens import batches
-from moelora.errors import ComposeError
 from moelora.scores.constant import ConstantScores
 from moelora.validation import check, is_count, is_real
 
@@ -60,18 +59,12 @@ class LoraHub(RouterRecipe):
         Raises:
             ComposeError: If there are none, or one has no answer.
         """
-        rows = [row for part in examples.values() for row in part]
-        if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
-            found = "one has none" if rows else "there are none"
-            raise ComposeError(
-                f"the router 'lorahub' finds its weights on rows with answers, and {found}; allowed: at least one "
-                "row, each with prompt and completion, or messages."
-            )
+        rows_with_answers(self.kind, examples)
 
     @torch.no_grad()
     def fit(self, composition: Composition) -> None:
         """Search, and write the best weights into the configuration."""
-        rows = [row for part in composition.examples.values() for row in part]
+        rows = rows_with_answers(self.kind, composition.examples)
         data = list(batches(rows, _BATCH, composition.model.device))
 
         def objective(weights: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ class Phatgoose(RouterRecipe):
         for name in composition.names:
             if not all(any(label != -100 for label in row.get("labels", ())) for row in composition.examples[name]):
                 raise ComposeError(
-                    f"the router 'phatgoose' learns from answers, and a row of {name!r} has none; allowed: rows with "
+                    f"the router {self.kind!r} learns from answers, and a row of {name!r} has none; allowed: rows with "
                     "prompt and completion, or messages."
                 )
         routers = [layer.routers[composition.adapter] for layer in composition.layers()]
