@@ -98,7 +98,7 @@ class MoeLoraModel(BaseTuner):
             if holder is not None:
                 layer.routers[adapter_name] = layers[holder].routers[adapter_name]
         hooks = own_hooks(model) or RunHooks(move_biases)
-        hooks.layers = list(_layers(model))
+        hooks.set_layers(list(_layers(model)))
         attach_hooks(model, hooks)
         add_tags = getattr(model, "add_model_tags", None)
         if add_tags is not None:

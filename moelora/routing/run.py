@@ -161,15 +161,22 @@ class RunHooks:
 
     Attributes:
         layers: The model's mixture layers: the fixed list that totals and updates are keyed by.
+        derives: Whether any of their adapters routes by what is derived of prompts; most do not, and pay nothing.
         names: Names of the model ("") and of its parts that are models of their own.
     """
 
     def __init__(self, when_done: Callable[[RunHooks, ModelRun], None]) -> None:
         self.when_done = when_done
         self.layers: list[Any] = []
+        self.derives = False
         self.names: dict[nn.Module, str] = {}
         self.checkpointed: list[nn.Module] = []
         self.warned = False
+
+    def set_layers(self, layers: list[Any]) -> None:
+        """Say which mixture layers the model has, whenever an adapter was added."""
+        self.layers = layers
+        self.derives = any(layer.needs_prompts for layer in layers)
 
     def mixtures(self) -> dict[Mixture, int]:
         """The mixtures of the active adapters, with their number of experts: the same whatever runs in a forward."""
@@ -236,11 +243,11 @@ class RunHooks:
 
     def reads_base_hidden(self) -> bool:
         """Whether an active mixture routes by a first pass over all tokens, so that no KV cache may be used."""
-        return any(layer.needs_prompts and BASE_HIDDEN in layer.needs() for layer in self.layers)
+        return self.derives and any(BASE_HIDDEN in layer.needs() for layer in self.layers)
 
     def _wanted(self, facts: Mapping[str, Any]) -> frozenset[str]:
         """The facts to derive: what active mixtures need; no mean if the user gave an embedding of his own."""
-        if not any(layer.needs_prompts for layer in self.layers):
+        if not self.derives:
             return frozenset()
         needed = frozenset().union(*(layer.needs() for layer in self.layers))
         given = set(facts) | (set(MEANS) if "instance_embedding" in facts else set())
