@@ -8,17 +8,23 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import main as evaluate
-from moelora import presets
+from moelora import MoeLoraConfig, presets
+from moelora.choices import read
+from moelora.runs.compose import ComposeConfig
 from moelora.runs.config import adapter_config, load_config
 from moelora.runs.models import DEMO_MODEL
 from moelora.runs.parameters import TOLERANCE
+from moelora.runs.schema import build
 from moelora.runs.tasks import fresh_problems, problems
+from moelora.runs.yaml_file import read_words
+from tests.conftest import tiny_model
 from train.__main__ import main as train
 from train.baseline import baseline_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Comparisons have a form of their own and are read by tests/eval/compare/test_schema.py.
-FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(CONFIGS.glob("benchmarks/*.yaml")))
+COMPOSITIONS = sorted(CONFIGS.glob("compose/*.yaml"))
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(CONFIGS.glob("benchmarks/*.yaml")) - set(COMPOSITIONS))
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -31,6 +37,17 @@ def test_a_shipped_configuration_is_valid_and_says_how_to_run_it(file: Path) -> 
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
     if file != QUICKSTART:
         assert config.adapter["preset"] == file.stem
+
+
+@pytest.mark.parametrize("file", COMPOSITIONS, ids=lambda file: file.stem)
+def test_a_shipped_composition_is_valid_and_says_how_to_run_it(file: Path) -> None:
+    config = build(ComposeConfig, read_words(file), "the configuration")
+    recipe = read("composition", config.router)
+    assert not recipe.needs_examples or config.dataset is not None
+    assert f"moelora compose --config configs/compose/{file.name}\n" in file.read_text()
+    # the choices that it makes go together
+    axes = recipe.axes(len(config.loras), tiny_model())
+    MoeLoraConfig(experts={"kind": "lora_composed", "num_experts": len(config.loras)}, **axes)
 
 
 def test_there_is_one_for_every_preset() -> None:
