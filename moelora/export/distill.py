@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn import functional as F
 
+from moelora.compose.editing.low_rank import cut
 from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, OpenSite, open_adapter
 from moelora.export.mixing import fixed_gates, gates_of_zeros, weighted_parts
@@ -155,28 +155,8 @@ def summed_loras(adapter: OpenAdapter, usage: Mapping[str, Tensor], rank: int) -
     for name, parts in weighted_parts(adapter, usage).items():
         # in fp32, since half precision would round the weighted sum
         exact = [(weight, Lora(lora.a_RD.float(), lora.b_OR.float(), lora.scaling)) for weight, lora in parts]
-        loras[name], singular_R = truncated(concatenated(exact), rank)
-        squared_R = singular_R.double().square()
-        kept, total = kept + float(squared_R[:rank].sum()), total + float(squared_R.sum())
+        whole = concatenated(exact)
+        nearest = cut(whole.a_RD, whole.b_OR, rank)
+        loras[name] = Lora(nearest.a_RD, nearest.b_OR, whole.scaling)
+        kept, total = kept + nearest.squared_kept, total + nearest.squared_norm
     return loras, kept / total if total > 0 else 1.0
-
-
-def truncated(lora: Lora, rank: int) -> tuple[Lora, Tensor]:
-    """The nearest LoRA of a smaller rank (Eckart and Young), and the singular values of the whole.
-
-    It is stored with `rank` rows of A and columns of B; what its product does not need is 0.
-
-    Args:
-        lora: A LoRA of any rank K in fp32, with scaling 1.
-        rank: R.
-    """
-    # the product [O, D] is never made: B A = Q_b (R_b R_a^T) Q_a^T, and the middle is at most K x K
-    q_b, r_b = torch.linalg.qr(lora.b_OR)
-    q_a, r_a = torch.linalg.qr(lora.a_RD.t())
-    u, singular, vh = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-    cut = min(rank, len(singular))
-    noise = singular[:1] * torch.finfo(torch.float32).eps * max(lora.b_OR.shape[0], lora.a_RD.shape[1])
-    root_R = torch.where(singular > noise, singular, 0).sqrt()[:cut]
-    a_RD, b_OR = root_R[:, None] * (vh[:cut] @ q_a.t()), (q_b @ u[:, :cut]) * root_R
-    padding = rank - cut
-    return Lora(F.pad(a_RD, (0, 0, 0, padding)), F.pad(b_OR, (0, padding))), singular

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moelora
+from moelora.compose.editing.low_rank import cut
 from moelora.errors import ConfigError, ExportError
 from moelora.export import distill_lora
-from moelora.export.distill import truncated
 from moelora.export.output import Lora
 from tests.adapters import adapted, adapted_linears, outputs, snapshot, stacks
 from tests.conftest import tiny_batch, tiny_model
@@ -88,13 +88,13 @@ def test_it_is_the_nearest_of_its_rank_to_the_usage_weighted_sums(
 
 
 def test_truncation_is_exact_at_full_rank_and_drops_what_is_not_there() -> None:
-    lora = Lora(torch.randn(5, 7), torch.randn(9, 5))
-    lora.b_OR[:, 4] = lora.b_OR[:, 3]  # a product of rank 4
-    cut, singular = truncated(lora, 6)
-    assert (cut.a_RD.shape, cut.b_OR.shape) == ((6, 7), (9, 6))
-    torch.testing.assert_close(cut.b_OR @ cut.a_RD, lora.b_OR @ lora.a_RD, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(singular[:4], torch.linalg.svdvals(lora.b_OR @ lora.a_RD)[:4], atol=1e-5, rtol=1e-5)
-    assert cut.trimmed().rank == 4
+    a_MD, b_OM = torch.randn(5, 7), torch.randn(9, 5)
+    b_OM[:, 4] = b_OM[:, 3]  # a product of rank 4
+    found = cut(a_MD, b_OM, 6)
+    assert (found.a_RD.shape, found.b_OR.shape) == ((6, 7), (9, 6))
+    torch.testing.assert_close(found.b_OR @ found.a_RD, b_OM @ a_MD, atol=1e-5, rtol=1e-5)
+    assert found.squared_norm == pytest.approx(float((b_OM @ a_MD).square().sum()), rel=1e-5)
+    assert Lora(found.a_RD, found.b_OR).trimmed().rank == 4
 
 
 def test_a_fixed_mix_is_kept_exactly_at_the_sum_of_ranks(tmp_path: Path, base: Path) -> None:

@@ -17,12 +17,19 @@ class LowRank:
 
     Attributes:
         a_RD, b_OR: Its factors; each has the square root of the singular values.
-        kept: The share of the squared Frobenius norm that it keeps, 1 if the product is 0.
+        squared_norm: That of the whole product.
+        squared_kept: What of it is kept.
     """
 
     a_RD: Tensor
     b_OR: Tensor
-    kept: float
+    squared_norm: float
+    squared_kept: float
+
+    @property
+    def kept(self) -> float:
+        """The share of the squared Frobenius norm that it keeps, 1 if the product is 0."""
+        return self.squared_kept / self.squared_norm if self.squared_norm > 0 else 1.0
 
 
 def cut(a_MD: Tensor, b_OM: Tensor, rank: int) -> LowRank:
@@ -37,13 +44,15 @@ def cut(a_MD: Tensor, b_OM: Tensor, rank: int) -> LowRank:
     q_b_OM, r_b_MM = torch.linalg.qr(b_OM.double())
     q_a_DM, r_a_MM = torch.linalg.qr(a_MD.double().t())
     u, s, vh = torch.linalg.svd(r_b_MM @ r_a_MM.t(), full_matrices=False)
+    # what is left of a direction that the product does not have is rounding of its factors
+    noise = s[:1] * torch.finfo(torch.float32).eps * max(a_MD.shape[1], b_OM.shape[0])
+    s = torch.where(s > noise, s, 0)
     found = min(rank, len(s))
     root = s[:found].sqrt()
     a_RD, b_OR = a_MD.new_zeros(rank, a_MD.shape[1]), b_OM.new_zeros(b_OM.shape[0], rank)
     a_RD[:found] = (root.unsqueeze(1) * (vh[:found] @ q_a_DM.t())).to(a_RD.dtype)
     b_OR[:, :found] = ((q_b_OM @ u[:, :found]) * root).to(b_OR.dtype)
-    total = s.square().sum()
-    return LowRank(a_RD, b_OR, 1.0 if total == 0 else float(s[:found].square().sum() / total))
+    return LowRank(a_RD, b_OR, float(s.square().sum()), float(s[:found].square().sum()))
 
 
 def weighted_sum(a_ERD: Tensor, b_EOR: Tensor, weights_E: Tensor) -> tuple[Tensor, Tensor]:
