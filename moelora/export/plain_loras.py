@@ -140,12 +140,6 @@ def _by_centroid(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict
     }
     otherwise = None
     if config.selection.threshold:
-        block = next((site.name for site in adapter.routed if site.is_block), None)
-        if block is not None:
-            raise ExportError(
-                f"{block!r} is a whole feed-forward block, which is left out where no expert passes its threshold; "
-                f"allowed: selection 'nearest' without a threshold. {DISTIL}."
-            )
         plain = mixed_loras(adapter, {site.name: torch.zeros(len(names)) for site in adapter.routed})
         if plain:
             loras[otherwise := _NO_EXPERT] = plain

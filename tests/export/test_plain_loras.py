@@ -258,14 +258,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prototypes": ({"scores": "prototypes", "selection": {"kind": "top_k", "k": 1}}, "--rank R"),
     "two experts of a sequence": ({**CENTROIDS, "selection": {"kind": "top_k", "k": 2}}, "mixes experts"),
     "a mix of blocks": ({"scores": "constant", "placement": "feed_forward"}, "sum of whole feed-forward blocks"),
-    "blocks below a threshold": (
-        {
-            **CENTROIDS,
-            "selection": {"kind": "nearest", "threshold": True},
-            "placement": {"kind": "feed_forward", "routers": "per_model"},
-        },
-        "without a threshold",
-    ),
     "names that are one folder": ({"changes": {"names": ["a/b", "a b", "c"]}}, "'a-b', which is taken"),
     "a name of a file of ours": ({"changes": {"names": ["a", "Router.json", "c"]}}, "which is taken"),
     "capitals": ({"changes": {"names": ["Code", "code", "c"]}}, "which is taken"),
