@@ -197,7 +197,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         bias = router.tensor("bias") if router.has_moving_bias else None
         if place is None and (router.reads_batch or bias is not None) and in_backward():
             raise MoeLoraError(self._not_repeatable())
-        if place is not None and bias is not None:
+        if place is not None and bias is not None and place.run.grad_enabled:  # else nothing is ever repeated
             biases = place.run.biases
             if not place.repeated:
                 biases[self.name, adapter] = bias.detach()
@@ -205,7 +205,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 replaced = {"bias": biases[self.name, adapter]}
             elif self.training and self._moves_bias(adapter):
                 raise MoeLoraError(self._not_repeatable())
-        prepared_T = here.tokens.prepared_T(adapter)
+        prepared_T = here.tokens.prepared_T(adapter) if here.tokens.prepared else None
         loses_gradient = prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
         if loses_gradient and place is not None and place.run.grad_enabled:
             raise MoeLoraError(self._not_reentrant())
