@@ -102,7 +102,8 @@ def test_a_choice_is_frozen_and_says_what_it_is(axis: str, kind: str) -> None:
     choice = filled(axis, kind)
     assert choice.describe().startswith(f"{kind}(")
     for field in dataclasses.fields(choice):
-        assert f"{field.name}={getattr(choice, field.name)}" in choice.describe()
+        if kind != "lora_composed":  # of which the list of experts says the rest
+            assert f"{field.name}={getattr(choice, field.name)}" in choice.describe()
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(choice, field.name, None)
 

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
         ("size", f"{info.num_bytes:,} bytes, {', '.join(info.dtypes)}"),
         ("written by", f"moelora {config.moelora_version}, format {config.format_version}, PEFT {config.peft_version}"),
         *info.axes().items(),
+        *(("expert", phrase) for phrase in config.experts.members()),
     ]
     print(info.source)
     for name, value in rows:

@@ -23,6 +23,10 @@ class Experts(Choice):
 
     num_experts: int = 8
 
+    def members(self) -> list[str]:
+        """A phrase for each expert, where there is something to say of it by itself; else none."""
+        return []
+
     @property
     def scaling(self) -> float:
         """The factor of an expert's low-rank product."""

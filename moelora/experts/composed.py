@@ -37,6 +37,17 @@ class ComposedLoraExperts(LoraExperts):
     ranks: list[int] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
+    def members(self) -> list[str]:
+        """Name, rank and origin of each LoRA."""
+        ranks = self.ranks or [self.r] * len(self.names)
+        sources = self.sources or [{}] * len(self.names)
+        named = zip(self.names, ranks, sources, strict=True)
+        return [", ".join((f"{name}: rank {rank}", *map(str, origin.values()))) for name, rank, origin in named]
+
+    def describe(self) -> str:
+        """As of every choice, but what `members` says."""
+        return f"{self.kind}(num_experts={self.num_experts}, r={self.r}, num_frozen={self.num_frozen})"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         E = self.num_experts
