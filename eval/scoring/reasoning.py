@@ -138,7 +138,7 @@ def run(
                 tokenizer,
                 task.prompts,
                 batch_size=batch_size or config.evaluation.batch_size,
-                max_new_tokens=config.evaluation.max_new_tokens or _room(task, tokenizer),
+                max_new_tokens=config.evaluation.max_new_tokens or room(task, tokenizer),
                 shared=shared if routed else None,
             )
             task.answers[contestant.name] = answers
@@ -154,7 +154,7 @@ def run(
     return results
 
 
-def _room(task: TaskResult, tokenizer: Any) -> int:
+def room(task: TaskResult, tokenizer: Any) -> int:
     """Tokens for an answer: those of the longest reference, its end, and a little talk that must not cut it off."""
     return max(len(tokenizer(problem.answer)["input_ids"]) for problem in task.problems) + 4
 
