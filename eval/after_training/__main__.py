@@ -1,7 +1,7 @@
 """`python -m eval.after_training`: compose, edit and export real adapters, and measure what each of it changes.
 
-Trains the mixture of a run's configuration and a plain LoRA for each of its tasks, unless they are trained already; then
-runs each verb on them. A row that misses its limit ends the program with status 1.
+Trains the mixture of a run's configuration and a plain LoRA for each of its tasks, unless they are trained already;
+then runs each verb on them. A row that misses its limit ends the program with status 1.
 """
 
 from __future__ import annotations

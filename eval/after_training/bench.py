@@ -175,7 +175,7 @@ class Bench:
         for result in self.problems:
             if tasks is not None and result.task not in tasks:
                 continue
-            words = {"batch_size": len(result.prompts), "max_new_tokens": room(result, self.tokenizer)}
+            words: dict[str, Any] = {"batch_size": len(result.prompts), "max_new_tokens": room(result, self.tokenizer)}
             if self.config.evaluation.max_new_tokens is not None:
                 words["max_new_tokens"] = self.config.evaluation.max_new_tokens
             answers, _ = answer(model, self.tokenizer, result.prompts, **words)

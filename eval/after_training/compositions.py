@@ -72,7 +72,7 @@ def task(bench: Bench) -> Iterator[Row]:
     """A LoRA by the number of the task, against that LoRA alone."""
     folder = bench.work / "task"
     with composed(bench, "task", folder) as (model, seconds):
-        ours = {}
+        ours: dict[str, torch.Tensor] = {}
         for number, name in enumerate(bench.names):
             with batch_facts(task_ids=[number] * len(bench.probe(name)["input_ids"])):
                 ours |= bench.logits(model, [name])
@@ -134,7 +134,7 @@ def others(bench: Bench) -> Iterator[Row]:
 
 def scores(bench: Bench) -> dict[str, dict[str, float]]:
     """Exact answers of the base alone, and of each LoRA alone on its own task: what compositions are held against."""
-    own = {}
+    own: dict[str, float] = {}
     for name, folder in bench.loras.items():
         with bench.adapted(folder) as model:
             own |= bench.exact(model, [name])
@@ -143,7 +143,7 @@ def scores(bench: Bench) -> dict[str, dict[str, float]]:
 
 def alone(bench: Bench) -> dict[str, torch.Tensor]:
     """Logits of each LoRA alone on the probe of its own task."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, folder in bench.loras.items():
         with bench.adapted(folder) as model:
             found |= bench.logits(model, [name])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.after_training.bench import Bench, Row, Size, exact_limit, furthest, size_of, timed
+from eval.after_training.bench import Bench, Row, exact_limit, furthest, size_of, timed
 from eval.after_training.compositions import better_than_base, composed, experts_of
 from moelora.compose import (
     add_experts,
@@ -140,12 +141,10 @@ def split(bench: Bench) -> Iterator[Row]:
     name, lora = next(iter(bench.loras.items()))
     with bench.adapted(lora) as model:
         expected = bench.logits(model)
-    forms: dict[str, dict[str, Any]] = {"rank_one": {}, "copies": {"num_experts": 4, "top_k": 2}}
+    forms: dict[Any, dict[str, Any]] = {"rank_one": {}, "copies": {"num_experts": 4, "top_k": 2}}
     for into, words in forms.items():
         output = bench.work / f"split-{into}"
-        edit, seconds = timed(
-            lambda into=into, words=words, output=output: split_lora(lora, output, into=into, **words)
-        )
+        edit, seconds = timed(partial(split_lora, lora, output, into=into, **words))
         with bench.adapted(output) as model:
             ours = bench.logits(model)
         yield Row(
@@ -163,7 +162,7 @@ def _share(which: list[bool]) -> float:
     return sum(which) / len(which)
 
 
-def _sizes(before: Path, edit: Edit) -> dict[str, Size]:
+def _sizes(before: Path, edit: Edit) -> dict[str, Any]:
     return {"before": size_of(before), "after": size_of(edit.folder)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -29,7 +30,7 @@ def native_moe(bench: Bench) -> Iterator[Row]:
     del native
     size = size_of(output)
     shutil.rmtree(output)  # gigabytes, which nothing reads any more
-    words = {"on": "the mixture and its base", "before": size_of(bench.mixture), "after": size}
+    words: dict[str, Any] = {"on": "the mixture and its base", "before": size_of(bench.mixture), "after": size}
     largest = max(each.largest_logit for each in found)
     yield Row(
         verb="export --to native-moe",

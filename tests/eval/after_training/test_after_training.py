@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from eval.after_training import compositions, edits, run
 from eval.after_training.__main__ import main
-from eval.after_training.bench import Bench, Row, Size
 from tests.runs.tiny import write_run
 
 
