@@ -138,6 +138,8 @@ def mean_factors(general: Sequence[LoraSource], experts: Sequence[LoraSource]) -
 
 def _config(source: str) -> LoraConfig:
     try:
+        if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
+            raise ValueError("the folder has no adapter_config.json.")  # PEFT would look for it on the Hub
         config = PeftConfig.from_pretrained(source)
     except (ValueError, OSError, TypeError) as error:
         raise ComposeError(

@@ -10,7 +10,7 @@ from moelora.errors import ComposeError
 from moelora.layers.base import MoeLoraLayer
 
 
-def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter: str = "default") -> list[str | int]:
+def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter: str | None = None) -> list[str | int]:
     """Switch experts of an adapter off (False) or on (True), for every forward from now on.
 
     The router then selects as if the experts that are off were not there: their scores do not reach the selection, a
@@ -24,14 +24,21 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
     Args:
         model: A model with the adapter.
         experts: What to set, by name (or number) of the expert; the others stay as they are.
-        adapter: Name of the adapter.
+        adapter: Name of the adapter; None is the active one.
 
     Returns:
         The experts that are on now, by name if they have names.
 
     Raises:
-        ComposeError: If the model has no such adapter with a router, or the adapter no such expert.
+        ComposeError: If the model has no such adapter with a router, or several are active and none is named, or the
+            adapter has no such expert.
     """
+    if adapter is None:
+        adapter = _active(model)
+    if not isinstance(experts, Mapping) or not all(isinstance(is_on, bool) for is_on in experts.values()):
+        raise ComposeError(
+            f"the experts are {experts!r}; allowed: a dict of True (on) or False (off) by name or number."
+        )
     layers = [layer for layer in model.modules() if isinstance(layer, MoeLoraLayer) and adapter in layer.routers]
     if not layers:
         routed = {name for each in model.modules() if isinstance(each, MoeLoraLayer) for name in each.routers}
@@ -53,3 +60,16 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
     for router in {layer.routers[adapter] for layer in layers}:
         router.on = None if len(on) == E else tuple(sorted(on))
     return [names[e] if names else e for e in sorted(on)]
+
+
+def _active(model: nn.Module) -> str:
+    """The one active adapter with a router."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MoeLoraLayer)]
+    active = sorted({name for layer in layers for name in layer.active_adapters if name in layer.routers})
+    if len(active) != 1:
+        found = ", ".join(active) or "none"
+        raise ComposeError(
+            f"the active adapters with a mixture are: {found}; allowed: a model with a mixture of one active adapter, "
+            "or its name as `adapter`."
+        )
+    return active[0]

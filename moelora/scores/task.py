@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.nn import functional as F
 
 from moelora.choices import register
@@ -46,7 +47,11 @@ class TaskScores(Scores):
         Raises:
             ConfigError: For an id that is no expert's.
         """
-        E, ids_N = given.num_experts, given.tokens.fact_N("task_ids").long()
+        E, ids_N = given.num_experts, given.tokens.fact_N("task_ids")
+        # floats that are whole numbers come from columns and from torch.zeros; 0.7 or True is no number of an expert
+        if ids_N.dtype == torch.bool or ids_N.dim() != 1 or not torch.equal(ids_N, ids_N.round()):
+            raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: one whole number for each sequence.")
+        ids_N = ids_N.long()
         if len(ids_N) and not -1 <= int(ids_N.min()) <= int(ids_N.max()) < E:
             raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: 0 to {E - 1}, the experts, and -1, the base.")
         hot_NE = F.one_hot(ids_N + 1, E + 1)[:, 1:].float()

@@ -52,6 +52,9 @@ def test_task_ids_out_of_range(tmp_path: Path) -> None:
     model = from_loras(tiny_model(), three_loras(tmp_path), "task")
     with pytest.raises(ConfigError, match=r"task_ids are \[0, 3, 0\]; allowed: 0 to 2"):
         outputs(model.base_model, task_ids=torch.tensor([0, 3, 0]))
+    for wrong in ([0.7, 1.0, 2.0], [True, False, True], [[0], [1], [2]]):
+        with pytest.raises(ConfigError, match="allowed: one whole number for each sequence"):
+            outputs(model.base_model, task_ids=torch.tensor(wrong))
     with pytest.raises(ConfigError, match="routes by task_ids"):
         outputs(model)
 

@@ -109,3 +109,17 @@ def test_freezing_changes_no_output_and_keeps_what_is_frozen(tmp_path: Path, pre
     freed = freeze_experts(tmp_path / "trained", tmp_path / "free", [])
     assert freed.after.num_trainable == frozen.before.num_trainable
     torch.testing.assert_close(outputs(loaded(tmp_path / "free")), outputs(model))
+
+
+@pytest.mark.parametrize(("dropped", "still"), [([0], 1), ([3], 2), ([0, 1], 0)])
+def test_what_stays_of_frozen_experts_stays_frozen(tmp_path: Path, dropped: list[int], still: int) -> None:
+    frozen = freeze_experts(saved(tmp_path / "old", "mixlora"), tmp_path / "frozen", [0, 1]).folder
+    edit = drop_experts(frozen, tmp_path / "new", dropped)
+    config = loaded(edit.folder).peft_config["default"]
+    assert (config.experts.num_frozen, config.scores.num_frozen) == (still, still)
+
+
+def test_what_a_new_set_frees_is_said(tmp_path: Path) -> None:
+    frozen = freeze_experts(saved(tmp_path / "old", "mixlora"), tmp_path / "frozen", [0, 1]).folder
+    edit = freeze_experts(frozen, tmp_path / "new", [1])
+    assert "1 experts that were frozen are trained again: [0]" in edit.notes

@@ -291,6 +291,7 @@ def test_prototypes_are_singular_vectors() -> None:
         ("centroids", {"sums": examples()["sums"]}, "none for words, facts"),
         ("centroids", {**examples(), "others": []}, "rows for others; allowed: the names of the experts"),
         ("centroids", examples(count=1), "'sums' has one row"),
+        ("centroids", dict.fromkeys(BANDS, examples()["sums"]), "'sums' and 'words' have the same centroid"),
         ("phatgoose", {n: [{"input_ids": [5, 6]}] for n in BANDS}, "a row of 'sums' has none"),
         ("glider", {n: [{"input_ids": [5, 6]}] for n in BANDS}, "'glider' learns from answers"),
         ({"kind": "glider", "alpha": -1}, {}, "router.alpha is -1; allowed: a number of at least 0"),

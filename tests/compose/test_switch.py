@@ -112,3 +112,22 @@ def test_what_is_not_there_is_not_switched(tmp_path: Path) -> None:
         switch_experts(tiny_model(), {0: False})
     assert switch_experts(model, {}) == ["one", "two", "three"]
     assert all(a.equal(b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_active_adapter_is_switched() -> None:
+    model = adapted("mixlora")
+    model.add_adapter("second", small_config("mixlora"))
+    shake(model, seed=2)
+    model.set_adapter("second")
+    switch_experts(model, {0: False})
+    layers = [layer for layer in model.modules() if hasattr(layer, "routers") and layer.routers]
+    assert {(layer.routers["default"].on, layer.routers["second"].on) for layer in layers} == {(None, (1, 2, 3))}
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ComposeError, match="default, second; allowed: .* one active adapter"):
+        switch_experts(model, {0: False})
+
+
+@pytest.mark.parametrize("given", [["a"], {0: "no"}, {0: 1}])
+def test_only_true_and_false_switch(given: object) -> None:
+    with pytest.raises(ComposeError, match="a dict of True .on. or False .off."):
+        switch_experts(adapted("mixlora"), given)  # type: ignore[arg-type]

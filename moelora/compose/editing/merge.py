@@ -60,7 +60,8 @@ def merge_experts(
     config = old.config
     axes = {a: getattr(config, a).merged(next(iter(groups.values())), E) for a in ("experts", "scores", "selection")}
     result = StackedAdapter(replace(config, **axes), sites, old.rest)
-    return finish(Size.of(old), result, folder, _kept(kept))
+    freed = ["no expert is frozen any more"] if old.config.experts.num_frozen else []
+    return finish(Size.of(old), result, folder, _kept(kept), *freed)
 
 
 def _groups(usage_E: Tensor, similarity_EE: Tensor, count: int) -> list[list[int]]:

@@ -30,7 +30,8 @@ def drop_experts(
     Give the experts, or what `measure_routing` found and the share of the choices below which an expert is dropped.
     Where each site has a router of its own, expert number e of one site has nothing to do with that of another: by
     usage each site then drops its own least used ones, the same number everywhere, namely as many as every site has
-    below the share. Frozen experts are not frozen in the result.
+    below the share. Frozen experts that stay are frozen in the result; where sites drop different ones, as many as
+    every site has left.
 
     Args:
         adapter: Folder of the mixture.
@@ -69,7 +70,10 @@ def drop_experts(
         notes.append(f"each site dropped its {count} least used experts, which differ from site to site")
     if old.config.selection.picked([0] * (E - count), E) != old.config.selection:
         notes.append(f"fewer experts than choices are left, so that a token gets {E - count}")
-    return finish(Size.of(old), pick(old, kept), folder, *notes)
+    result = pick(old, kept)
+    still = min(sum(e < old.config.experts.num_frozen for e in ids) for ids in kept.values())
+    config, more = freeze_first(result.config, still)
+    return finish(Size.of(old), replace(result, config=config), folder, *notes, *more)
 
 
 def site_usage(adapter: StackedAdapter, usage: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,7 +103,7 @@ def _unused(adapter: StackedAdapter, usage: Mapping[str, Tensor], below: float) 
 
 
 def freeze_experts(adapter: str | Path, output: str | Path, experts: Sequence[int | str]) -> Edit:
-    """Write a mixture some of whose experts, and their rows of the router, are kept from further training.
+    """Write a mixture whose experts of these numbers, and no others, are kept from further training, as their rows are.
 
     They become the first ones, since what is frozen is stored as a tensor of its own; the function stays the same. The
     plain LoRAs beside the mixtures are frozen too.
@@ -107,7 +111,7 @@ def freeze_experts(adapter: str | Path, output: str | Path, experts: Sequence[in
     Args:
         adapter: Folder of the mixture.
         output: The folder to write.
-        experts: Names or numbers; an empty list frees all.
+        experts: Names or numbers of all that are to be frozen; an empty list frees all.
 
     Raises:
         ComposeError: If there is no such expert, or the input or the output is not usable.
@@ -122,6 +126,9 @@ def freeze_experts(adapter: str | Path, output: str | Path, experts: Sequence[in
     moved = trained_by_all(result) if frozen else []
     if moved:
         notes.append(f"training still moves {', '.join(moved)}, which belong to all experts")
+    freed = [e for e in range(old.config.experts.num_frozen) if e not in frozen]
+    if freed:
+        notes.append(f"{len(freed)} experts that were frozen are trained again: {freed}")
     if order != sorted(order):
         notes.append(f"the experts have a new order: {order}")
     return finish(Size.of(old), result, folder, *notes)

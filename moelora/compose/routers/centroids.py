@@ -108,9 +108,19 @@ def write_centroids(composition: Composition) -> tuple[list[Tensor], Tensor]:
 
     Returns:
         The embeddings of each expert's rows, [N, D] each, and the centre [1, D].
+
+    Raises:
+        ComposeError: If two experts have the same centroid.
     """
     embeddings = [embed_prompts(composition, composition.examples[name]) for name in composition.names]
     centroids_ED = torch.stack([h_ND.mean(0) for h_ND in embeddings])
+    for e, name in enumerate(composition.names):
+        same = [composition.names[i] for i in range(e) if torch.equal(centroids_ED[i], centroids_ED[e])]
+        if same:
+            raise ComposeError(
+                f"experts {same[0]!r} and {name!r} have the same centroid, so that no prompt can tell them apart; "
+                "allowed: other rows for each expert."
+            )
     # of the experts, not of the rows: an expert with many rows is not nearer to the centre
     center_1D = centroids_ED.mean(0, keepdim=True) if len(embeddings) > 1 else torch.zeros_like(centroids_ED[:1])
     for router in {layer.routers[composition.adapter] for layer in composition.layers()}:
