@@ -65,7 +65,7 @@ def test_a_block_equals_the_reference(preset: str, T: int) -> None:
 
 @pytest.mark.parametrize("preset", ["mixlora_dynamic", "mixlora_switch"])
 def test_b_zero_scales_the_block_by_the_sum_of_the_weights(preset: str) -> None:
-    words = {"top_p": 0.5} if preset == "mixlora_dynamic" else {}
+    words: dict[str, Any] = {"top_p": 0.5} if preset == "mixlora_dynamic" else {}
     model = get_peft_model(tiny_model(), small_config(preset, **words)).eval()
     layer = tuner_layers(model)[LAYER]
     x_TD = torch.randn(9, 36)
