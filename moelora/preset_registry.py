@@ -6,26 +6,66 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
 
 from moelora.errors import ConfigError
 
+Verified = Literal[
+    "golden values", "official code's formula", "paper's equations", "abstract only", "PEFT", "a control"
+]
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _PRESETS: dict[str, Callable[..., Any]] = {}
+_ABOUT: dict[str, About] = {}
 
 
-def preset(function: _F) -> _F:
-    """Decorator: make a preset known under its function's name, which its configurations then bear."""
-    name = function.__name__
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Where a preset comes from.
 
-    @functools.wraps(function)
-    def named(*args: Any, **words: Any) -> Any:
-        config = function(*args, **words)
-        config.preset = name
-        return config
+    Attributes:
+        paper: The number on arXiv, or another short reference; None of a control of our own.
+        verified: What it was checked against: "golden values" that the official code gives; the "official code's
+            formula" or the "paper's equations", written out as a naive reference; the "abstract only", with choices of
+            ours; "PEFT", which has the same method; or nothing, for "a control".
+    """
 
-    _PRESETS[name] = named
-    return cast(_F, named)
+    paper: str | None
+    verified: Verified
+
+
+def preset(*, paper: str | None, verified: Verified) -> Callable[[_F], _F]:
+    """Decorator: make a preset known under its function's name, which its configurations then bear.
+
+    Args:
+        paper, verified: See `About`.
+    """
+
+    def decorate(function: _F) -> _F:
+        name = function.__name__
+
+        @functools.wraps(function)
+        def named(*args: Any, **words: Any) -> Any:
+            config = function(*args, **words)
+            config.preset = name
+            return config
+
+        _PRESETS[name] = named
+        _ABOUT[name] = About(paper=paper, verified=verified)
+        return cast(_F, named)
+
+    return decorate
+
+
+def about(name: str) -> About:
+    """Where a preset comes from.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    find(name)
+    return _ABOUT[name]
 
 
 def available() -> list[str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import moelora
 from eval.speed.report import ratios
+from moelora.presets.table import with_table
 from tests.conftest import tiny_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -62,9 +63,11 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(namespace["recorder"].records) == tiny_model("llama").config.num_hidden_layers
 
 
-@pytest.mark.parametrize("name", moelora.presets.available())
-def test_every_preset_is_in_the_table(name: str) -> None:
-    assert f"| `{name}` |" in README.read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_the_table_of_methods_is_that_of_the_presets(page: str) -> None:
+    """If it fails: `moelora methods --write README.md docs/methods.md`."""
+    text = (README.parent / page).read_text()
+    assert with_table(text) == text
 
 
 def test_the_speed_table_is_the_published_one() -> None:

@@ -85,6 +85,15 @@ class Placement(Choice):
         }
         return {**sites, **shared}
 
+    @property
+    def routes_any(self) -> bool:
+        """Whether there is anything that `unrouted_modules` leaves to a mixture."""
+        return self.unrouted_modules != ".*"
+
+    def phrase(self) -> str:
+        """What is routed, for a table."""
+        raise NotImplementedError
+
     def routes_linear(self, name: str) -> bool:
         """Whether a targeted linear outside feed-forward blocks has a mixture, not one ordinary LoRA."""
         return self.unrouted_modules != "rest" and not self.is_unrouted(name)
@@ -130,6 +139,10 @@ class LinearPlacement(Placement):
             "Nothing would be routed; set unrouted_modules=None or name the linears.",
         )
 
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        return "each linear" if self.routes_any else "nothing"
+
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
         return {name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name)) for name in targeted}
@@ -147,6 +160,11 @@ class FeedForwardPlacement(Placement):
     kind: ClassVar[str] = "feed_forward"
 
     unrouted_modules: str | list[str] | None = "rest"
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        rest = "plain LoRA on the other linears" if self.unrouted_modules == "rest" else "and the other linears"
+        return f"whole feed-forward blocks; {rest}"
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""

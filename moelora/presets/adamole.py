@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of, lora_experts
 
 
-@preset
+@preset(paper="2405.00361", verified="golden values")
 def adamole(
     *,
     r: int = 4,

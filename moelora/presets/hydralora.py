@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of, lora_experts
 
 
-@preset
+@preset(paper="2404.19245", verified="official code's formula")
 def hydralora(
     *,
     r: int = 4,

@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import lora_experts
 
 
-@preset
+@preset(paper="2106.09685", verified="PEFT")
 def lora(
     *,
     r: int = 16,

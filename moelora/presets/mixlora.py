@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of, lora_experts
 
 
-@preset
+@preset(paper="2404.15159", verified="golden values")
 def mixlora(
     *,
     r: int = 16,

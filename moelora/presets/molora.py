@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of, lora_experts
 
 
-@preset
+@preset(paper="2309.05444", verified="official code's formula")
 def molora(
     *,
     r: int = 4,

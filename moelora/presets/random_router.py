@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import lora_experts
 
 
-@preset
+@preset(paper=None, verified="a control")
 def random_router(
     *,
     r: int = 16,

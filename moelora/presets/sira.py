@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of, lora_experts
 
 
-@preset
+@preset(paper="2311.09179", verified="abstract only")
 def sira(
     *,
     r: int = 4,

@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of
 
 
-@preset
+@preset(paper="2501.15103", verified="golden values")
 def smora(
     *,
     r: int = 64,
