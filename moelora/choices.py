@@ -32,8 +32,8 @@ class Init:
     """How a tensor starts.
 
     Args:
-        kind: "zeros"; "ones"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension; "normal",
-            N(0, scale); or "uniform", U(-scale, scale).
+        kind: "zeros"; "ones"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension;
+            "normal", N(0, scale); or "uniform", U(-scale, scale).
         scale: See `kind`.
     """
 

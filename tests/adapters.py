@@ -23,7 +23,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
     "lora": {"r": 3},
 }
+# Experts that are no low-rank factors on the linears of any model.
+SMALL_OTHERS: dict[str, dict[str, Any]] = {
+    "mov": {"num_experts": 4},
+}
+BASES: dict[str, str] = {}
+"""The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
+SMALL |= SMALL_OTHERS
+FAMILY = tuple(SMALL)
 BLOCK_PRESETS = ("mixlora", "random_router")
 ROUTED = tuple(preset for preset in PRESETS if preset != "lora")
 
@@ -46,6 +54,11 @@ def shake(model: nn.Module, seed: int = 0) -> None:
             std = 0.02 if name.endswith(".bias") else 0.2
             with torch.no_grad():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+
+def base_of(preset: str) -> str:
+    """The tiny model that a preset fits."""
+    return BASES.get(preset, "llama")
 
 
 def adapted(preset: str, model: str = "llama", *, adapter_name: str = "default", seed: int = 0, **words: Any) -> Any:

@@ -234,6 +234,15 @@ class PartsPlacement(Placement):
         nothing = self.unrouted_modules is None
         check(nothing, "placement.unrouted_modules", self.unrouted_modules, "None with the placement 'parts'")
 
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        names = {
+            "key": "key projections",
+            "value": "value projections",
+            "down": "the last linears of feed-forward blocks",
+        }
+        return ", ".join(names[part] for part in self.parts)
+
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
         splits = find_split_blocks(modules)
@@ -246,7 +255,7 @@ class PartsPlacement(Placement):
         if not sites:
             raise TargetError(
                 f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "
-                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears of "
-                "feed-forward blocks. Add them to target_modules, or leave target_modules out."
+                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears "
+                "of feed-forward blocks. Add them to target_modules, or leave target_modules out."
             )
         return sites

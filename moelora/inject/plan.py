@@ -55,11 +55,12 @@ def _in_families(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -
     for name, site in sites.items():
         sizes = [linear_size(modules[linear]) for linear in site.linears.values()]
         families.setdefault(f"{re.sub(r'[0-9]+', '*', name)} {sizes}", []).append(name)
-    return {
+    found = {
         name: replace(sites[name], family=family, member=member, num_members=len(names))
         for family, names in families.items()
         for member, name in enumerate(names)
     }
+    return {name: found[name] for name in sites}
 
 
 def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:

@@ -164,9 +164,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def lora_factors(self, role: str, adapter: str) -> Factors | None:
         """The low-rank factors of a linear, or None if the adapter has no experts there."""
         experts = self.configs[adapter].experts
-        found: Factors | None = experts.factors(
-            self.parts[adapter], role, self.scaling[adapter], self.sites[adapter]
-        )
+        found: Factors | None = experts.factors(self.parts[adapter], role, self.scaling[adapter], self.sites[adapter])
         return found
 
     def has_adapter(self, adapter: str) -> bool:
@@ -246,9 +244,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """Whether an adapter's experts are low-rank factors that the fast operations take."""
         return bool(self.configs[adapter].experts.is_low_rank)
 
-    def forward_applied(
-        self, adapter: str, x: Tensor, here: Here | None, base: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward_applied(self, adapter: str, x: Tensor, here: Here | None, base: Callable[[Tensor], Tensor]) -> Tensor:
         """The output with experts that are no low-rank factors.
 
         Args:

@@ -9,7 +9,7 @@ from moelora.preset_registry import preset
 from moelora.presets.common import balance_of
 
 
-@preset
+@preset(paper="2309.05444", verified="official code's formula")
 def mov(
     *,
     num_experts: int = 10,
@@ -18,7 +18,7 @@ def mov(
     router_init_std: float = 0.02,
     **peft_words: Any,
 ) -> MoeLoraConfig:
-    """MoV (arXiv 2309.05444): (IA)^3 vectors as experts of keys, values and feed-forward activations, dense soft routing.
+    """MoV (arXiv 2309.05444): (IA)^3 vectors as experts of keys, values and feed-forward activations, all weighted.
 
         p = softmax(W_r a),   a' = a * sum_e p_e l_e
 
