@@ -24,7 +24,7 @@ from moelora.validation import check_keys
 
 AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
 
-InitKind = Literal["zeros", "kaiming", "normal", "uniform"]
+InitKind = Literal["zeros", "ones", "kaiming", "normal", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Init:
     """How a tensor starts.
 
     Args:
-        kind: "zeros"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension; "normal",
-            N(0, scale); or "uniform", U(-scale, scale).
+        kind: "zeros"; "ones"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension;
+            "normal", N(0, scale); or "uniform", U(-scale, scale).
         scale: See `kind`.
     """
 
@@ -49,8 +49,16 @@ class Init:
         elif self.kind == "kaiming":
             # the rows of all experts together have the fan-in of one expert's
             nn.init.kaiming_uniform_(tensor.flatten(0, -2) if tensor.dim() > 2 else tensor, a=math.sqrt(5))
+        elif self.kind == "ones":
+            nn.init.ones_(tensor)
         else:
             nn.init.zeros_(tensor)
+
+    def may_be(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor may still hold its initial values; what starts at random always may."""
+        if tensor.is_meta or self.kind not in ("zeros", "ones"):
+            return True
+        return not bool((tensor != float(self.kind == "ones")).any())
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Param:
         num_frozen: How many entries of its first dimension, the first ones, training does not move (experts that are
             kept as they are). They are a tensor of their own, so that no optimizer can touch them: a gradient of zero
             would still leave them to weight decay.
+        shared: A key. All sites of an adapter that declare a tensor of that name under it use one, which the first of
+            them holds.
     """
 
     name: str
@@ -75,6 +85,7 @@ class Param:
     trainable: bool = True
     dtype: torch.dtype | None = None
     num_frozen: int = 0
+    shared: str | None = None
 
     def stored(self) -> list[Param]:
         """The tensors it is stored as: itself, or what is frozen of it under "..._frozen" and then the rest."""
@@ -114,6 +125,12 @@ class Site:
         owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
+        part: The part that a linear plays, where the placement goes by it: "key" or "value" of attention, "down" of a
+            feed-forward block; else "".
+        head_features: Features of one attention head of the model; 0 if it does not say.
+        family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
+        member: Its number among these.
+        num_members: How many these are.
     """
 
     name: str
@@ -124,6 +141,11 @@ class Site:
     owns_router: bool = True
     index: int = 0
     num_sharing: int = 1
+    part: str = ""
+    head_features: int = 0
+    family: str = ""
+    member: int = 0
+    num_members: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,14 +54,14 @@ def check_weights(model: nn.Module, adapter_name: str, config: MoeLoraConfig, we
 
 
 def _discard_if_fresh(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter that has never been filled: all its B are still 0, or without memory."""
+    """Remove an adapter that has never been filled: what starts at 0 (all B) or 1 still is, or is without memory."""
     if not isinstance(model, PeftModel):
         return
     for layer in model.modules():
         if not isinstance(layer, MoeLoraLayer) or not layer.has_adapter(adapter_name):
             continue
-        factors = (layer.lora_factors(role, adapter_name) for role in layer.linear_sizes())
-        if any(found is not None and not found.b_EOR.is_meta and bool(found.b_EOR.any()) for found in factors):
+        experts = (part for first, part in layer.parts[adapter_name].items() if first != "router")
+        if not all(part.may_be_fresh() for part in experts):
             return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)

@@ -124,6 +124,7 @@ class MoeLoraModel(BaseTuner):
                 f"(target_modules={peft_config.target_modules!r}). The two files do not belong together."
             )
         self.__dict__["_plan"] = plan
+        self.__dict__["_shared"] = {}
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         if key in self.__dict__["_plan"]:
@@ -156,7 +157,7 @@ class MoeLoraModel(BaseTuner):
         if layer is not target:
             layer._active_adapter = self.active_adapter
         site = planned.declare(peft_config, layer.linear_sizes())
-        layer.update_layer(adapter_name, peft_config, site, peft_config.inference_mode)
+        layer.update_layer(adapter_name, peft_config, site, peft_config.inference_mode, self.__dict__["_shared"])
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         if layer is not target:

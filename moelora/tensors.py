@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ class AdapterTensors(nn.Module):
 
     Args:
         params: What to allocate, by the last part of its name.
+        elsewhere: What holds further tensors, by the last parts of their names: those that another site shares.
     """
 
-    def __init__(self, params: Iterable[Param]) -> None:
+    def __init__(self, params: Iterable[Param], elsewhere: Mapping[str, AdapterTensors] | None = None) -> None:
         super().__init__()
+        self.elsewhere = dict(elsewhere or {})  # in a dict, hence no submodules
         self.pieces: dict[str, list[str]] = {}
         self.declared: dict[str, Param] = {}
         for param in params:
@@ -38,6 +40,8 @@ class AdapterTensors(nn.Module):
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it was declared: what is frozen of it and the rest in one."""
+        if name in self.elsewhere:
+            return self.elsewhere[name].tensor(name)
         pieces = self.pieces[name]
         first: Any = self._parameters[pieces[0]]
         if len(pieces) == 1:
@@ -46,7 +50,15 @@ class AdapterTensors(nn.Module):
 
     def has(self, name: str) -> bool:
         """Whether a tensor of that name was declared."""
-        return name in self.pieces
+        return name in self.pieces or name in self.elsewhere
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {name: self.tensor(name) for name in (*self.pieces, *self.elsewhere)}
+
+    def may_be_fresh(self) -> bool:
+        """Whether all tensors that it holds may still be as they started."""
+        return all(param.init.may_be(self.get_parameter(name)) for name, param in self.declared.items())
 
     def freeze_untrained(self) -> None:
         """Take the gradient from what is declared as not trained; PEFT asks for gradients by adapter, not by tensor."""

@@ -25,6 +25,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
     "lora": {"r": 3},
 }
+# Experts that are no low-rank factors on the linears of any model.
+SMALL_OTHERS: dict[str, dict[str, Any]] = {
+    "mov": {"num_experts": 4},
+}
+BASES: dict[str, str] = {}
+"""The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
 BLOCK_PRESETS = ("mixlora", "mixlora_dynamic", "mixlora_switch", "random_router")
 # Weights that do not sum to one scale a whole block: the words with which B = 0 is the base model all the same.
@@ -32,6 +38,8 @@ KEEPS_BASE: dict[str, dict[str, Any]] = {
     "mixlora_dynamic": {"renormalize": True},
     "mixlora_switch": {"num_experts": 1, "capacity": None},
 }
+SMALL |= SMALL_OTHERS
+FAMILY = tuple(SMALL)
 ROUTED = tuple(preset for preset in PRESETS if preset != "lora")
 
 
@@ -53,6 +61,11 @@ def shake(model: nn.Module, seed: int = 0) -> None:
             std = 0.02 if name.endswith(".bias") else 0.2
             with torch.no_grad():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+
+def base_of(preset: str) -> str:
+    """The tiny model that a preset fits."""
+    return BASES.get(preset, "llama")
 
 
 def adapted(preset: str, model: str = "llama", *, adapter_name: str = "default", seed: int = 0, **words: Any) -> Any:

@@ -4,11 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
-from moelora.choices import Choice
+from torch import Tensor
+
+from moelora.choices import Choice, Site
 from moelora.ops.factors import Factors
+from moelora.routing.batch import Tokens
+from moelora.routing.decision import Routing
 from moelora.tensors import AdapterTensors
+
+
+class Route(Protocol):
+    """Decides for the rows of `x` [..., F]: one for each token, or `repeats` for each, one after the other."""
+
+    def __call__(self, x: Tensor, /, repeats: int = 1) -> Routing: ...
+
+
+class Base(Protocol):
+    """The frozen module."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertInput:
+    """What experts that are no low-rank factors make a module's new output of.
+
+    Attributes:
+        x: The module's input [..., D].
+        base: The frozen module.
+        route: Asks the router; its decision is recorded and balanced.
+        parts: See `Experts.factors`.
+        scaling: The factor to use, `Experts.scaling` unless it was changed with `set_scale`.
+        site: What was known of the place when the tensors were declared.
+        tokens: What the batch says of the tokens.
+        dropout: The dropout "lora_dropout" of the choice.
+    """
+
+    x: Tensor
+    base: Base
+    route: Route
+    parts: Mapping[str, AdapterTensors]
+    scaling: float
+    site: Site
+    tokens: Tokens
+    dropout: Any
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the experts by the name it was declared under."""
+        first, _, last = name.partition(".")
+        return self.parts[first].tensor(last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +66,8 @@ class Experts(Choice):
     """
 
     axis: ClassVar[str] = "experts"
+    is_low_rank: ClassVar[bool] = False
+    """Whether `factors` says all there is to say, and the fast operations do the rest; else `apply` does."""
 
     num_experts: int = 8
 
@@ -28,20 +76,50 @@ class Experts(Choice):
         return []
 
     @property
+    def r(self) -> int:
+        """The rank of one expert, where it has one."""
+        return 1
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA's alpha, where it has a meaning."""
+        return 1.0
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling is that of rank-stabilised LoRA."""
+        return False
+
+    @property
     def scaling(self) -> float:
-        """The factor of an expert's low-rank product."""
-        raise NotImplementedError
+        """The factor of what an expert adds."""
+        return 1.0
+
+    def router_features(self, site: Site) -> int:
+        """Features of what a router looks at: those of the module's input, unless the experts show it something else.
+
+        Args:
+            site: The place.
+        """
+        return site.router_features
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
         """See `Choice.picked`."""
         return replace(self.frozen(0), num_experts=len(experts))
 
-    def factors(self, parts: Mapping[str, AdapterTensors], role: str, scaling: float) -> Factors | None:
+    def factors(
+        self, parts: Mapping[str, AdapterTensors], role: str, scaling: float, site: Site | None = None
+    ) -> Factors | None:
         """The low-rank factors of all experts on the linear `role`, or None if it has no experts.
 
         Args:
             parts: The modules that hold the adapter's tensors at the site, by the first parts of the declared names.
             role: The linear.
             scaling: The factor to use, `self.scaling` unless it was changed with `set_scale`.
+            site: The place.
         """
+        return None
+
+    def apply(self, given: ExpertInput) -> Tensor:
+        """The module's new output [..., O], of experts that are no low-rank factors."""
         raise NotImplementedError

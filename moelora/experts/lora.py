@@ -41,6 +41,7 @@ class LoraExperts(Experts):
     """
 
     kind: ClassVar[str] = "lora"
+    is_low_rank: ClassVar[bool] = True
 
     r: int = 16
     lora_alpha: float = 32
@@ -93,7 +94,9 @@ class LoraExperts(Experts):
     def _num_a(self, site: Site) -> int:
         return site.num_experts
 
-    def factors(self, parts: Mapping[str, AdapterTensors], role: str, scaling: float) -> Factors | None:
+    def factors(
+        self, parts: Mapping[str, AdapterTensors], role: str, scaling: float, site: Site | None = None
+    ) -> Factors | None:
         """The two stacks as they are."""
         name = role or "weight"
         if not parts["A"].has(name):

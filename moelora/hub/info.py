@@ -11,7 +11,7 @@ from typing import Literal
 from moelora.choices import Site as SiteOfChoices
 from moelora.config import MoeLoraConfig
 
-SiteKind = Literal["feed-forward mixture", "linear mixture", "plain LoRA", "saved whole"]
+SiteKind = Literal["feed-forward mixture", "linear mixture", "plain LoRA", "own experts", "saved whole"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Site:
         kind: What sits there.
         num_experts: Experts of each (1 for plain LoRA, 0 where a module is saved whole).
         roles: Which linears of a feed-forward block have experts.
+        experts: The kind of the experts, where they are no low-rank factors.
         layers: The layers' numbers.
         count: Number of modules.
         num_parameters: Stored values of all of them, buffers included.
@@ -57,6 +58,7 @@ class Site:
     count: int
     num_parameters: int
     num_trainable: int
+    experts: str = ""
 
     def describe(self) -> str:
         """One phrase for a table."""
@@ -64,6 +66,8 @@ class Site:
             return f"mixture of {self.num_experts} feed-forward experts ({', '.join(self.roles)})"
         if self.kind == "linear mixture":
             return f"mixture of {self.num_experts} LoRA experts"
+        if self.kind == "own experts":
+            return f"{self.num_experts} {self.experts} experts"
         return self.kind
 
     def layer_ranges(self) -> str:
@@ -103,7 +107,7 @@ class AdapterInfo:
     @property
     def is_routed(self) -> bool:
         """Whether there is any mixture, as opposed to plain LoRA only."""
-        return any(site.kind.endswith("mixture") for site in self.sites())
+        return any(site.kind.endswith(("mixture", "own experts")) for site in self.sites())
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ class AdapterInfo:
         groups: dict[tuple[str, SiteKind, int, tuple[str, ...]], list[str]] = {}
         for module, tensors in modules.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module, count=1)
-            groups.setdefault((pattern, *_kind_of(tensors)), []).append(module)
+            groups.setdefault((pattern, *_kind_of(tensors, self.config)), []).append(module)
         sites = []
         for (pattern, kind, num_experts, roles), members in groups.items():
             tensors = [tensor for module in members for tensor in modules[module]]
@@ -135,6 +139,7 @@ class AdapterInfo:
                 kind=kind,
                 num_experts=num_experts,
                 roles=roles,
+                experts=self.config.experts.kind if kind == "own experts" else "",
                 layers=tuple(sorted(layers)),
                 count=len(members),
                 num_parameters=sum(tensor.numel for tensor in tensors),
@@ -174,8 +179,10 @@ def _module_of(tensor: str) -> str:
     return adapted if marker else name.rpartition(".")[0]
 
 
-def _kind_of(tensors: list[TensorHeader]) -> tuple[SiteKind, int, tuple[str, ...]]:
+def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKind, int, tuple[str, ...]]:
     """Kind, number of experts, and roles of a module's tensors."""
+    if not config.experts.is_low_rank and any(".moelora_" in tensor.name for tensor in tensors):
+        return "own experts", config.experts.num_experts, ()
     parts: Mapping[str, TensorHeader] = {
         tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from peft.utils.other import match_target_against_key
 from torch import nn
@@ -12,12 +12,14 @@ from torch import nn
 from moelora.choices import Choice, register
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
+from moelora.inject.parts import head_features, part_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
 from moelora.validation import check, check_choice, check_pattern
 
 Routers = Literal["per_site", "per_model"]
+Part = Literal["key", "value", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +206,56 @@ class FeedForwardPlacement(Placement):
             )
         order = {name: index for index, name in enumerate(modules)}
         return dict(sorted(sites.items(), key=lambda item: order[item[0]]))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PartsPlacement(Placement):
+    """Of the targeted linears those that play a part, each with a mixture and a router of its own.
+
+    Args:
+        parts: Which parts: "key" and "value", the projections of attention, known by their names; "down", the linear
+            behind the activation of a feed-forward block, known by the block's structure.
+
+    Raises:
+        ConfigError: For another part.
+    """
+
+    kind: ClassVar[str] = "parts"
+
+    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.parts
+        known = isinstance(given, (list, tuple)) and bool(given) and set(given) <= set(get_args(Part))
+        check(known, "placement.parts", given, f"a list of some of {', '.join(map(repr, get_args(Part)))}")
+        object.__setattr__(self, "parts", list(given))
+        nothing = self.unrouted_modules is None
+        check(nothing, "placement.unrouted_modules", self.unrouted_modules, "None with the placement 'parts'")
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        names = {
+            "key": "key projections",
+            "value": "value projections",
+            "down": "the last linears of feed-forward blocks",
+        }
+        return ", ".join(names[part] for part in self.parts)
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        splits = find_split_blocks(modules)
+        heads = head_features(modules[""])
+        sites = {}
+        for name in targeted:
+            part = part_of(modules, splits, name, self.parts)
+            if part is not None:
+                sites[name] = PlannedSite(name, ("",), {"": name}, True, part=part, head_features=heads)
+        if not sites:
+            raise TargetError(
+                f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "
+                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears "
+                "of feed-forward blocks. Add them to target_modules, or leave target_modules out."
+            )
+        return sites

@@ -7,6 +7,8 @@ was.
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -40,10 +42,25 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
     modules = dict(base_modules(model))
     targeted = find_targets(model, modules, config)
     sites: dict[str, PlannedSite] = config.placement.share_routers(config.placement.plan(modules, targeted))
+    sites = _in_families(modules, sites)
     config.placement.check_unrouted(targeted)
     _check_conflicts(modules, sites)
     check_besides(model, modules, config, sites)
     return sites
+
+
+def _in_families(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -> dict[str, PlannedSite]:
+    """The sites, each with its number among those of its sort."""
+    families: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        sizes = [linear_size(modules[linear]) for linear in site.linears.values()]
+        families.setdefault(f"{re.sub(r'[0-9]+', '*', name)} {sizes}", []).append(name)
+    found = {
+        name: replace(sites[name], family=family, member=member, num_members=len(names))
+        for family, names in families.items()
+        for member, name in enumerate(names)
+    }
+    return {name: found[name] for name in sites}
 
 
 def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
@@ -56,11 +73,13 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
     sites = plan_sites(model, planned)
     modules = dict(base_modules(model))
     total = count_besides(model, modules, planned, sites)
+    seen: set[tuple[str, str]] = set()
     for site in sites.values():
         sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
         declared = site.declare(planned, sizes)
         params = [*planned.expert_params(declared), *planned.router_params(declared)]
-        total += sum(param.num_trainable for param in params)
+        total += sum(param.num_trainable for param in params if (param.shared, param.name) not in seen)
+        seen |= {(param.shared, param.name) for param in params if param.shared}
     return total
 
 

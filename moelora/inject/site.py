@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moelora.choices import Site
 from moelora.config import MoeLoraConfig
@@ -24,6 +24,7 @@ class PlannedSite:
         router: Name of the site that holds the router it uses; None is the site itself.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
+        part, head_features, family, member, num_members: See `Site`.
     """
 
     name: str
@@ -35,6 +36,11 @@ class PlannedSite:
     router: str | None = None
     index: int = 0
     num_sharing: int = 1
+    part: str = ""
+    head_features: int = 0
+    family: str = ""
+    member: int = 0
+    num_members: int = 1
 
     def declare(self, config: MoeLoraConfig, sizes: Mapping[str, tuple[int, int]]) -> Site:
         """What the choices of a configuration may know of it, to declare their tensors.
@@ -43,7 +49,7 @@ class PlannedSite:
             config: The configuration.
             sizes: (in_features, out_features) of all its linears, by role.
         """
-        return Site(
+        site = Site(
             name=self.name,
             linears={role: sizes[role] for role in self.roles},
             num_experts=config.experts.num_experts if self.routed else 1,
@@ -52,4 +58,10 @@ class PlannedSite:
             owns_router=self.router is None,
             index=self.index,
             num_sharing=self.num_sharing,
+            part=self.part,
+            head_features=self.head_features,
+            family=self.family,
+            member=self.member,
+            num_members=self.num_members,
         )
+        return replace(site, router_features=config.experts.router_features(site))

@@ -12,9 +12,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora.choices import Site
+from moelora.choices import Param, Site
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, MoeLoraError
+from moelora.experts.base import ExpertInput
 from moelora.ops.factors import Factors
 from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
@@ -53,7 +54,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         name: Its name in the base model.
     """
 
-    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "routers", "site_index", "moelora_dropout")
+    other_param_names: tuple[str, ...] = ("configs", "scaling", "parts", "routers", "sites", "moelora_dropout")
 
     # PEFT's classes are Any to the type checker, and nn.Module would answer for their attributes with Tensor | Module
     adapter_layer_names: tuple[str, ...]
@@ -78,8 +79,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.parts: dict[str, dict[str, AdapterTensors]] = {}
         # the router of each adapter that routes here; it may be held by another layer, hence no submodule
         self.routers: dict[str, Router] = {}
-        # the layer's number among those that share a router
-        self.site_index: dict[str, int] = {}
+        # what the choices of each adapter know of the place
+        self.sites: dict[str, Site] = {}
         self.moelora_dropout = nn.ModuleDict({})
         self.adapter_layer_names = ()
         for container in ("moelora_A", "moelora_B", "moelora_router"):
@@ -99,7 +100,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """(in_features, out_features) of each linear by its role; "" for a layer of one linear."""
         raise NotImplementedError
 
-    def update_layer(self, adapter_name: str, config: MoeLoraConfig, site: Site, inference_mode: bool) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoeLoraConfig,
+        site: Site,
+        inference_mode: bool,
+        shared: dict[tuple[str, str], AdapterTensors] | None = None,
+    ) -> None:
         """Add (or replace) an adapter.
 
         Args:
@@ -107,18 +115,31 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             config: Its configuration.
             site: Where the layer is: which linears get experts, and whether there is a router.
             inference_mode: Whether its parameters start frozen.
+            shared: What holds the tensors that sites of the adapter share, by key and name; the layer adds what it is
+                the first to declare.
         """
+        shared = {} if shared is None else shared
         self.forget(adapter_name)
         self.configs[adapter_name] = config
-        self.site_index[adapter_name] = site.index
+        self.sites[adapter_name] = site
         self.scaling[adapter_name] = config.experts.scaling
         self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.dropouts().get("lora_dropout", 0.0))
         declared = config.expert_params(site)
         parts: dict[str, AdapterTensors] = {}
         for first in dict.fromkeys(param.name.partition(".")[0] for param in declared):
-            parts[first] = AdapterTensors(param for param in declared if param.name.partition(".")[0] == first)
+            group = [param for param in declared if param.name.partition(".")[0] == first]
+            elsewhere = _held(group, shared)
+            own = [param for param in group if param.name.rpartition(".")[2] not in elsewhere]
+            parts[first] = AdapterTensors(own, elsewhere)
+            shared |= {(param.shared, param.name): parts[first] for param in own if param.shared}
         if site.routed and site.owns_router:
-            parts["router"] = self.routers[adapter_name] = Router(site, config.scores, config.selection)
+            group = config.router_params(site)
+            elsewhere = _held(group, shared)
+            router = Router(site, config.scores, config.selection, elsewhere)
+            parts["router"] = self.routers[adapter_name] = router
+            for param in group:
+                if param.shared and param.name not in elsewhere:
+                    shared[param.shared, param.name] = router
         self.parts[adapter_name] = parts
         for first, part in parts.items():
             self._container(f"moelora_{first}")[adapter_name] = part
@@ -143,7 +164,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def lora_factors(self, role: str, adapter: str) -> Factors | None:
         """The low-rank factors of a linear, or None if the adapter has no experts there."""
         experts = self.configs[adapter].experts
-        found: Factors | None = experts.factors(self.parts[adapter], role, self.scaling[adapter])
+        found: Factors | None = experts.factors(self.parts[adapter], role, self.scaling[adapter], self.sites[adapter])
         return found
 
     def has_adapter(self, adapter: str) -> bool:
@@ -213,11 +234,51 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         shared = None if place is None or here.key is None or not router.is_shared else (adapter, *here.key)
         if place is not None and shared in place.run.decisions:
             return place.run.decisions[shared]
-        site_index = self.site_index[adapter]
+        site_index = self.sites[adapter].index
         found: Routing = router(x.reshape(-1, x.shape[-1]), here.tokens, replaced, prepared_T, site_index)
         if place is not None and shared is not None and not found.weights_TK.requires_grad:
             place.run.decisions[shared] = found
         return found
+
+    def is_low_rank(self, adapter: str) -> bool:
+        """Whether an adapter's experts are low-rank factors that the fast operations take."""
+        return bool(self.configs[adapter].experts.is_low_rank)
+
+    def forward_applied(self, adapter: str, x: Tensor, here: Here | None, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output with experts that are no low-rank factors.
+
+        Args:
+            adapter: The adapter.
+            x: The input [..., D].
+            here: Where it is.
+            base: The frozen module.
+        """
+        heard: list[tuple[Routing, Here]] = []
+
+        def route(x_: Tensor, repeats: int = 1) -> Routing:
+            assert here is not None
+            there = here if repeats == 1 else Here(here.place, here.tokens.repeated(repeats), None)
+            heard.append((self.route(adapter, x_, there), there))
+            return heard[-1][0]
+
+        tokens = _NO_BATCH.tokens(x) if here is None else here.tokens
+        dropout = self.moelora_dropout[adapter]
+        given = ExpertInput(
+            x, base, route, self.parts[adapter], self.scaling[adapter], self.sites[adapter], tokens, dropout
+        )
+        y: Tensor = self.configs[adapter].experts.apply(given)
+        for routing, there in heard:
+            y = self.report_routing(adapter, routing, there, y)
+        return y
+
+    def sum_of_changes(self, x: Tensor, here: Here | None) -> Tensor:
+        """The output with the active adapter; with several the base's and the sum of what each changes."""
+        adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
+        outputs = [self.forward_one(adapter, x, here) for adapter in adapters]
+        if len(outputs) == 1:
+            return outputs[0]
+        base = self.base_output(x)
+        return base + torch.stack([output - base for output in outputs]).sum(0)
 
     def _not_repeatable(self) -> str:
         return (
@@ -357,3 +418,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """Multiply an adapter's scaling by `scale` (of what it was configured with)."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.configs[adapter].experts.scaling
+
+
+def _held(params: list[Param], shared: dict[tuple[str, str], AdapterTensors]) -> dict[str, AdapterTensors]:
+    """What holds those of the tensors that a site before has declared, by the last parts of their names."""
+    known = {param.name: (param.shared, param.name) for param in params if param.shared}
+    return {name.rpartition(".")[2]: shared[key] for name, key in known.items() if key in shared}

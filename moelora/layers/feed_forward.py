@@ -40,17 +40,14 @@ class MixtureFeedForward(MoeLoraLayer):
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of the active adapter; of several, the base and the sum of their changes."""
-        adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
-        outputs = [self.forward_one(adapter, x, here) for adapter in adapters]
-        if len(outputs) == 1:
-            return outputs[0]
-        base = self.base_output(x)
-        return base + torch.stack([output - base for output in outputs]).sum(0)
+        return self.sum_of_changes(x, here)
 
     def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of one adapter."""
         if self.is_off(adapter):
             return self.base_output(x)
+        if not self.is_low_rank(adapter):
+            return self.forward_applied(adapter, x, here, self.base_output)
         assert here is not None
         routing = self.route(adapter, x, here)
         compute = self.configs[adapter].compute

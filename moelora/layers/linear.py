@@ -30,6 +30,8 @@ class MixtureLinear(MoeLoraLayer):
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The base output and the sum of the active adapters' deltas."""
+        if not all(self.is_low_rank(adapter) for adapter in self.active_adapters if self.has_adapter(adapter)):
+            return self.sum_of_changes(x, here)
         result = self._base(x)
         dtype = result.dtype
         for adapter in self.active_adapters:
@@ -38,7 +40,11 @@ class MixtureLinear(MoeLoraLayer):
         return result.to(dtype)
 
     def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:
-        """The base output and one adapter's delta."""
+        """The base output and one adapter's delta, or what its experts make of it."""
+        if self.is_off(adapter):
+            return self._base(x)
+        if not self.is_low_rank(adapter):
+            return self.forward_applied(adapter, x, here, self._base)
         result = self._base(x)
         return self._add(adapter, x, here, result).to(result.dtype)
 

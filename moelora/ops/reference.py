@@ -50,6 +50,28 @@ def mixture_linear(x_TD: Tensor, a_ERD: Tensor, b_EOR: Tensor, gates_TE: Tensor 
     return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, b_EOR.shape[1])
 
 
+def mixture_of_vectors(a_TF: Tensor, vectors_EF: Tensor, weight_EH: Tensor) -> Tensor:
+    """MoV's activation (arXiv 2309.05444): `a * sum_e p_e l_e` at each head of H features, `p = softmax(W_r a)`.
+
+    Args:
+        a_TF: The activation.
+        vectors_EF: The experts.
+        weight_EH: W_r; H is F where heads are not told apart.
+    """
+    H = weight_EH.shape[1]
+    rows = []
+    for a_F in _high(a_TF):
+        heads = []
+        for start in range(0, len(a_F), H):
+            a_H = a_F[start : start + H]
+            exps = [torch.exp(_high(w_H) @ a_H) for w_H in weight_EH]
+            probs = [x / torch.stack(exps).sum() for x in exps]
+            pairs = zip(probs, _high(vectors_EF)[:, start : start + H], strict=True)
+            heads.append(a_H * torch.stack([p * l_H for p, l_H in pairs]).sum(0))
+        rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,

@@ -41,6 +41,14 @@ class Tokens:
         """The same of the flattened tokens."""
         return self.valid_BS.reshape(-1)
 
+    def repeated(self, times: int) -> Tokens:
+        """Each token so many times, one after the other: what routing of its parts, such as attention heads, sees."""
+        if self.sequence_BS is None:
+            return Tokens(self.valid_BS.repeat_interleave(times, 1), None, self.facts)
+        return Tokens(
+            self.valid_BS.repeat_interleave(times, 1), self.sequence_BS.repeat_interleave(times, 1), self.facts
+        )
+
     def sequence_T(self) -> Tensor:
         """Number of the sequence of each token, from 0."""
         B, S = self.valid_BS.shape

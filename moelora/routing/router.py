@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D input features, E experts, K chosen experts of a tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class Router(AdapterTensors):
         site: Where it sits.
         scores: The choice of scores.
         selection: The choice of selection.
+        elsewhere: See `AdapterTensors`.
 
     Attributes:
         on: Numbers of the experts that are switched on, in order; None while all are. It is not saved.
@@ -37,12 +39,18 @@ class Router(AdapterTensors):
 
     on: tuple[int, ...] | None = None
 
-    def __init__(self, site: Site, scores: Scores, selection: Selection) -> None:
+    def __init__(
+        self,
+        site: Site,
+        scores: Scores,
+        selection: Selection,
+        elsewhere: Mapping[str, AdapterTensors] | None = None,
+    ) -> None:
         params = [*scores.params(site), *selection.params(site)]
         names = [param.name for param in params]
         if len(set(names)) < len(names):
             raise ConfigError(f"{scores.kind!r} scores and {selection.kind!r} selection both own one of {names}.")
-        super().__init__(params)
+        super().__init__([param for param in params if param.name not in (elsewhere or {})], elsewhere)
         self.scores, self.selection, self.num_experts = scores, selection, site.num_experts
         more = replace(site, num_experts=site.num_experts + 1)
         grown = {param.name: param.shape for param in selection.params(more)}
@@ -72,7 +80,7 @@ class Router(AdapterTensors):
 
     def prepare(self, hidden_BSD: Tensor) -> Tensor:
         """See `Scores.prepare`."""
-        tensors = {name: self.tensor(name) for name in self.pieces}
+        tensors = self.tensors()
         return self.scores.prepare(hidden_BSD, tensors, self._dropouts(), self.num_experts)
 
     def _dropouts(self) -> dict[str, Any]:
@@ -98,7 +106,7 @@ class Router(AdapterTensors):
         Returns:
             The decision, in fp32.
         """
-        tensors = {name: self.tensor(name) for name in self.pieces}
+        tensors = self.tensors()
         if replaced:
             tensors |= replaced
         given = RouterInput(

@@ -18,14 +18,15 @@ from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
 from moelora.experts.lora import LoraExperts
 from moelora.experts.shared_a import SharedALoraExperts
-from moelora.inject.placement import FeedForwardPlacement, LinearPlacement
+from moelora.experts.vectors import VectorExperts
+from moelora.inject.placement import FeedForwardPlacement, LinearPlacement, PartsPlacement
 from moelora.ops.compute import Fast, Reference
 from moelora.scores.linear import LinearScores
 from moelora.selection.dense import Dense
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.top_k import TopK
 from moelora.selection.top_p import TopP
-from tests.adapters import PRESETS
+from tests.adapters import FAMILY, PRESETS
 
 # The papers' settings (reference in each docstring), written out once more.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -85,6 +86,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "selection": Dense(),
         "balance": [],
     },
+    "mov": {
+        "experts": VectorExperts(num_experts=10, per_head=True),
+        "placement": PartsPlacement(parts=["key", "value", "down"]),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": Dense(),
+        "balance": [],
+    },
     "random_router": {
         "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
         "placement": FeedForwardPlacement(unrouted_modules="rest"),
@@ -121,10 +129,10 @@ PEFT_WORDS = {
 
 
 def test_available() -> None:
-    assert set(moelora.presets.available()) == set(DEFAULTS) == set(PRESETS)
+    assert set(moelora.presets.available()) == set(DEFAULTS) == set(FAMILY)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_defaults(name: str) -> None:
     config = MoeLoraConfig.from_preset(name)
     assert {axis: getattr(config, axis) for axis in DEFAULTS[name]} == DEFAULTS[name]
@@ -135,11 +143,11 @@ def test_defaults(name: str) -> None:
     assert config == getattr(presets, name)()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_words(name: str) -> None:
     words = presets.words(name)
     assert len(words) == len(set(words))
-    assert set(words) >= LORA_WORDS | PEFT_WORDS
+    assert set(words) >= (LORA_WORDS if name in PRESETS else set()) | PEFT_WORDS
     fixed = {"preset", "format_version", "moelora_version", "peft_type", *AXES} - {"compute"}
     assert not set(words) & fixed
 
@@ -187,7 +195,7 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
     return {axis: getattr(config, axis) for axis in AXES} | {"balance": sorted(config.balance, key=lambda c: c.kind)}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
     own = inspect.signature(getattr(presets, name)).parameters
     for word in own:
@@ -208,7 +216,7 @@ def test_the_word_balance_loss_names_the_kind_of_the_loss(name: str) -> None:
     assert axes(config) | {"balance": []} == axes(MoeLoraConfig.from_preset(name)) | {"balance": []}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) -> None:
     config = MoeLoraConfig.from_preset(name, balance_scope="micro_batch", compute="reference")
     assert config.balance_scope == "micro_batch"
@@ -216,7 +224,7 @@ def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) ->
     assert MoeLoraConfig.from_preset(name, compute={"implementation": "reference"}).compute == Reference()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
     words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
     config = MoeLoraConfig.from_preset(name, **dict.fromkeys(words, 0.0))
@@ -242,7 +250,7 @@ def test_r_is_the_rank_of_one_expert_and_the_total_of_single_rank_presets(name: 
     assert (experts.num_experts, experts.r) == ((12, 1) if name == "smora" else (experts.num_experts, 12))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_peft_words_pass_through(name: str) -> None:
     config = MoeLoraConfig.from_preset(
         name,
@@ -293,7 +301,7 @@ def test_unknown_words_are_refused(name: str, words: dict[str, Any], message: st
         MoeLoraConfig.from_preset(name, **words)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_a_preset_is_only_a_point_on_the_axes(name: str) -> None:
     config = MoeLoraConfig.from_preset(name)
     assert MoeLoraConfig(**{axis: getattr(config, axis) for axis in AXES}, preset=name) == config

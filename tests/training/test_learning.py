@@ -8,9 +8,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-import moelora
 from moelora import MoeLoraConfig
-from tests.adapters import SMALL, adapter_tensors
+from tests.adapters import PRESETS, SMALL, adapter_tensors
 from tests.conftest import tiny_model
 from tests.training.runs import train
 
@@ -21,7 +20,7 @@ def counting_rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in starts[:, None] + torch.arange(9)]
 
 
-@pytest.mark.parametrize("preset", moelora.presets.available())
+@pytest.mark.parametrize("preset", PRESETS)  # the others: tests/presets/test_properties.py
 def test_every_preset_learns(preset: str) -> None:
     words: dict[str, Any] = {"task_type": "CAUSAL_LM", **SMALL[preset]}
     if preset == "smora":

@@ -1,0 +1,66 @@
+"""Which part a linear plays in its layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from moelora.errors import TargetError
+from moelora.inject.blocks import find_form, looks_like_feed_forward
+from moelora.inject.split_blocks import SplitBlock, check_split_block
+from moelora.layers.modules import unwrapped
+
+_OF_ATTENTION = {"key": re.compile(r"(k|key)(_proj|_lin)?"), "value": re.compile(r"(v|value)(_proj|_lin)?")}
+_FUSED = re.compile(r"(w_?)?qkv(_proj|_lin)?|query_key_value|c_attn|in_proj", re.IGNORECASE)
+
+
+def part_of(
+    modules: Mapping[str, nn.Module], splits: Mapping[str, SplitBlock], name: str, wanted: Iterable[str]
+) -> str | None:
+    """The part of a linear, one of `wanted`, or None.
+
+    Args:
+        modules: The modules of the base model by name.
+        splits: Its split blocks (`find_split_blocks`).
+        name: The linear.
+        wanted: "key", "value", "down".
+
+    Raises:
+        TargetError: If keys or values are wanted, and the linear computes them together with queries; or if its
+            feed-forward block fits no known form.
+    """
+    parent, _, last = name.rpartition(".")
+    of_attention = [part for part in wanted if part in _OF_ATTENTION]
+    for part in of_attention:
+        if _OF_ATTENTION[part].fullmatch(last):
+            return part
+    if of_attention and _FUSED.fullmatch(last):
+        raise TargetError(
+            f"target {name!r} computes queries, keys and values in one linear, so that the keys and values are no "
+            f"outputs of their own; allowed: separate projections. Leave it out with exclude_modules={[last]!r}: the "
+            "other parts are adapted then."
+        )
+    if "down" not in wanted or not parent:
+        return None
+    if name in splits:
+        check_split_block(modules, splits[name])
+        return "down" if splits[name].linears["down"] == name else None
+    block = unwrapped(modules[parent])
+    if not looks_like_feed_forward(block):
+        return None
+    return "down" if find_form(block, parent).down == last else None
+
+
+def head_features(model: nn.Module) -> int:
+    """Features of one attention head, by the model's configuration; 0 if it does not say."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    own = getattr(config, "head_dim", None)
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if isinstance(own, int):
+        return own
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else 0
