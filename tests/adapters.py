@@ -15,18 +15,20 @@ from tests.conftest import tiny_batch, tiny_model
 # A few experts of a small, odd rank; dropout off, so that two passes are equal in training mode too.
 SMALL: dict[str, dict[str, Any]] = {
     "mixlora": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
-    "mixlora_dynamic": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "mixlora_dynamic": {"r": 3, "num_experts": 4, "top_p": 0.6, "lora_dropout": 0.0},
     "mixlora_switch": {"r": 3, "num_experts": 4, "capacity": 3, "router_jitter": 0.0, "lora_dropout": 0.0},
     "sira": {"r": 3, "num_experts": 4, "top_k": 2},
     "smora": {"r": 5, "top_k": 2},
     "molora": {"r": 3, "num_experts": 4},
     "adamole": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "adamole_fixed": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "hydralora": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "random_router": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
     "lora": {"r": 3},
 }
-# Experts that are no low-rank factors on the linears of any model.
+# What is not on all tiny models alike: experts by layer, or that are no low-rank factors.
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
+    "mola": {"r": 3, "num_experts": [2, 4], "lora_dropout": 0.0},
     "mov": {"num_experts": 4},
 }
 BASES: dict[str, str] = {}

@@ -46,7 +46,12 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
         raise ComposeError(f"the model has no mixture of an adapter {adapter!r}; allowed: {allowed}.")
     choice = layers[0].configs[adapter].experts
     names = list(getattr(choice, "names", []))
-    E = choice.num_experts
+    E = choice.fewest  # what every layer has
+    if choice.num_experts > E:
+        raise ComposeError(
+            f"the mixtures of adapter {adapter!r} have from {E} to {choice.num_experts} experts, by layer; allowed: "
+            "the same number everywhere. Experts are switched by their number in every layer at once."
+        )
     known_numbers = {expert: number for number, expert in enumerate([*names] or range(E))}
     known_numbers |= {number: number for number in range(E)}
     unknown = [expert for expert in experts if expert not in known_numbers or isinstance(expert, bool)]

@@ -103,6 +103,23 @@ class Experts(Choice):
         """
         return site.router_features
 
+    @property
+    def fewest(self) -> int:
+        """Number of experts of the smallest mixture."""
+        return self.num_experts
+
+    def num_experts_at(self, member: int, num_members: int) -> int:
+        """Number of experts of one mixture.
+
+        Args:
+            member: Its number among the sites of its sort, which is the number of its layer.
+            num_members: How many these are.
+
+        Raises:
+            TargetError: If the experts do not fit that number of layers.
+        """
+        return self.num_experts
+
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
         """See `Choice.picked`."""
         return replace(self.frozen(0), num_experts=len(experts))

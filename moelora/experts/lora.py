@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 from moelora.choices import Init, Param, Site, register
+from moelora.errors import TargetError
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
 from moelora.tensors import AdapterTensors
@@ -35,6 +36,8 @@ class LoraExperts(Experts):
         init_std: Standard deviation of the "normal" initialisation.
         num_frozen: The first so many experts of a mixture are not trained, and no plain LoRA beside the mixtures is
             unless it is 0.
+        per_layer: Numbers of experts of the layers, first layers first (MoLA, arXiv 2402.08562): one for each layer, or
+            one for each of as many groups of equal size. None is `num_experts` everywhere, else that is the largest.
 
     Raises:
         ConfigError: For a value out of range.
@@ -50,6 +53,7 @@ class LoraExperts(Experts):
     init: Initialisation = "kaiming"
     init_std: float = 0.02
     num_frozen: int = 0
+    per_layer: list[int] | None = None
 
     def __post_init__(self) -> None:
         check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
@@ -65,6 +69,33 @@ class LoraExperts(Experts):
             self.num_frozen,
             f"0 to num_experts ({self.num_experts})",
         )
+        counts = self.per_layer
+        if counts is not None:
+            good = isinstance(counts, (list, tuple)) and bool(counts) and all(map(is_count, counts))
+            check(
+                good and max(counts) == self.num_experts and self.num_frozen == 0,
+                "experts.per_layer",
+                counts,
+                f"integers of at least 1, the largest num_experts ({self.num_experts}), none of them frozen; or None",
+            )
+            object.__setattr__(self, "per_layer", list(counts))
+
+    @property
+    def fewest(self) -> int:
+        """See `Experts.fewest`."""
+        return min(self.per_layer or [self.num_experts])
+
+    def num_experts_at(self, member: int, num_members: int) -> int:
+        """See `Experts.num_experts_at`."""
+        if self.per_layer is None:
+            return self.num_experts
+        if num_members % len(self.per_layer):
+            raise TargetError(
+                f"experts.per_layer is {self.per_layer}, {len(self.per_layer)} numbers for {num_members} adapted "
+                "layers; allowed: as many as layers, or a number that divides them into groups of equal size. Give "
+                "another list, or leave layers out with layers_to_transform."
+            )
+        return self.per_layer[member * len(self.per_layer) // num_members]
 
     @property
     def scaling(self) -> float:

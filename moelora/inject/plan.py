@@ -43,6 +43,9 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
     targeted = find_targets(model, modules, config)
     sites: dict[str, PlannedSite] = config.placement.share_routers(config.placement.plan(modules, targeted))
     sites = _in_families(modules, sites)
+    for site in sites.values():
+        # what does not fit is refused before any module is replaced
+        config.expert_params(site.declare(config, {r: linear_size(modules[n]) for r, n in site.linears.items()}))
     config.placement.check_unrouted(targeted)
     _check_conflicts(modules, sites)
     check_besides(model, modules, config, sites)

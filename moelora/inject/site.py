@@ -52,7 +52,7 @@ class PlannedSite:
         site = Site(
             name=self.name,
             linears={role: sizes[role] for role in self.roles},
-            num_experts=config.experts.num_experts if self.routed else 1,
+            num_experts=config.experts.num_experts_at(self.member, self.num_members) if self.routed else 1,
             routed=self.routed,
             router_features=sizes["" if self.form is None else "up"][0],
             owns_router=self.router is None,

@@ -181,7 +181,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return {}
         routed = self.routers
-        return {(self.name, a): self.configs[a].experts.num_experts for a in self.active_adapters if a in routed}
+        return {(self.name, a): routed[a].num_experts for a in self.active_adapters if a in routed}
 
     @property
     def needs_prompts(self) -> bool:

@@ -49,7 +49,8 @@ class ConstantScores(Scores):
             ConfigError: With both numbers.
         """
         E = config.experts.num_experts
-        check(self.weights is None or len(self.weights) == E, "scores.weights", self.weights, f"{E} numbers, or None")
+        fits = self.weights is None or len(self.weights) == E == config.experts.fewest
+        check(fits, "scores.weights", self.weights, f"{E} numbers, or None")
 
     @property
     def is_trained(self) -> bool:

@@ -83,12 +83,13 @@ class TopK(Selection):
         Raises:
             ConfigError: With the reason.
         """
-        num_experts = config.experts.num_experts
+        num_experts, fewest = config.experts.num_experts, config.experts.fewest
         check(
-            self.k <= num_experts,
+            self.k <= fewest,
             "top_k",
             self.k,
-            f"1 to num_experts ({num_experts}), or dense selection",
+            f"1 to num_experts ({fewest}{' where there are fewest' if fewest < num_experts else ''}), or dense "
+            "selection",
             "Lower top_k or raise num_experts.",
         )
         trains_router = config.scores.is_trained and not config.inference_mode

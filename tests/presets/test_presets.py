@@ -24,6 +24,7 @@ from moelora.ops.compute import Fast, Reference
 from moelora.scores.linear import LinearScores
 from moelora.selection.dense import Dense
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
+from moelora.selection.threshold import Threshold
 from moelora.selection.top_k import TopK
 from moelora.selection.top_p import TopP
 from tests.adapters import FAMILY, PRESETS
@@ -91,6 +92,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "placement": PartsPlacement(parts=["key", "value", "down"]),
         "scores": LinearScores(activation="softmax", init_std=0.02),
         "selection": Dense(),
+        "balance": [],
+    },
+    "adamole_fixed": {
+        "experts": LoraExperts(num_experts=8, r=4, lora_alpha=16, lora_dropout=0.05),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": Threshold(threshold=None),
+        "balance": [SwitchBalance(coef=1e-3), ZLoss()],
+    },
+    "mola": {
+        "experts": LoraExperts(num_experts=8, r=8, lora_alpha=16, lora_dropout=0.05, per_layer=[2, 4, 6, 8]),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": TopK(k=2, renormalize=True),
         "balance": [],
     },
     "random_router": {
@@ -161,6 +176,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "top_k": (3, "selection.k"),
     "top_p": (0.5, "selection.p"),
     "capacity": (7, "selection.capacity"),
+    "threshold": (0.3, "selection.threshold"),
     "router_jitter": (0.2, "scores.jitter"),
     "renormalize": (True, "selection.renormalize"),
     "router_init_std": (0.7, "scores.init_std"),
@@ -195,11 +211,17 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
     return {axis: getattr(config, axis) for axis in AXES} | {"balance": sorted(config.balance, key=lambda c: c.kind)}
 
 
+# Words that are more than one field; tests of the presets themselves say what they do.
+SEVERAL_FIELDS = {
+    ("mola", "num_experts"),
+}
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
     own = inspect.signature(getattr(presets, name)).parameters
     for word in own:
-        if word in ("r", "peft_words", "balance_loss"):
+        if word in ("r", "peft_words", "balance_loss") or (name, word) in SEVERAL_FIELDS:
             continue
         value, path = OWN_WORDS[word]
         if word == "balance_coef":

@@ -38,7 +38,10 @@ from tests.adapters import (
 )
 from tests.conftest import tiny_batch, tiny_model
 
-NOT_THE_BASE_AT_FIRST: dict[str, str] = {}
+NOT_THE_BASE_AT_FIRST: dict[str, str] = {
+    "mixlora_dynamic": "the block is scaled by the sum of raw probabilities",
+    "mixlora_switch": "the block is scaled by a raw probability",
+}
 """Presets that do not start at the base model, with the reason."""
 
 every_preset = pytest.mark.parametrize("preset", FAMILY)

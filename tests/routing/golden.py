@@ -44,6 +44,9 @@ ADAMOLE_THRESHOLDS_T = torch.tensor([0.125, 0.182765, 0.067235])  # tau_max 1/4
 ADAMOLE_WEIGHTS_TE = torch.tensor(
     [[0.822633, 0.177367, 0.0, 0.0], [0.0, 0.255081, 0.744919, 0.0], [0.0, 0.041617, 0.087052, 0.871331]]
 )
+MOLE_WEIGHTS_TE = torch.tensor(
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 0.377541, 0.622459, 0.0], [0.0, 0.0, 0.0, 1.0]]
+)  # the threshold 1/4
 ADAMOLE_AUX = 1.010853
 
 ALL_VALID_T = torch.ones(3, dtype=torch.bool)

@@ -24,6 +24,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "smora": {"balance_coef": 1.0, "bias_update_rate": 1e-12},
     "molora": {"balance_coef": 1.0},
     "adamole": {"balance_coef": 1.0},
+    "adamole_fixed": {"balance_coef": 1.0},
     "hydralora": {"balance_coef": 1.0},
     "random_router": {},
 }

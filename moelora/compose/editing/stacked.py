@@ -207,6 +207,11 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
             f"{str(folder)!r} has {config.experts.kind!r} experts; allowed: experts that are LoRAs. Others cannot be "
             "edited one by one."
         )
+    if config.experts.fewest < config.experts.num_experts:
+        raise ComposeError(
+            f"{str(folder)!r} has from {config.experts.fewest} to {config.experts.num_experts} experts, by layer; "
+            "allowed: the same number everywhere. Experts are edited by their number in every layer at once."
+        )
     try:
         weights = upgrade_keys(load_file(folder / WEIGHTS_FILE))
     except (SafetensorError, OSError) as error:
