@@ -28,9 +28,14 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # What is not on all tiny models alike: experts by layer, or that are no low-rank factors.
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
+    "moelora_task": {"r": 8, "num_experts": 4, "num_tasks": 3, "task_features": 5, "lora_dropout": 0.0},
+    "poly": {"r": 3, "num_experts": 4, "num_tasks": 3},
+    "mhr": {"r": 3, "num_experts": 3, "num_tasks": 3, "num_splits": 2},
     "mola": {"r": 3, "num_experts": [2, 4], "lora_dropout": 0.0},
     "mov": {"num_experts": 4},
 }
+BY_TASK = ("moelora_task", "poly", "mhr")
+"""Presets whose batches need `task_ids`."""
 BASES: dict[str, str] = {}
 """The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)

@@ -19,7 +19,7 @@ from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.runs.config import RunConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
-from moelora.runs.data import load_rows
+from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress
@@ -52,6 +52,8 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     show_rows(rows, config)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
+    if isinstance(adapter, MoeLoraConfig) and hasattr(adapter.scores, "num_tasks"):
+        rows = with_task_ids(rows, config.dataset)
     stages = {ADAPTER: (adapter, dict[str, Any]())}
     if config.baseline is not None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)

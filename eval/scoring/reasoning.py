@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from eval.scoring.generation import RoutingCounts, answer, shared_tokens
 from eval.scoring.judging import majority_share
 from eval.scoring.routing import TokenView, has_routers, token_views
 from eval.scoring.sources import Contestant
+from moelora import batch_facts
 from moelora.errors import RunError
 from moelora.runs.config import RunConfig
 from moelora.runs.data import chat_prompt, load_rows
@@ -133,14 +135,15 @@ def run(
         routed = contestant.role == "adapter" and has_routers(model)
         for task in results.tasks:
             began = time.monotonic()
-            answers, halves = answer(
-                model,
-                tokenizer,
-                task.prompts,
-                batch_size=batch_size or config.evaluation.batch_size,
-                max_new_tokens=config.evaluation.max_new_tokens or room(task, tokenizer),
-                shared=shared if routed else None,
-            )
+            with facts_of(model, config, task.task):
+                answers, halves = answer(
+                    model,
+                    tokenizer,
+                    task.prompts,
+                    batch_size=batch_size or config.evaluation.batch_size,
+                    max_new_tokens=config.evaluation.max_new_tokens or room(task, tokenizer),
+                    shared=shared if routed else None,
+                )
             task.answers[contestant.name] = answers
             task.scores[contestant.name] = verify(task, config, answers)
             if routed:
@@ -148,10 +151,21 @@ def run(
             exact = sum(task.exact(contestant.name)) / len(answers)
             print(f"{contestant.name}  {task.task}  {exact:.0%} exact  {time.monotonic() - began:.1f} s", flush=True)
         if routed:
-            results.views = token_views(model, tokenizer, {task.task: task.prompts for task in results.tasks})
+            results.views = []
+            for task in results.tasks:
+                with facts_of(model, config, task.task):
+                    results.views += token_views(model, tokenizer, {task.task: task.prompts})
         results.seconds[contestant.name] = time.monotonic() - started
         del model
     return results
+
+
+def facts_of(model: Any, config: RunConfig, task: str) -> AbstractContextManager[None]:
+    """What an adapter that has a table of tasks has to know of a batch: the number that the task has in training."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if not any(hasattr(getattr(adapter, "scores", None), "num_tasks") for adapter in adapters):
+        return nullcontext()
+    return batch_facts(task_ids=[list(config.dataset.tasks or {}).index(task)])
 
 
 def room(task: TaskResult, tokenizer: Any) -> int:

@@ -6,8 +6,9 @@ Of a folder the base model is only built without weights: names, sizes and forms
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
@@ -52,6 +53,7 @@ class OpenSite:
         router: Its router; None for a plain LoRA.
         features: Features of the router's input.
         is_block: Whether it is a whole feed-forward block.
+        lora_at: Gives A and B of the LoRA that fixed weights make, where experts have no factors of their own.
     """
 
     name: str
@@ -60,6 +62,7 @@ class OpenSite:
     router: Router | None
     features: int
     is_block: bool
+    lora_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +96,20 @@ class OpenAdapter:
         return endings if matched == names else names
 
 
-def check_exportable(config: MoeLoraConfig) -> None:
+def check_exportable(config: MoeLoraConfig, kinds: Sequence[str] = LORA_EXPERTS) -> None:
     """Refuse what no other format holds.
+
+    Args:
+        config: The configuration.
+        kinds: The kinds of experts that the format holds.
 
     Raises:
         ExportError: Names the experts, or what is trained beside them.
     """
     kind = config.experts.kind
-    if kind not in LORA_EXPERTS:
+    if kind not in kinds:
         raise ExportError(
-            f"the experts are of kind {kind!r}; allowed: {', '.join(map(repr, LORA_EXPERTS))}, whose experts are LoRAs "
+            f"the experts are of kind {kind!r}; allowed: {', '.join(map(repr, kinds))}, whose experts are LoRAs "
             "and nothing else. Keep the adapter in moelora's own format."
         )
     besides = {
@@ -119,7 +126,11 @@ def check_exportable(config: MoeLoraConfig) -> None:
 
 
 def open_adapter(
-    adapter: str | Path | PeftModel, *, base: str | None = None, adapter_name: str = "default"
+    adapter: str | Path | PeftModel,
+    *,
+    base: str | None = None,
+    adapter_name: str = "default",
+    kinds: Sequence[str] = LORA_EXPERTS,
 ) -> OpenAdapter:
     """Open an adapter for export.
 
@@ -128,6 +139,7 @@ def open_adapter(
         base: Name or folder of the base model; None takes the one that the adapter records. Of a folder's adapter it
             is where the base model's configuration is read from; no weight is.
         adapter_name: Of a model, the name of the adapter.
+        kinds: The kinds of experts that may be exported.
 
     Raises:
         ExportError: If there is no such adapter, a file is missing or damaged, the base model is not found, or the
@@ -135,14 +147,14 @@ def open_adapter(
         MoeLoraError: If the adapter does not fit the base model.
     """
     if isinstance(adapter, PeftModel):
-        return _of_model(adapter, adapter_name, base)
+        return _of_model(adapter, adapter_name, base, kinds)
     if not isinstance(adapter, (str, Path)):
         raise ExportError(
             f"a {type(adapter).__name__} holds no adapter; allowed: a model made by peft.get_peft_model or "
             "PeftModel.from_pretrained, or an adapter's folder."
         )
     folder = Path(adapter).expanduser()
-    config = read_config(folder)
+    config = read_config(folder, kinds)
     name = base or config.base_model_name_or_path
     model = PeftModel.from_pretrained(
         skeleton_of(name, config.task_type),
@@ -152,7 +164,7 @@ def open_adapter(
         autocast_adapter_dtype=False,
     )
     _fill(model, upgrade_keys(load_peft_weights(str(folder), device="cpu")))
-    return _of_model(model, "default", name)
+    return _of_model(model, "default", name, kinds)
 
 
 def _fill(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
@@ -164,8 +176,8 @@ def _fill(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
                 setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
 
-def read_config(folder: Path) -> MoeLoraConfig:
-    """The configuration of a saved adapter whose files are readable.
+def read_config(folder: Path, kinds: Sequence[str] = LORA_EXPERTS) -> MoeLoraConfig:
+    """The configuration of a saved adapter whose files are readable and whose experts are of one of these kinds.
 
     Raises:
         ExportError: If a file is missing or damaged, or it is an adapter of another method.
@@ -191,7 +203,7 @@ def read_config(folder: Path) -> MoeLoraConfig:
             "download it again."
         ) from error
     config: MoeLoraConfig = MoeLoraConfig.from_pretrained(str(folder))
-    check_exportable(config)
+    check_exportable(config, kinds)
     if others:
         raise ExportError(
             f"{str(weights)!r} holds more than experts and routers ({others[0]}, ...), such as embeddings that were "
@@ -238,14 +250,14 @@ def skeleton_of(name: str | None, task_type: str | None) -> nn.Module:
     return model
 
 
-def _of_model(model: PeftModel, adapter_name: str, base_name: str | None) -> OpenAdapter:
+def _of_model(model: PeftModel, adapter_name: str, base_name: str | None, kinds: Sequence[str]) -> OpenAdapter:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, MoeLoraConfig):
         known = [name for name, each in model.peft_config.items() if isinstance(each, MoeLoraConfig)]
         raise ExportError(
             f"the model has no adapter of moelora called {adapter_name!r}; allowed: {', '.join(known) or 'none'}."
         )
-    check_exportable(config)
+    check_exportable(config, kinds)
     base = model.get_base_model()
     recorded = base_name or config.base_model_name_or_path
     names = tuple(name for name, _ in base_modules(base))
@@ -265,13 +277,16 @@ def open_sites(base: nn.Module, adapter_name: str) -> list[OpenSite]:
             roles = {role: layer.linear(role) for role in layer.form.linears}
         factors = {role: layer.lora_factors(role, adapter_name) for role in roles}
         found = {role: _detached(each) for role, each in factors.items() if each is not None}
+        lora_at = getattr(layer.configs[adapter_name].experts, "lora_at", None)
+        own = found if lora_at is None else roles
         site = OpenSite(
             name=layer.name,
-            linears={role: names[id(unwrapped(roles[role]))] for role in found},
+            linears={role: names[id(unwrapped(roles[role]))] for role in own},
             factors=found,
             router=layer.routers.get(adapter_name),
             features=sizes["" if "" in sizes else "up"][0],
             is_block=isinstance(layer, MixtureFeedForward),
+            lora_at=None if lora_at is None else partial(lora_at, layer.parts[adapter_name]),
         )
         sites.append(site)
     return sites

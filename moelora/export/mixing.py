@@ -37,6 +37,10 @@ def weighted_parts(adapter: OpenAdapter, gates: Mapping[str, Tensor]) -> dict[st
     parts = {}
     for site in adapter.sites:
         weights = [1.0] if site.router is None else gates[site.name].tolist()
+        if site.lora_at is not None:
+            scaling = adapter.config.experts.scaling
+            a_RD, b_OR = site.lora_at(gates[site.name])
+            parts[site.linears[""]] = [(1.0, Lora(a_RD.detach().cpu(), b_OR.detach().cpu(), scaling))]
         for role, factors in site.factors.items():
             experts = zip(weights, factors.expanded_a_ERD(), factors.b_EOR, strict=True)
             found = [(weight, Lora(a_RD, b_OR, factors.scaling)) for weight, a_RD, b_OR in experts if weight != 0]

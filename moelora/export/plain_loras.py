@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from moelora.errors import ExportError
-from moelora.export.adapter import OpenAdapter, open_adapter
+from moelora.export.adapter import LORA_EXPERTS, OpenAdapter, open_adapter
 from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zeros, is_one, mixed_loras
 from moelora.export.output import Lora, output_folder, save_tensors, write_lora
 from moelora.routing.batch import Tokens
@@ -51,7 +51,7 @@ def export_loras(
             written. Nothing is left at `output` then.
         MoeLoraError: If the adapter does not fit the base model.
     """
-    opened = open_adapter(adapter, base=base, adapter_name=adapter_name)
+    opened = open_adapter(adapter, base=base, adapter_name=adapter_name, kinds=(*LORA_EXPERTS, "poly"))
     gates = fixed_gates(opened)
     if gates is not None:
         for site in opened.routed:
@@ -100,7 +100,7 @@ def _by_task(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str
     ids_N = torch.arange(-1, adapter.config.experts.num_experts) if num_tasks is None else torch.arange(num_tasks)
     tokens = Tokens(torch.ones(len(ids_N), 1) > 0, facts={"task_ids": ids_N})
     gates = {site.name: gates_of_zeros(site, tokens) for site in adapter.routed}
-    names = expert_names(adapter)
+    names, low_rank = expert_names(adapter), adapter.config.experts.is_low_rank
     loras: dict[str, dict[str, Lora]] = {}
     table: dict[str, str | None] = {}
     for index, task in enumerate(ids_N.tolist()):
@@ -114,7 +114,7 @@ def _by_task(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str
         name: str | None = f"task-{task}"
         if nothing:
             name = _NO_EXPERT
-        elif len(chosen) == 1 and is_one(only := torch.tensor(next(iter(chosen)))):
+        elif low_rank and len(chosen) == 1 and is_one(only := torch.tensor(next(iter(chosen)))):
             name = names[int(only.argmax())]
         mixed = mixed_loras(adapter, of_task)
         if mixed and name is not None:

@@ -152,7 +152,7 @@ class AdapterInfo:
         """What training moves of the tensors that the choices declare at a site, by the ends of their names."""
         site = SiteOfChoices(
             name="",
-            linears=dict.fromkeys(roles or ("",), (1, 1)),
+            linears=dict.fromkeys(roles or ("",), (0, 0)),  # which anything divides: the names are what is asked for
             num_experts=num_experts,
             routed=routed,
             router_features=1,

@@ -230,8 +230,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         loses_gradient = prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
         if loses_gradient and place is not None and place.run.grad_enabled:
             raise MoeLoraError(self._not_reentrant())
-        # what looks at the batch alone is the same in every layer of a run
-        shared = None if place is None or here.key is None or not router.is_shared else (adapter, *here.key)
+        # what looks at the batch alone is the same in every layer of a run; but where a router trains, a layer that
+        # checkpointing runs again needs a decision with a gradient
+        trains = place is not None and place.run.grad_enabled and self.configs[adapter].scores.is_trained
+        can_share = place is not None and here.key is not None and router.is_shared and not trains
+        shared = (adapter, *(here.key or ())) if can_share else None
         if place is not None and shared in place.run.decisions:
             return place.run.decisions[shared]
         site_index = self.sites[adapter].index

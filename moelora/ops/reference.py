@@ -72,6 +72,29 @@ def mixture_of_vectors(a_TF: Tensor, vectors_EF: Tensor, weight_EH: Tensor) -> T
     return torch.stack(rows)
 
 
+def poly_linear(x_TD: Tensor, a_QSRD: Tensor, b_QSOR: Tensor, gates_TQS: Tensor) -> Tensor:
+    """What Polytropon (arXiv 2202.13914) and MHR (arXiv 2211.03831) add to a linear: `B_t A_t x_t / r`.
+
+    Args:
+        x_TD: Tokens.
+        a_QSRD, b_QSOR: The slices of A and B of each skill, by split.
+        gates_TQS: Weights of the skills in each split.
+
+    Returns:
+        delta_TO, fp32.
+    """
+    splits, skills, rank = a_QSRD.shape[:3]
+    rows = []
+    for t in range(x_TD.shape[0]):
+        a_slices, b_slices = [], []
+        for q in range(splits):
+            a_slices.append(sum(gates_TQS[t, q, s] * _high(a_QSRD[q, s]) for s in range(skills)))
+            b_slices.append(sum(gates_TQS[t, q, s] * _high(b_QSOR[q, s]) for s in range(skills)))
+        a_RD, b_OR = torch.cat(a_slices, 1), torch.cat(b_slices, 0)  # type: ignore[arg-type]
+        rows.append(b_OR @ (a_RD @ _high(x_TD[t])) / rank)
+    return torch.stack(rows)
+
+
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,

@@ -57,6 +57,25 @@ def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
     return _as_chat(rows, config, tokenizer)
 
 
+def with_task_ids(rows: Any, config: DatasetConfig) -> Any:
+    """The rows with a column `task_ids`, for an adapter that routes by it: the number of each row's task.
+
+    Args:
+        rows: What `load_rows` gave.
+        config: Where they came from; its `tasks` are numbered in their order, other tasks in that of their names.
+
+    Raises:
+        RunError: If the rows have no column of tasks.
+    """
+    if "task" not in rows.column_names:
+        raise RunError(
+            f"the adapter routes by the task, and {_source(config)} has no column of tasks; allowed: dataset.tasks, or "
+            "a column with the name of each row's task. Map it with `columns: {task: ...}`."
+        )
+    names = list(config.tasks or sorted(set(rows["task"])))
+    return rows.add_column("task_ids", [names.index(task) for task in rows["task"]])
+
+
 def _source(config: DatasetConfig) -> str:
     return f"dataset {config.hub or config.files or list(config.tasks or {})!r}"
 

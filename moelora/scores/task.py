@@ -6,14 +6,37 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from moelora.choices import register
 from moelora.errors import ConfigError
+from moelora.routing.batch import Tokens
 from moelora.scores.base import RouterInput, Scored, Scores
 
 BASE = -1
 """The task id of a sequence that stays with the base model."""
+
+
+def task_numbers(tokens: Tokens, least: int, most: int, allowed: str) -> Tensor:
+    """The task id of each sequence, [N].
+
+    Args:
+        tokens: What the batch says.
+        least, most: The smallest and the largest id.
+        allowed: What these are, for the error.
+
+    Raises:
+        ConfigError: If the batch has no task ids, or one that is no such number.
+    """
+    ids_N = tokens.fact_N("task_ids")
+    # floats that are whole numbers come from columns and from torch.zeros; 0.7 or True is no number of a task
+    if ids_N.dtype == torch.bool or ids_N.dim() != 1 or not torch.equal(ids_N, ids_N.round()):
+        raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: one whole number for each sequence.")
+    ids_N = ids_N.long()
+    if len(ids_N) and not least <= int(ids_N.min()) <= int(ids_N.max()) <= most:
+        raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: {allowed}.")
+    return ids_N
 
 
 @register
@@ -47,13 +70,8 @@ class TaskScores(Scores):
         Raises:
             ConfigError: For an id that is no expert's.
         """
-        E, ids_N = given.num_experts, given.tokens.fact_N("task_ids")
-        # floats that are whole numbers come from columns and from torch.zeros; 0.7 or True is no number of an expert
-        if ids_N.dtype == torch.bool or ids_N.dim() != 1 or not torch.equal(ids_N, ids_N.round()):
-            raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: one whole number for each sequence.")
-        ids_N = ids_N.long()
-        if len(ids_N) and not -1 <= int(ids_N.min()) <= int(ids_N.max()) < E:
-            raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: 0 to {E - 1}, the experts, and -1, the base.")
+        E = given.num_experts
+        ids_N = task_numbers(given.tokens, BASE, E - 1, f"0 to {E - 1}, the experts, and {BASE}, the base")
         hot_NE = F.one_hot(ids_N + 1, E + 1)[:, 1:].float()
         hot_TE = hot_NE[given.tokens.sequence_T()]
         return Scored(hot_TE, hot_TE, hot_TE, is_softmax=False)

@@ -17,11 +17,14 @@ from moelora.balance.z_loss import ZLoss
 from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
 from moelora.experts.lora import LoraExperts
+from moelora.experts.poly import PolyExperts
 from moelora.experts.shared_a import SharedALoraExperts
 from moelora.experts.vectors import VectorExperts
 from moelora.inject.placement import FeedForwardPlacement, LinearPlacement, PartsPlacement
 from moelora.ops.compute import Fast, Reference
 from moelora.scores.linear import LinearScores
+from moelora.scores.task_embedding import TaskEmbeddingScores
+from moelora.scores.task_table import TaskTableScores
 from moelora.selection.dense import Dense
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.threshold import Threshold
@@ -101,6 +104,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "selection": Threshold(threshold=None),
         "balance": [SwitchBalance(coef=1e-3), ZLoss()],
     },
+    "moelora_task": {
+        "experts": LoraExperts(num_experts=8, r=2, lora_alpha=4, lora_dropout=0.1, init="normal", init_std=0.01),
+        "placement": LinearPlacement(routers="per_model"),
+        "scores": TaskEmbeddingScores(num_tasks=8, features=64),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "poly": {
+        "experts": PolyExperts(num_experts=4, r=8),
+        "placement": LinearPlacement(),
+        "scores": TaskTableScores(num_tasks=8),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mhr": {
+        "experts": PolyExperts(num_experts=16, r=8, num_splits=4),
+        "placement": LinearPlacement(),
+        "scores": TaskTableScores(num_tasks=8, groups=4),
+        "selection": Dense(),
+        "balance": [],
+    },
     "mola": {
         "experts": LoraExperts(num_experts=8, r=8, lora_alpha=16, lora_dropout=0.05, per_layer=[2, 4, 6, 8]),
         "placement": LinearPlacement(),
@@ -177,6 +201,8 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "top_p": (0.5, "selection.p"),
     "capacity": (7, "selection.capacity"),
     "threshold": (0.3, "selection.threshold"),
+    "num_tasks": (5, "scores.num_tasks"),
+    "task_features": (7, "scores.features"),
     "router_jitter": (0.2, "scores.jitter"),
     "renormalize": (True, "selection.renormalize"),
     "router_init_std": (0.7, "scores.init_std"),
@@ -214,6 +240,11 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 # Words that are more than one field; tests of the presets themselves say what they do.
 SEVERAL_FIELDS = {
     ("mola", "num_experts"),
+    ("moelora_task", "lora_alpha"),
+    ("moelora_task", "num_experts"),
+    ("poly", "num_splits"),
+    ("mhr", "num_splits"),
+    ("mhr", "num_experts"),
 }
 
 

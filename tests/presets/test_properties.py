@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from moelora import MoeLoraConfig, presets
+from moelora import MoeLoraConfig, batch_facts, presets
 from moelora.cli import main
 from moelora.layers.base import MoeLoraLayer
 from tests.adapters import (
+    BY_TASK,
     FAMILY,
     adapted,
     adapter_tensors,
@@ -46,6 +47,15 @@ NOT_THE_BASE_AT_FIRST: dict[str, str] = {
 
 every_preset = pytest.mark.parametrize("preset", FAMILY)
 every_decoder = pytest.mark.parametrize("preset", [preset for preset in FAMILY if base_of(preset) != "bert"])
+
+
+@pytest.fixture(autouse=True)
+def _one_task(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Presets that route by the task have all their sequences of one here."""
+    callspec = getattr(request.node, "callspec", None)
+    facts = {"task_ids": [1]} if callspec and callspec.params.get("preset") in BY_TASK else {}
+    with batch_facts(**facts):
+        yield
 
 
 def base(preset: str, **words: Any) -> Any:

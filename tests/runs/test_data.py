@@ -9,7 +9,7 @@ import pytest
 
 from moelora.errors import MoeLoraError
 from moelora.runs.config import DatasetConfig
-from moelora.runs.data import load_rows
+from moelora.runs.data import load_rows, with_task_ids
 from tests.hub_server import HubServer
 from tests.runs.tiny import tiny_tokenizer
 
@@ -39,6 +39,17 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
     rows = [{**row, "completion": f"it is {row['completion']}"} for row in ROWS]
     config = DatasetConfig(files=str(write(tmp_path, suffix, rows)), chat=False)
     assert plain(load_rows(config, tiny_tokenizer())) == plain(rows)
+
+
+def test_rows_get_the_number_of_their_task(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "task": task} for task in ("sums", "words", "sums", "a")]
+    config = DatasetConfig(files=str(write(tmp_path, ".jsonl", rows)), chat=False)
+    found = with_task_ids(load_rows(config, tiny_tokenizer()), config)
+    numbers = {"a": 0, "sums": 1, "words": 2}
+    assert found["task_ids"] == [numbers[task] for task in found["task"]]
+    assert set(found["task_ids"]) == {0, 1, 2}
+    with pytest.raises(MoeLoraError, match="routes by the task, and dataset .* has no column of tasks"):
+        with_task_ids(found.remove_columns(["task"]), config)
 
 
 def test_several_files_and_patterns(tmp_path: Path) -> None:
