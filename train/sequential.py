@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from moelora.runs.config import RunConfig, SequentialConfig, adapter_config, sft
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
 from moelora.runs.folder import ADAPTER, STAGES, RunDir
-from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 from train.sft import new_adapter, show_rows, train_stage
 
 # A mean embedding hardly moves with more rows than this.
@@ -48,7 +49,8 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     """
     words = config.sequential or SequentialConfig()
     order = _order(config, words)
-    first = _first_config(config, words, order[0])
+    lora = adapter_config(config)
+    first_config(lora, words, order[0])
     folder = RunDir(config.output_dir)
     if IS_MAIN:
         folder.open(config, restart=restart)
@@ -58,22 +60,70 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         folder.check_rows(rows)
     show_rows(rows, config)
     of_task = _by_task(rows, order)
-    before: Path | None = None
-    for index, task in enumerate(order):
-        stage = f"{STAGES}/{index + 1}-{task}"
-        args = sft_config(config, folder.checkpoints(stage))
-        own = of_task[task]
-        earlier = [of_task[each] for each in order[:index]]
-        make_model = partial(_make_model, config, words, first, before, task, own, tokenizer)
-        train_stage(
-            stage, make_model, args, folder, tokenizer, _with_replay(own, earlier, words.replay, args.seed), label=task
-        )
-        before = folder.stage(stage)
-    assert before is not None
+    source = ModelSource(config.model, config.dtype, config.model_kwargs)
+    last = train_tasks(
+        source,
+        lora,
+        words,
+        of_task,
+        folder,
+        tokenizer,
+        lambda stage: sft_config(config, folder.checkpoints(stage)),
+        config.adapter_dtype,
+    )[-1]
     if IS_MAIN and not folder.is_finished(ADAPTER):
         with new_folder(folder.stage(ADAPTER)) as ready:
-            shutil.copytree(before, ready, dirs_exist_ok=True)
+            shutil.copytree(last, ready, dirs_exist_ok=True)
     say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+
+
+def train_tasks(
+    source: ModelSource,
+    lora: MoeLoraConfig,
+    words: SequentialConfig,
+    rows: dict[str, Any],
+    folder: RunDir,
+    tokenizer: Any,
+    arguments: Callable[[str], Any],
+    adapter_dtype: str,
+) -> list[Path]:
+    """Train tasks one after the other, from where an earlier call was stopped.
+
+    Args:
+        source: The base model.
+        lora: What each expert is, a configuration of the preset lora.
+        words: How.
+        rows: The rows by task, in the order of training.
+        folder: Gets the adapter after each task in `stages/`.
+        tokenizer: The base's tokenizer.
+        arguments: Makes the `SFTConfig` of a stage.
+        adapter_dtype: As in `RunConfig`.
+
+    Returns:
+        The folders of the adapters after each task.
+
+    Raises:
+        RunError: If `lora` is no plain LoRA.
+    """
+    order = list(rows)
+    first = first_config(lora, words, order[0])
+    done: list[Path] = []
+    for index, task in enumerate(order):
+        stage = f"{STAGES}/{index + 1}-{task}"
+        args = arguments(stage)
+        earlier = [rows[each] for each in order[:index]]
+        before = done[-1] if done else None
+        train_stage(
+            stage,
+            partial(_make_model, source, adapter_dtype, words, first, before, task, rows[task], tokenizer, args.seed),
+            args,
+            folder,
+            tokenizer,
+            _with_replay(rows[task], earlier, words.replay, args.seed),
+            label=task,
+        )
+        done.append(folder.stage(stage))
+    return done
 
 
 def _order(config: RunConfig, words: SequentialConfig) -> list[str]:
@@ -94,13 +144,12 @@ def _order(config: RunConfig, words: SequentialConfig) -> list[str]:
     return order
 
 
-def _first_config(config: RunConfig, words: SequentialConfig, task: str) -> MoeLoraConfig:
+def first_config(lora: MoeLoraConfig, words: SequentialConfig, task: str) -> MoeLoraConfig:
     """The mixture of the first task alone; the words of its LoRA are those of the section `adapter`.
 
     Raises:
         RunError: If that is no plain LoRA.
     """
-    lora: MoeLoraConfig = adapter_config(config)
     if lora.preset != "lora":
         raise RunError(
             f"adapter.preset is {lora.preset!r} with recipe sequential; allowed: 'lora', what each expert is."
@@ -155,22 +204,24 @@ def _with_replay(rows: Any, earlier: list[Any], share: float, seed: int) -> Any:
 
 
 def _make_model(
-    config: RunConfig,
+    source: ModelSource,
+    adapter_dtype: str,
     words: SequentialConfig,
     first: MoeLoraConfig,
     before: Path | None,
     task: str,
     rows: Any,
     tokenizer: Any,
+    seed: int,
 ) -> Any:
     """The base model with the adapter of the tasks before, if there is one, and a new expert."""
-    base = load_model(config)
+    base = load_model(source)
     centroid = _centroid(base, words, rows, tokenizer) if words.router == "centroids" else None
     if before is None:
         if centroid is None:
-            return new_adapter(base, first, config.adapter_dtype)
+            return new_adapter(base, first, adapter_dtype)
         model = new_adapter(
-            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), config.adapter_dtype
+            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), adapter_dtype
         )
         for layer in model.modules():
             for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
@@ -179,7 +230,6 @@ def _make_model(
     start: str | int = words.start if words.start != "previous" else read_stacked(before).num_experts - 1
     with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "adapter"
-        seed = int(config.training.get("seed", 42))
         add_experts(
             before, made, start=start, names=[task], rows={} if centroid is None else {"centroids": centroid}, seed=seed
         )
