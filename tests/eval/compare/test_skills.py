@@ -18,8 +18,8 @@ from eval.compare.regimes import orthogonal
 from eval.compare.regimes.base import Work
 from eval.compare.regimes.in_turn import InTurn
 from eval.compare.schema import load_benchmark
-from eval.compare.skill_bench import SkillBench
 from eval.compare.sizes import check_sizes
+from eval.compare.skill_bench import SkillBench
 from eval.compare.summary import summarize
 from eval.scoring.model_scores import ModelScores
 from moelora.errors import MoeLoraError
