@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Upload an adapter and print where it is."""
-    from moelora.hub import push_to_hub
+    from moelora.share import push_to_hub
 
     commit = push_to_hub(
         options.adapter,

@@ -25,7 +25,9 @@ class ComposedLoraExperts(LoraExperts):
         names: What the experts are called, in their order.
         ranks: The rank that each had.
         sources: Where each came from: `{"source": ..., "license": ...}` as far as it is known, and "minus", the
-            LoRAs that were subtracted from it.
+            LoRAs that were subtracted from it. A source is a name on the Hub, or the last part of a local path.
+        recipe: How the router was made when they were composed: the recipe's kind and words, `"rows"`, how many rows it
+            was fitted on by the name of the expert, and `"data"`, the names of what they were read from.
 
     Raises:
         ConfigError: For a value out of range, or lists of another length than `num_experts`.
@@ -36,6 +38,7 @@ class ComposedLoraExperts(LoraExperts):
     names: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def members(self) -> list[str]:
         """Name, rank and origin of each LoRA."""
@@ -60,6 +63,7 @@ class ComposedLoraExperts(LoraExperts):
             valid = isinstance(given, (list, tuple)) and (not given or (len(given) == E and all(map(good, given))))
             check(valid, f"experts.{name}", given, f"{E} {allowed}, one for each expert, or an empty list")
             object.__setattr__(self, name, list(given))
+        check(isinstance(self.recipe, dict), "experts.recipe", self.recipe, "a dict")
         check(len(set(self.names)) == len(self.names), "experts.names", self.names, "names that differ")
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:

@@ -1,0 +1,83 @@
+"""What an export was made of: a small file beside it, from which its card is written. It names no path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from moelora.config import MoeLoraConfig
+from moelora.export.adapter import read_json
+from moelora.files import is_hub_name, public_name
+from moelora.version import __version__
+
+RECORD_FILE = "moelora_export.json"
+
+Form = Literal["lora", "loras", "mixlora", "native-moe"]
+
+
+def export_record(form: Form, config: MoeLoraConfig, base: object, **facts: Any) -> dict[str, Any]:
+    """The record of an export.
+
+    Args:
+        form: What the adapter became.
+        config: The adapter's configuration.
+        base: Its base model, recorded if it is a name on the Hub.
+        **facts: What else a card should say, as JSON values.
+    """
+    named = public_name(base) if isinstance(base, (str, Path)) else ""
+    return {
+        "form": form,
+        "written_by": f"moelora {__version__}",
+        "base_model": named if is_hub_name(named) else None,
+        "adapter": adapter_words(config),
+        **facts,
+    }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Put a record into the folder of its export."""
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record in a folder; empty without one.
+
+    Raises:
+        ExportError: If it is damaged.
+    """
+    file = folder / RECORD_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def adapter_words(config: MoeLoraConfig) -> dict[str, Any]:
+    """What may be told of an adapter: its preset, a phrase for each axis, its members and how they were composed."""
+    axes = config.describe()
+    del axes["compute"]  # how it was computed is no property of the adapter
+    experts = config.experts
+    members: list[dict[str, Any]] = []
+    if names := getattr(experts, "names", []):
+        ranks = experts.ranks or [experts.r] * len(names)
+        sources = [public_origin(origin) for origin in experts.sources or [{}] * len(names)]
+        members = [
+            {"name": name, "rank": rank, **source} for name, rank, source in zip(names, ranks, sources, strict=True)
+        ]
+    return {
+        "preset": config.preset,
+        "axes": axes,
+        "members": members,
+        "frozen": experts.num_frozen,
+        "recipe": getattr(experts, "recipe", {}),
+    }
+
+
+def public_origin(origin: dict[str, Any]) -> dict[str, Any]:
+    """Where an expert came from, without paths: they may be in one that was written by hand."""
+    found = dict(origin)
+    if "source" in origin:
+        found["source"] = public_name(origin["source"])
+    if "minus" in origin:
+        found["minus"] = [public_name(each) for each in origin["minus"]]
+    if "merged" in origin:
+        found["merged"] = [public_origin(each) for each in origin["merged"]]
+    return found
