@@ -11,7 +11,7 @@ from moelora.errors import ExportError
 from moelora.export.adapter import check_exportable
 from moelora.export.mixing import ignores_input
 from moelora.export.native_moe import routing
-from moelora.export.native_moe.targets import ROWS
+from moelora.export.native_moe.targets import ROWS, TARGETS
 from moelora.export.plain_loras import check_by_sequence
 from moelora.export.tudb import write
 from moelora.export.tudb.names import MODEL_TYPES
@@ -61,7 +61,11 @@ def _native_moe(config: MoeLoraConfig, is_routed: bool) -> tuple[Answer, str]:
     if not is_routed:
         raise ExportError("the adapter has no mixture, so there is nothing to route.")
     routing.check_choices(config)
-    return "depends", f"one native mixture-of-experts model where the base model is one of {', '.join(ROWS)}"
+    words = f"one native mixture-of-experts model where the base model is one of {', '.join(ROWS)}"
+    if not config.selection.renormalize and config.selection.k < config.experts.num_experts:
+        say_so = [target.architecture for target in TARGETS if target.norm_topk_prob]
+        words += f", and becomes one of {', '.join(say_so)}: weights that are not renormalised need that"
+    return "depends", words
 
 
 def _loras(config: MoeLoraConfig, is_routed: bool) -> tuple[Answer, str]:
