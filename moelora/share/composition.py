@@ -61,8 +61,8 @@ def _license(member: Mapping[str, Any]) -> str:
 def _router(recipe: Mapping[str, Any], known: set[str]) -> list[str]:
     facts = []
     if kind := recipe.get("kind"):
-        words = {name: value for name, value in recipe.items() if name not in ("kind", "rows", "data")}
-        settings = ", ".join(code(f"{name}={value}") for name, value in words.items())
+        words = sorted((name, value) for name, value in recipe.items() if name not in ("kind", "rows", "data"))
+        settings = ", ".join(code(f"{name}={value}") for name, value in words)
         facts.append(f"router: {code(kind)}" + (f" with {settings}" if settings else ""))
     others = {name: count for name, count in recipe.get("rows", {}).items() if name not in known}
     if recipe.get("rows"):

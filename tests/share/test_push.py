@@ -49,7 +49,11 @@ FILES = {
     "composition": {"adapter_config.json", "adapter_model.safetensors"},
     "edited": {"adapter_config.json", "adapter_model.safetensors"},
     "loras": {"router.json", "router.safetensors", "route.py", "moelora_export.json"}
-    | {f"{name}/{file}" for name in ("maths", "code-words", "prose") for file in ("adapter_config.json", "adapter_model.safetensors")},
+    | {
+        f"{name}/{file}"
+        for name in ("maths", "code-words", "prose")
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    },
     "distilled": {"adapter_config.json", "adapter_model.safetensors", "moelora_export.json"},
     "mixlora": {"adapter_config.json", "adapter_model.bin", "moelora_export.json"},
 }
