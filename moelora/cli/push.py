@@ -11,8 +11,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "push",
         help="upload an adapter, or what one was exported to, to the Hugging Face Hub",
-        description="Upload an adapter, or what `moelora export` made of one, to the Hugging Face Hub with a model card "
-        "made from its own files. The card replaces the repository's README.md.",
+        description="Upload an adapter, or what `moelora export` made of one, to the Hugging Face Hub with a model "
+        "card made from its own files. The card replaces the repository's README.md.",
     )
     parser.add_argument("adapter", metavar="FOLDER", help="folder of a saved adapter or of an export")
     parser.add_argument("repo", metavar="REPO", help="repository as owner/name; made if it does not exist")

@@ -63,7 +63,9 @@ class ComposedLoraExperts(LoraExperts):
             valid = isinstance(given, (list, tuple)) and (not given or (len(given) == E and all(map(good, given))))
             check(valid, f"experts.{name}", given, f"{E} {allowed}, one for each expert, or an empty list")
             object.__setattr__(self, name, list(given))
-        check(isinstance(self.recipe, dict), "experts.recipe", self.recipe, "a dict")
+        check(
+            _is_recipe(self.recipe), "experts.recipe", self.recipe, "a dict; in it `rows` counts by name, `data` names"
+        )
         check(len(set(self.names)) == len(self.names), "experts.names", self.names, "names that differ")
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
@@ -94,3 +96,9 @@ class ComposedLoraExperts(LoraExperts):
 
     def _of(self, count: int, names: list[str], ranks: list[int], sources: list[dict[str, Any]]) -> Self:
         return replace(self, num_experts=count, num_frozen=0, names=names, ranks=ranks, sources=sources)
+
+
+def _is_recipe(value: Any) -> bool:
+    rows, data = (value.get("rows", {}), value.get("data", [])) if isinstance(value, dict) else (None, None)
+    counts = isinstance(rows, dict) and all(map(is_count, rows.values()))
+    return counts and isinstance(data, (list, tuple)) and all(isinstance(name, str) for name in data)

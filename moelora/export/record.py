@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moelora.config import MoeLoraConfig
+from moelora.errors import ExportError
 from moelora.export.adapter import read_json
 from moelora.files import is_hub_name, public_name
 from moelora.version import __version__
@@ -40,14 +41,46 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, form: Form) -> dict[str, Any]:
     """The record in a folder; empty without one.
 
     Raises:
-        ExportError: If it is damaged.
+        ExportError: If it is damaged, or of an export in another form.
     """
     file = folder / RECORD_FILE
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    if record.get("form") != form:
+        raise ExportError(
+            f"{str(file)!r} is of an export in the form {record.get('form')!r}; allowed: {form!r}, which the other "
+            "files are. Export again, or remove the file."
+        )
+    needed = {*_ALWAYS, *_FACTS.get(form, ()), *(_DISTILLED if record.get("exact") is False else ())}
+    adapter = record.get("adapter")
+    of_adapter = adapter.keys() if isinstance(adapter, dict) else set()
+    lacking = sorted(needed - record.keys()) or sorted(_OF_ADAPTER - of_adapter)
+    if lacking:
+        raise ExportError(f"{str(file)!r} lacks {', '.join(lacking)}; it is not as it was written. Export again.")
+    return record
+
+
+_ALWAYS = ("written_by", "base_model", "adapter")
+_OF_ADAPTER = {"preset", "axes", "members", "frozen", "recipe"}
+_DISTILLED = ("rank", "kept", "steps", "scores", "tokens")
+_FACTS: dict[str, tuple[str, ...]] = {
+    "lora": ("exact",),
+    "native-moe": (
+        "architecture",
+        "num_experts",
+        "top_k",
+        "parameters",
+        "base_parameters",
+        "dtype",
+        "num_bytes",
+        "notes",
+    ),
+}
 
 
 def adapter_words(config: MoeLoraConfig) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from moelora.errors import HubError
+from moelora.export.mixing import ignores_input
 from moelora.export.native_moe import card as native_moe
 from moelora.export.record import adapter_words
 from moelora.hub.info import AdapterInfo
 from moelora.runs.tables import markdown
-from moelora.runs.wording import commit_words
+from moelora.runs.wording import code, commit_words, text
 from moelora.share import export_cards
 from moelora.share.composition import data_names, exports, made_of
 from moelora.share.contents import Contents
-from moelora.share.wording import code, load_base, origin_link, text
+from moelora.share.wording import load_base, origin_link
 
 # task_type of PEFT: the class that loads the base, and the Hub's name of the task where there is exactly one.
 TASKS: dict[str | None, tuple[str, str | None]] = {
@@ -156,7 +157,7 @@ def _loading(info: AdapterInfo, repo_id: str, base_model: str | None) -> str:
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(info)):
         more.append(f"num_labels={num_labels}")
     notes = ["Without `import moelora` PEFT fails with `KeyError: 'MOELORA'`."]
-    if info.is_routed:
+    if info.is_routed and (config.needs or not ignores_input(config)):
         notes.append("Routing depends on the input, so the adapter cannot be merged into the base weights.")
     if "task_ids" in config.needs:
         notes.append("Give each sequence its expert: `model(**inputs, task_ids=...)`, numbers from 0 in their order.")

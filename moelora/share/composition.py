@@ -9,7 +9,8 @@ from moelora.config import MoeLoraConfig
 from moelora.export.targets import export_targets
 from moelora.files import is_hub_name
 from moelora.runs.tables import markdown
-from moelora.share.wording import code, origin_link, text
+from moelora.runs.wording import code, text
+from moelora.share.wording import origin_link
 
 
 def made_of(adapter: Mapping[str, Any], thresholds: Sequence[float] = (), *, frozen: bool = True) -> list[str]:

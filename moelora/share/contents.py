@@ -153,7 +153,7 @@ def _lora(folder: Path, words: Mapping[str, Any]) -> Contents:
         base_model=words.get("base_model_name_or_path"),
         task_type=words.get("task_type"),
         loras={"": words},
-        record=read_record(folder),
+        record=read_record(folder, "lora"),
     )
 
 
@@ -195,7 +195,7 @@ def _loras(folder: Path, words: Mapping[str, Any]) -> Contents:
         task_type=loras[names[0]].get("task_type"),
         loras=loras,
         words=words,
-        record=read_record(folder),
+        record=read_record(folder, "loras"),
     )
 
 
@@ -209,14 +209,14 @@ def _mixlora(folder: Path, words: Mapping[str, Any]) -> Contents:
         base_model=words.get("base_model_name_or_path"),
         task_type="CAUSAL_LM",
         words=words,
-        record=read_record(folder),
+        record=read_record(folder, "mixlora"),
     )
 
 
 def _native_moe(folder: Path, words: Mapping[str, Any]) -> Contents:
-    record = read_record(folder)
+    record = read_record(folder, "native-moe")
     architectures = words.get("architectures")
-    if record.get("form") != "native-moe" or architectures != [record.get("architecture")]:
+    if not record or architectures != [record["architecture"]]:
         raise HubError(
             f"{str(folder)!r} is a model of {architectures}, not one that `moelora export --to native-moe` wrote: "
             f"{RECORD_FILE} is missing or of another model. Upload it with its own `push_to_hub`."
@@ -235,16 +235,16 @@ def _native_moe(folder: Path, words: Mapping[str, Any]) -> Contents:
         weights = ["model.safetensors"]
         files = _files(folder, ("config.json", RECORD_FILE, *weights), ("generation_config.json",))
     num_bytes = sum(header.num_bytes for name in weights for header in read_headers(folder / name))
-    if num_bytes != record.get("num_bytes"):
+    if num_bytes != record["num_bytes"]:
         raise HubError(
-            f"the weights are {num_bytes:,} bytes, and {RECORD_FILE} says {record.get('num_bytes')}; tensors are "
+            f"the weights are {num_bytes:,} bytes, and {RECORD_FILE} says {record['num_bytes']}; tensors are "
             "missing, or they are of another model. Export again."
         )
     return Contents(
         kind="native-moe",
         folder=folder,
         files=files,
-        base_model=record.get("base_model"),
+        base_model=record["base_model"],
         task_type="CAUSAL_LM",
         words=words,
         record=record,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from moelora.runs.tables import markdown
+from moelora.runs.wording import code
 from moelora.share.composition import made_of
 from moelora.share.contents import Contents
-from moelora.share.wording import code, load_base, origin_link
+from moelora.share.wording import load_base, origin_link
 
 _CHOSEN_BY = {
     "task": "the number of its task",

@@ -1,25 +1,9 @@
-"""What others wrote (names, licenses, settings) in a card, so that it is read as text and as nothing else."""
+"""Phrases that cards of all kinds share."""
 
 from __future__ import annotations
 
-import re
-
 from moelora.files import is_hub_name
-
-
-def code(text: object) -> str:
-    """A code span on one line: in it Markdown and HTML mean nothing."""
-    words = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split()) or " "
-    longest = max(map(len, re.findall("`+", words)), default=0)
-    fence = "`" * (longest + 1)
-    space = " " if words.startswith("`") or words.endswith("`") else ""
-    return f"{fence}{space}{words}{space}{fence}"
-
-
-def text(words: object) -> str:
-    """Words on one line in which links, emphasis, code and HTML are shown as they are written."""
-    line = " ".join(str(words).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]])", r"\\\1", line)
+from moelora.runs.wording import code
 
 
 def origin_link(name: str, *, kind: str = "") -> str:

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from moelora import push_to_hub
 from moelora.cli import main
 from moelora.compose import from_loras
-from moelora.share.wording import code, origin_link, text
+from moelora.runs.wording import code, text
+from moelora.share.wording import origin_link
 from tests.hub_server import HubServer
 from tests.share.folders import BASE, base, base_on_hub, composed, distilled, lora, loras, mixlora, native, rows
 

@@ -144,6 +144,9 @@ HARM: list[tuple[str, Callable[[Path], object], str]] = [
     ("native", lambda f: (f / "moelora_export.json").unlink(), "moelora_export.json is missing"),
     ("native", lambda f: (f / "config.json").unlink(), "is nothing to upload"),
     ("native", lambda f: _edit(f / "moelora_export.json", num_bytes=1), "tensors are missing"),
+    ("native", lambda f: _edit(f / "moelora_export.json", form="lora"), "of an export in the form 'lora'"),
+    ("loras", lambda f: _edit(f / "moelora_export.json", adapter={}), "lacks axes, frozen, members, preset, recipe"),
+    ("loras", lambda f: (f / "moelora_export.json").write_text("{"), "not a readable JSON file"),
     ("mixlora", lambda f: (f / "adapter_model.bin").unlink(), "adapter_model.bin is missing"),
     ("mixlora", lambda f: torch.save({}, f / "adapter_model.bin"), "holds no experts"),
 ]

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from moelora.runs.tables import markdown
+from moelora.runs.wording import code
 
 TRAPS = {
     "Qwen3MoeForCausalLM": "llama.cpp's `qwen3moe` always renormalises the weights of the chosen experts: an export "
@@ -58,7 +59,7 @@ def render_card(
         tags=["moelora", "mixture-of-experts", *([preset] if preset else [])],
     )
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model"
-    what = f"a `{preset}` adapter" if preset else "an adapter"
+    what = f"a {code(preset)} adapter" if preset else "an adapter"
     rows = [
         ("architecture", f"`{architecture}`"),
         ("experts", f"{record['num_experts']} per block, {record['top_k']} per token"),
