@@ -15,7 +15,9 @@ from moelora.choices import read
 from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.sources import LoraSource, mean_factors, read_lora
+from moelora.compose.tokens import check_rows
 from moelora.config import MoeLoraConfig
+from moelora.errors import ComposeError
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 
@@ -52,10 +54,17 @@ def from_loras(
 
     Raises:
         ComposeError: If a LoRA cannot be an expert, they do not go together or do not fit the base, or the router lacks
-            its rows. The base is then as it was.
+            its rows, or a row is no tokenised one. The base is then as it was.
     """
     recipe: RouterRecipe = read("composition", router)
-    pool, examples = named_sources(loras), examples or {}
+    pool, examples = named_sources(loras), {} if examples is None else examples
+    if not isinstance(examples, Mapping):
+        raise ComposeError(
+            f"examples is a {type(examples).__name__}; allowed: tokenised rows by the name of their expert."
+        )
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    for name, rows in examples.items():
+        check_rows(rows, repr(name), vocab_size)
     recipe.check_examples(list(pool), examples)
     named = recipe.chosen(base, pool, examples, check_base_name)
     sources = [read_lora(name, source) for name, source in named.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from moelora.compose.sources import LoraSource
 from moelora.errors import ComposeError
 from moelora.layers.modules import is_linear, linear_size
+from moelora.validation import unusable_name
 
 
 class Untouched:
@@ -37,7 +38,7 @@ def named_sources(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dic
     """Sources by the name of the expert.
 
     Raises:
-        ComposeError: If there are none, or two have the same name.
+        ComposeError: If there are none, two have the same name, or a name cannot be that of a folder.
     """
     if isinstance(loras, Mapping):
         named = {name: str(source) for name, source in loras.items()}
@@ -50,9 +51,26 @@ def named_sources(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dic
                 "Give each a name: NAME=PATH, or a dict of paths by name."
             )
         named = dict(zip(names, map(str, loras), strict=True))
+    check_expert_names(named)
     if not named:
         raise ComposeError("there are no LoRAs to compose; allowed: at least one.")
     return named
+
+
+def check_expert_names(names: Iterable[object]) -> None:
+    """Refuse names of experts that cannot be names of folders, which is what an export makes of them.
+
+    Raises:
+        ComposeError: With the first such name.
+    """
+    for name in names:
+        reason = unusable_name(name)
+        if reason is not None:
+            shown = repr(name) if len(repr(name)) < 80 else f"{repr(name)[:80]}..."
+            raise ComposeError(
+                f"the name of an expert {shown} {reason}; allowed: a name that a folder can have, of at most 200 "
+                "bytes. Name it otherwise (NAME=LORA, `--name NAME`)."
+            )
 
 
 def check_names(base: Any, sources: Sequence[LoraSource], check: bool) -> None:

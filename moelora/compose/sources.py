@@ -15,6 +15,8 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 
 from moelora.errors import ComposeError
+from moelora.formats import check_finite
+from moelora.validation import is_real
 
 # Fields of `LoraConfig` under which a LoRA is something else than W + s B A: the harmless value, and the reason.
 _PLAIN: dict[str, tuple[Any, str]] = {
@@ -98,6 +100,12 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
             "its factors do not fit the base that the other experts have; allowed: a LoRA that was converted when it "
             "was saved (`save_pretrained(path_initial_model_for_weight_conversion=...)`)."
         )
+    for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not is_real(value):
+            raise ComposeError(
+                f"the LoRA {source!r} has lora_alpha={value!r}; allowed: a finite number. Write the one that it was "
+                "trained with into its adapter_config.json."
+            )
     pairs = _pairs(source, _weights(source))
     shapes = {module: (a.shape[0], a.shape[1], b.shape[0]) for module, (a, b) in pairs.items()}
     return LoraSource(name, source, config, shapes, _license(source))
@@ -179,8 +187,7 @@ def _pairs(source: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, T
                 f"the LoRA {source!r} holds {key} {list(tensor.shape)}; allowed: lora_A.weight and lora_B.weight of "
                 "linears. LoRAs of embeddings, convolutions and experts' parameters cannot be experts."
             )
-        if not bool(tensor.isfinite().all()):
-            raise ComposeError(f"the LoRA {source!r} holds NaN or infinity in {key}; allowed: finite numbers.")
+        check_finite({key: tensor}, f"the LoRA {source!r}", ComposeError)
         halves.setdefault(module, {})[factor[0]] = tensor
     for module, found in halves.items():
         if len(found) < 2 or found["A"].shape[0] != found["B"].shape[1]:

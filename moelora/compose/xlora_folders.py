@@ -27,6 +27,7 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.experts.composed import ComposedLoraExperts
 from moelora.files import new_folder
+from moelora.formats import check_finite
 from moelora.routing.router import Router
 from moelora.scores.classifier import ClassifierScores
 from moelora.selection.top_k import TopK
@@ -232,6 +233,7 @@ def _classifier(folder: Path, recipe: XLora) -> dict[str, Tensor]:
         raise ComposeError(
             f"the classifier {str(folder / _WEIGHTS)!r} cannot be read: {' '.join(str(error).split())} Save it again."
         ) from error
+    check_finite(found, repr(str(folder / _WEIGHTS)), ComposeError)
     step = _step(recipe.dropout)
     names = {f"{_PREFIX}{step * i}.{kind}": f"{kind}_{i}" for i in range(recipe.depth) for kind in ("weight", "bias")}
     if set(found) != set(names):

@@ -11,7 +11,7 @@ from typing import Any
 
 from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
-from moelora.formats import upgrade_keys
+from moelora.formats import check_finite, upgrade_keys
 from moelora.runs.config import RunConfig
 from moelora.runs.wording import one_line
 
@@ -149,6 +149,9 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
         base: The base model; it is changed.
         adapter: Folder or Hub name of the adapter.
         is_trainable: Whether it is to be trained further.
+
+    Raises:
+        RunError: If a tensor of the adapter holds NaN or infinity.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights
@@ -156,6 +159,7 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
     # First without loss into float32 or what is wider, then to what is stored.
     model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, autocast_adapter_dtype=True)
     stored = upgrade_keys(load_peft_weights(adapter, device="cpu"))
+    check_finite(stored, repr(adapter), RunError)
     for name, tensor in model.named_parameters():
         saved = stored.get(re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name))
         if saved is not None and saved.dtype != tensor.dtype:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
@@ -16,7 +17,7 @@ from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import DatasetConfig
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter
-from tests.compose.mixtures import saved, saved_by_sequence
+from tests.compose.mixtures import saved, saved_by_sequence, weights
 from tests.compose.test_split import trained_lora
 from tests.conftest import tiny_model
 from tests.runs.tiny import tiny_folder, tiny_tokenizer
@@ -76,10 +77,50 @@ def test_an_edit_prints_sizes_and_losses(
         assert table["loss a token"][0] == table["loss a token"][1]
 
 
+def _centroid(folder: Path) -> Tensor:
+    """The centroid of the last expert."""
+    return next(tensor for name, tensor in weights(folder).items() if name.endswith("centroids"))[-1]
+
+
+def test_rows_of_the_new_experts_task_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file with a column task only those that the new expert is called by."""
+    rows = [{"prompt": f"{n} {n} ", "completion": "4", "task": ("law", "tax")[n % 2]} for n in range(6)]
+    tasks = {name: [row for row in rows if row["task"] == name] for name in ("law", "tax")}
+    for name, part in {**tasks, "both": rows}.items():
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    add = "add @named --base @base"
+    assert expert(place, f"{add} -o @some --name law --rows @both.jsonl") == 0
+    assert expert(place, f"{add} -o @all --name law --rows @law.jsonl") == 0
+    assert expert(place, f"{add} -o @nameless --rows @law.jsonl") == 0
+    assert expert(place, f"{add} -o @other --name tax --rows @both.jsonl") == 0
+    assert _centroid(place / "some").allclose(_centroid(place / "all"))
+    assert _centroid(place / "nameless").equal(_centroid(place / "all"))
+    assert not _centroid(place / "other").allclose(_centroid(place / "all"), atol=1e-3)
+    for name in ("", "--name four"):
+        capsys.readouterr()
+        assert expert(place, f"{add} -o @out {name} --rows @both.jsonl") == 1
+        assert "has rows of the tasks law, tax in its column task; allowed: one of these" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_several_files_of_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss is that of one file with all their rows."""
+    for name, answer in (("a", "1 2 3"), ("b", "9")):
+        (place / f"{name}.jsonl").write_text(json.dumps({"prompt": "1 2 ", "completion": answer}))
+    (place / "ab.jsonl").write_text((place / "a.jsonl").read_text() + "\n" + (place / "b.jsonl").read_text())
+    losses = []
+    for number, files in enumerate(("@a.jsonl @b.jsonl", "@ab.jsonl", "@a.jsonl")):
+        assert expert(place, f"cut @mixture -o @{number} --rank 2 --base @base --data {files}") == 0
+        losses.append(next(line for line in capsys.readouterr().out.splitlines() if "loss" in line).split()[-2:])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_without_data_no_base_is_needed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place / "base")
     assert expert(place, "cut @mixture -o @out --rank 1") == 0
-    assert "loss" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "loss" not in shown
+    assert shown.splitlines()[-1] == f"  next: moelora inspect {place / 'out'}"
 
 
 @pytest.mark.parametrize(
