@@ -103,7 +103,14 @@ class ScoredData:
         if "task" in rows.column_names:
             rows = self._of_task(rows, file)
         limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
-        return fit_centroid(self.base, self._batches(rows.select(range(limit))), scores.embedding)
+        found = fit_centroid(self.base, self._batches(rows.select(range(limit))), scores.embedding)
+        if found.shape[1] != scores.features:
+            raise ComposeError(
+                f"{adapter!r} does not fit the base model {self.base.config._name_or_path!r}: its centroids have "
+                f"{scores.features} features, and the base's embeddings {found.shape[1]}. Allowed: --base with the "
+                "model it was trained on."
+            )
+        return found
 
     def _of_task(self, rows: Any, file: str) -> Any:
         """The rows whose column `task` has the name of the new expert; all, if they are of one task and it has none.

@@ -26,7 +26,7 @@ from moelora.compose.routers.xlora import XLora
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.experts.composed import ComposedLoraExperts
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.formats import check_finite
 from moelora.routing.router import Router
 from moelora.scores.classifier import ClassifierScores
@@ -97,7 +97,7 @@ def write_xlora(model: PeftModel, folder: str | Path, *, adapter_name: str = "de
         adapter_name: The adapter's name.
 
     Raises:
-        ComposeError: If it is another mixture, PEFT has no words for it, or the folder exists.
+        ComposeError: If it is another mixture, PEFT has no words for it, or the folder exists or cannot be written.
     """
     folder = Path(folder).absolute()
     config = model.peft_config[adapter_name]
@@ -125,7 +125,7 @@ def write_xlora(model: PeftModel, folder: str | Path, *, adapter_name: str = "de
         if int(index) == config.xlora_depth - 1:
             tensor = _by_site(tensor)
         tensors[f"{_PREFIX}{step * int(index)}.{kind}"] = tensor.contiguous()
-    with new_folder(folder) as ready:
+    with written_folder(folder, ComposeError) as ready:
         config.save_pretrained(str(ready))
         save_file(tensors, ready / _WEIGHTS, metadata={"format": "pt"})
         for expert in range(len(names)):

@@ -15,7 +15,7 @@ from moelora.compose.routers.base import Example
 from moelora.compose.sources import read_lora
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.runs.config import DatasetConfig
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
@@ -101,7 +101,7 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
         MoeLoraError: If it cannot be made; nothing is left behind.
     """
     output = Path(config.output_dir)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise RunError(
             f"the output {str(output)!r} exists; allowed: a folder that does not. Remove it, or name another."
         )
@@ -125,7 +125,7 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
             f"Expert    {name}: rank {rank}, {config.loras[name]}"
             + (f", {len(examples[name])} rows" if name in examples else "")
         )
-    with new_folder(output) as ready:
+    with written_folder(output, RunError) as ready:
         model.save_pretrained(str(ready))
         tokenizer.save_pretrained(str(ready))
     trainable, _ = model.get_nb_trainable_parameters()

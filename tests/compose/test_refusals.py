@@ -98,7 +98,7 @@ def test_settings_of_a_recipe_that_has_none() -> None:
         read("composition", {"kind": "uniform", "top_k": 2})
 
 
-NAMES = {
+NAMES: dict[str, tuple[Any, str]] = {
     "a slash": ("law/eu", "'law/eu' has a slash"),
     "a backslash": ("law\\eu", "has a slash"),
     "dots": ("..", "only dots"),
@@ -116,7 +116,7 @@ def test_names_that_no_folder_can_have(fault: str, tmp_path: Path) -> None:
     name, message = NAMES[fault]
     lora = save_lora(tmp_path / "lora", 0)
     with pytest.raises(ComposeError, match=message):
-        from_loras(tiny_model(), {name: lora})
+        from_loras(tiny_model(), {name: str(lora)})
     mixture = saved_by_sequence(tmp_path / "mixture")
     with pytest.raises(ComposeError, match=message):
         add_experts(mixture, tmp_path / "out", names=[name], rows={"centroids": torch.ones(1, 36)})

@@ -21,7 +21,7 @@ from torch import Tensor
 from moelora.choices import Param, Site
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.formats import check_finite, upgrade_keys
 from moelora.peft_type import PEFT_TYPE, PREFIX
 from moelora.version import __version__
@@ -290,12 +290,6 @@ def write_stacked(adapter: StackedAdapter, folder: Path) -> None:
         ComposeError: If it cannot be written.
     """
     weights = {key: tensor.contiguous().clone() for key, _, tensor in adapter.stored()}
-    try:
-        with new_folder(folder) as ready:
-            replace(adapter.config, moelora_version=__version__).save_pretrained(str(ready))
-            save_file({**weights, **adapter.rest}, ready / WEIGHTS_FILE, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise ComposeError(
-            f"{str(folder)!r} cannot be written: {' '.join(str(error).split())}. Nothing was left there; is there "
-            "space, and the right to write?"
-        ) from error
+    with written_folder(folder, ComposeError) as ready:
+        replace(adapter.config, moelora_version=__version__).save_pretrained(str(ready))
+        save_file({**weights, **adapter.rest}, ready / WEIGHTS_FILE, metadata={"format": "pt"})
