@@ -55,13 +55,18 @@ def test_rows_that_are_none(fault: str, router: str, tmp_path: Path) -> None:
 def test_rows_that_are_good_in_another_form(tmp_path: Path) -> None:
     """Tensors and tuples are lists too; the mixture is the same."""
     loras = three_loras(tmp_path)
-    lists = {name: [{"input_ids": [4 + n, 5, 6 * n + 3]} for n in range(i, i + 2)] for i, name in enumerate(loras)}
-    tensors = {name: [{"input_ids": torch.tensor(row["input_ids"])} for row in rows] for name, rows in lists.items()}
+    lists: dict[str, Any] = {
+        name: [{"input_ids": [4 + n, 5, 6 * n + 3]} for n in range(i, i + 2)] for i, name in enumerate(loras)
+    }
+    tensors: dict[str, Any] = {
+        name: [{"input_ids": torch.tensor(row["input_ids"])} for row in rows] for name, rows in lists.items()
+    }
     one, other = (from_loras(tiny_model(), loras, "centroids", examples=each) for each in (lists, tensors))
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    no_mapping: Any = [GOOD]
     with pytest.raises(ComposeError, match="examples is a list"):
-        from_loras(tiny_model(), loras, "centroids", examples=[GOOD])
+        from_loras(tiny_model(), loras, "centroids", examples=no_mapping)
 
 
 @pytest.mark.parametrize("words", [{"lora_alpha": None}, {"alpha_pattern": {"q_proj": None}}, {"lora_alpha": "8"}])
