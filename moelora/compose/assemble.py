@@ -12,7 +12,7 @@ from torch import Tensor
 
 import moelora.compose.routers  # noqa: F401 - registers the recipes
 from moelora.choices import read
-from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
+from moelora.compose.pool import Untouched, check_fit, check_names, named_sources, shared_modules, write_shared
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.sources import LoraSource, mean_factors, read_lora
 from moelora.compose.tokens import check_rows
@@ -29,6 +29,7 @@ def from_loras(
     *,
     examples: Mapping[str, Sequence[Example]] | None = None,
     trainable: bool = False,
+    modules_to_save: Sequence[str] = (),
     adapter_name: str = "default",
     check_base_name: bool = True,
 ) -> PeftModel:
@@ -46,6 +47,8 @@ def from_loras(
             `{"kind": "arrow", "top_k": 2}`.
         examples: Tokenised rows by the name of the expert, for recipes that are fitted on data.
         trainable: Whether the experts are trained further; else only the router is, if it has anything to train.
+        modules_to_save: Modules of the base that the composition trains whole, from what the base has; what the LoRAs
+            saved of them is left out. Any other that LoRAs saved is taken from them, if they agree, and trained on too.
         adapter_name: The adapter's name.
         check_base_name: Whether a LoRA that names another base model is refused. Sizes are checked always.
 
@@ -71,13 +74,16 @@ def from_loras(
     general = [read_lora(source, source) for source in recipe.subtracted()]
     check_names(base, [*sources, *general], check_base_name)
     means = mean_factors(general, sources)
-    config = _config(base, sources, recipe, trainable)
+    saved = shared_modules(sources, modules_to_save)
+    whole = sorted({*modules_to_save, *(name.rpartition(".")[0] for name in saved)})
+    config = _config(base, sources, recipe, trainable, whole)
     untouched = Untouched(base)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     try:
         for index, source in enumerate(sources):
             _fill(model, adapter_name, index, source, means)
+        write_shared(model, adapter_name, saved)
         model.eval()
         recipe.fit(Composition(model, adapter_name, [source.name for source in sources], examples))
     except BaseException:
@@ -86,7 +92,9 @@ def from_loras(
     return model
 
 
-def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trainable: bool) -> MoeLoraConfig:
+def _config(
+    base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trainable: bool, whole: Sequence[str]
+) -> MoeLoraConfig:
     """The configuration of the mixture.
 
     Raises:
@@ -112,6 +120,7 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
         },
         target_modules=endings if same == sites else sites,
         task_type=sources[0].config.task_type,
+        modules_to_save=list(whole) or None,
         **recipe.axes(E, base),
     )
     config.preset = None

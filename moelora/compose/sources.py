@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from moelora.validation import is_real
 _PLAIN: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA also rescales the base weight"),
     "lora_bias": (False, "it adds a bias of its own"),
-    "modules_to_save": (None, "it replaces whole modules, which all experts would share"),
     "trainable_token_indices": (None, "it replaces embeddings, which all experts would share"),
     "bias": ("none", "it changes biases of the base, which all experts would share"),
     "layer_replication": (None, "it changes the base's layers"),
@@ -49,6 +48,7 @@ class LoraSource:
         config: Its configuration.
         shapes: (rank, in_features, out_features) by the name of the linear.
         license: The license that its card states, if it has one.
+        saved: What it holds of modules that it trained whole (`modules_to_save`), by the names of the base's tensors.
     """
 
     name: str
@@ -56,6 +56,7 @@ class LoraSource:
     config: LoraConfig
     shapes: dict[str, tuple[int, int, int]]
     license: str | None
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -71,7 +72,7 @@ class LoraSource:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Read the weights: (A [R, D], B [O, R]) by the name of the linear."""
-        return _pairs(self.name, _weights(self.source))
+        return _pairs(self.name, _split(self.config, _weights(self.source))[0])
 
 
 def read_lora(name: str, source: str | Path) -> LoraSource:
@@ -86,12 +87,11 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
     """
     source = str(source)
     config = _config(source)
-    for field, (plain, reason) in _PLAIN.items():
-        value = getattr(config, field, plain)
+    for word, (plain, reason) in _PLAIN.items():
+        value = getattr(config, word, plain)
         if value != plain and value:
             raise ComposeError(
-                f"the LoRA {source!r} has {field}={value!r}, and {reason}; allowed: {field}={plain!r}. Train it "
-                "without."
+                f"the LoRA {source!r} has {word}={value!r}, and {reason}; allowed: {word}={plain!r}. Train it without."
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
@@ -106,9 +106,11 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
                 f"the LoRA {source!r} has lora_alpha={value!r}; allowed: a finite number. Write the one that it was "
                 "trained with into its adapter_config.json."
             )
-    pairs = _pairs(source, _weights(source))
+    weights, saved = _split(config, _weights(source))
+    pairs = _pairs(source, weights)
+    check_finite(saved, f"the LoRA {source!r}", ComposeError)
     shapes = {module: (a.shape[0], a.shape[1], b.shape[0]) for module, (a, b) in pairs.items()}
-    return LoraSource(name, source, config, shapes, _license(source))
+    return LoraSource(name, source, config, shapes, _license(source), saved)
 
 
 def mean_factors(general: Sequence[LoraSource], experts: Sequence[LoraSource]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -171,6 +173,16 @@ def _weights(source: str) -> dict[str, Tensor]:
             "download it again."
         ) from error
     return weights
+
+
+def _split(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the LoRA itself, and those of `modules_to_save` by the names of the base's tensors."""
+    modules = tuple(f".{name}." for name in config.modules_to_save or ())
+    whole = {key for key in weights if ".lora_" not in key and any(module in f".{key}" for module in modules)}
+    return (
+        {key: tensor for key, tensor in weights.items() if key not in whole},
+        {key.removeprefix(_PREFIX): weights[key] for key in whole},
+    )
 
 
 def _pairs(source: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -126,17 +126,22 @@ def load_tokenizer(config: RunConfig | ModelSource) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig | ModelSource) -> Any:
+def load_model(config: RunConfig | ModelSource, task_type: str | None = None) -> Any:
     """The base model of a run.
+
+    Args:
+        config: Which.
+        task_type: PEFT's task type: "SEQ_CLS" is a classifier or reward model, anything else a causal language model.
 
     Raises:
         RunError: If the model cannot be found or reached.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     words = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
-    return _from_pretrained(AutoModelForCausalLM, config.model, words)
+    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+    return _from_pretrained(auto, config.model, words)
 
 
 def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:

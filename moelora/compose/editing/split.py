@@ -146,8 +146,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], float, dict[str, tuple[Tensor, 
             "of each, without rank_pattern and alpha_pattern."
         )
     size = sum(tensor.numel() for pair in factors.values() for tensor in pair)
-    words = {name: getattr(source.config, name) for name in (*_TARGETS, *_ABOUT)}
-    return words, scalings.pop(), factors, {}, Size(1, size, size)
+    words = {name: getattr(source.config, name) for name in (*_TARGETS, *_ABOUT, "modules_to_save")}
+    rest = {f"base_model.model.{name}": tensor for name, tensor in source.saved.items()}
+    return words, scalings.pop(), factors, rest, Size(1, size, size)
 
 
 def _read_plain(
