@@ -67,7 +67,7 @@ def test_equal_heads_are_carried(folder: Path, tmp_path: Path) -> None:
         one.save_pretrained(str(tmp_path / f"one-{name}"))
         again = PeftModel.from_pretrained(reward_base(folder), str(tmp_path / f"one-{name}"))
         assert torch.equal(rewards(again), rewards(one))
-    assert not torch.allclose(*alone, atol=1e-3)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
     both = from_loras(reward_base(folder), loras)
     assert both.peft_config["default"].task_type == "SEQ_CLS"
     assert rewards(both).shape == (3, 1)
