@@ -19,7 +19,7 @@ from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
-from moelora.formats import upgrade_keys
+from moelora.formats import check_finite, upgrade_keys
 from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
 from moelora.hub.read import local_folder
 from moelora.inject.base_modules import base_modules
@@ -132,13 +132,13 @@ def open_adapter(
         adapter_name: Of a model, the name of the adapter.
 
     Raises:
-        ExportError: If a file is missing or damaged, the base model is not found, or the adapter has what no other
-            format holds.
+        ExportError: If a file is missing or damaged, a tensor holds NaN or infinity, the base model is not found, or
+            the adapter has what no other format holds.
         HubError: If there is no such folder or repository.
         MoeLoraError: If the adapter does not fit the base model.
     """
     if isinstance(adapter, PeftModel):
-        return _of_model(adapter, adapter_name, base)
+        return _of_model(adapter, adapter_name, base, "the model")
     if not isinstance(adapter, (str, Path)):
         raise ExportError(
             f"a {type(adapter).__name__} holds no adapter; allowed: a model made by peft.get_peft_model or "
@@ -155,7 +155,7 @@ def open_adapter(
         autocast_adapter_dtype=False,
     )
     _fill(model, upgrade_keys(load_peft_weights(str(folder), device="cpu")))
-    return _of_model(model, "default", name)
+    return _of_model(model, "default", name, repr(str(folder)))
 
 
 def _fill(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
@@ -241,7 +241,7 @@ def skeleton_of(name: str | None, task_type: str | None) -> nn.Module:
     return model
 
 
-def _of_model(model: PeftModel, adapter_name: str, base_name: str | None) -> OpenAdapter:
+def _of_model(model: PeftModel, adapter_name: str, base_name: str | None, where: str) -> OpenAdapter:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, MoeLoraConfig):
         known = [name for name, each in model.peft_config.items() if isinstance(each, MoeLoraConfig)]
@@ -250,6 +250,14 @@ def _of_model(model: PeftModel, adapter_name: str, base_name: str | None) -> Ope
         )
     check_exportable(config)
     base = model.get_base_model()
+    ending = f".{adapter_name}"
+    tensors = {
+        f"{name.removesuffix(ending)}.{own}": module.get_parameter(own).data
+        for name, module in base.named_modules()
+        if isinstance(module, AdapterTensors) and name.endswith(ending)
+        for own in module.declared
+    }
+    check_finite(tensors, where, ExportError)
     recorded = base_name or config.base_model_name_or_path
     names = tuple(name for name, _ in base_modules(base))
     return OpenAdapter(config, tuple(open_sites(base, adapter_name)), base, recorded, names)

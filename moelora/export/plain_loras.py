@@ -22,6 +22,7 @@ from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zer
 from moelora.export.output import Lora, output_folder, save_tensors, write_lora
 from moelora.export.record import export_record, write_record
 from moelora.routing.batch import Tokens
+from moelora.validation import unusable_name
 from moelora.version import __version__
 
 ROUTER_FORMAT = 1
@@ -37,7 +38,8 @@ def export_loras(
     - A fixed mix (`constant` scores), or an adapter without routers, is one LoRA: `output` is its folder. Ranks add up.
     - One choice for each sequence is a folder for each choice, with router.json, router.safetensors (unless the choice
       is the task's number) and route.py, an example that picks the LoRA of a request and needs no moelora. Plain LoRAs
-      beside the mixtures are in every one.
+      beside the mixtures are in every one. What a folder's name cannot be is replaced by "-"; "renamed" in router.json
+      has the experts' own names then.
 
     Args:
         adapter: A model with the adapter, the folder of a saved one, or its name on the Hub.
@@ -72,6 +74,7 @@ def export_loras(
             "written_by": f"moelora {__version__}",
             "base_model": opened.base_name,
             **router,
+            **({"renamed": renamed} if (renamed := _renamed(opened)) else {}),
         }
         (folder / "router.json").write_text(json.dumps(words, indent=2) + "\n")
         if tensors:
@@ -170,18 +173,33 @@ def _shared_tensors(adapter: OpenAdapter) -> dict[str, Tensor]:
     return tensors
 
 
+def _given_names(adapter: OpenAdapter) -> list[str]:
+    E = adapter.config.experts.num_experts
+    return getattr(adapter.config.experts, "names", []) or [f"expert-{expert}" for expert in range(E)]
+
+
+def _renamed(adapter: OpenAdapter) -> dict[str, str]:
+    """The experts whose folder has another name than they, by the folder."""
+    pairs = zip(expert_names(adapter), _given_names(adapter), strict=True)
+    return {folder: name for folder, name in pairs if folder != name}
+
+
 def expert_names(adapter: OpenAdapter) -> list[str]:
-    """A name for each expert that a folder can have.
+    """A name for each expert that a folder can have, and a path in a URL or a command without quoting.
 
     Raises:
-        ExportError: If two names are the same folder.
+        ExportError: If two names are the same folder, or one is too long.
     """
-    E = adapter.config.experts.num_experts
-    given = getattr(adapter.config.experts, "names", []) or [f"expert-{expert}" for expert in range(E)]
+    given = _given_names(adapter)
     names = [re.sub(r"[^\w.-]+", "-", name).strip(".-") or "expert" for name in given]
     folders = [name.casefold() for name in names]  # some file systems do not tell capitals
     taken = {"router.json", "router.safetensors", "route.py", _NO_EXPERT}
     for name, original in zip(names, given, strict=True):
+        if unusable_name(name) is not None:
+            raise ExportError(
+                f"expert {original[:60]!r}... {unusable_name(name)}; allowed: a name that a folder can have. Rename "
+                "the expert in the adapter's configuration, experts.names."
+            )
         if folders.count(name.casefold()) > 1 or name.casefold() in taken:
             raise ExportError(
                 f"expert {original!r} would be the folder {name!r}, which is taken; allowed: names that differ in "

@@ -208,7 +208,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "nan": (lambda f: _change(f, _nan), "holds NaN or infinity in base_model"),
     "half a pair": (lambda f: _change(f, _half), "allowed: A .r, in. and B .out, r."),
     "dora": (lambda f: _edit(f, use_dora=True), "use_dora=True, and DoRA also rescales"),
-    "modules_to_save": (lambda f: _edit(f, modules_to_save=["lm_head"]), "modules_to_save=.*all experts would share"),
     "bias": (lambda f: _edit(f, bias="all"), "bias='all', and it changes biases"),
     "pissa": (lambda f: _edit(f, init_lora_weights="pissa_niter_4"), "takes a part of the base weight away"),
     "other type": (lambda f: _edit(f, peft_type="IA3"), "PEFT type IA3; allowed: LORA"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
-from moelora.formats import upgrade_keys
+from moelora.formats import check_finite, upgrade_keys
 from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
 from moelora.hub.read import local_folder, read_adapter
 from moelora.ops.factors import Factors
@@ -38,6 +38,7 @@ class SavedAdapter:
 
     Raises:
         HubError: If there is no such adapter, or it is not one of moelora's.
+        ExportError: If a tensor holds NaN or infinity.
         FormatVersionError: If it was written in a newer format.
     """
 
@@ -53,6 +54,7 @@ class SavedAdapter:
         self.tokens: list[str] = []
         stored = upgrade_keys({key: key for key in self._file.keys()})  # noqa: SIM118 - not a dict
         for name, key in stored.items():
+            check_finite({key: self._file.get_tensor(key)}, repr(self.source), ExportError)
             self._place(name.removeprefix(_OF_PEFT), key)
 
     def _place(self, name: str, key: str) -> None:

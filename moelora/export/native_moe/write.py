@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moelora.export.native_moe.routing import MoeRouting, read_routing
 from moelora.export.native_moe.targets import Target, find_target
 from moelora.export.record import export_record, write_record
 from moelora.export.safetensors_writer import DTYPES, size_of, write_sharded
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.runs.wording import one_line
 
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -109,7 +108,7 @@ def to_native_moe(
     made = _tokenizer(tokenizer, saved, weights)
     config = _config(target, words, routing, plan, dtype)
     head = weights.config.vocab_size * weights.config.hidden_size if plan.tied else 0
-    with _disk_errors(output), new_folder(output) as folder:
+    with written_folder(output, ExportError) as folder:
         files = write_sharded(folder, plan.tensors, dtype, shard_size)
         _write_config(folder, config, routing.words(target))
         _write_generation_config(folder, weights, named)
@@ -156,14 +155,6 @@ def _check_space(output: Path, num_bytes: int) -> None:
             f"the model takes {num_bytes / 1e9:.1f} GB and {str(place)!r} has {free / 1e9:.1f} GB left; allowed: as "
             "much or less. Free some, or export in a smaller dtype. Nothing was written."
         )
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(f"cannot write {str(output)!r}: {one_line(error)} Nothing is left there.") from error
 
 
 def _dtype(given: str | None, weights: BaseWeights) -> str:

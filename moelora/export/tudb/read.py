@@ -16,6 +16,7 @@ from moelora.errors import ExportError
 from moelora.export.adapter import one_line, open_adapter, read_json
 from moelora.export.output import CONFIG_FILE, WEIGHTS_FILE, check_free, output_folder, save_tensors
 from moelora.export.tudb.names import ATTENTION, LEAST_DROPOUT, PICKLE_FILE, ROLES, activation_of
+from moelora.formats import check_finite
 from moelora.hub.read import local_folder
 from moelora.validation import check_keys, is_count, is_real, is_share
 
@@ -136,6 +137,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
         raise ExportError(f"{str(file)!r} holds a {type(weights).__name__}; allowed: a dict of tensors by name.")
+    check_finite(weights, repr(str(file)), ExportError)
     return weights
 
 
