@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
 from moelora.runs.config import RunConfig, load_config
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
@@ -144,9 +145,12 @@ def _of_run(run: RunDir, stage: str) -> Contestant:
 
 
 def _name(adapter: str) -> str:
-    """What a table calls an adapter: its preset, or LoRA with its rank."""
+    """What a table calls an adapter: its preset; of a mixture without one the experts and the router."""
     config = read_adapter_config(adapter)
     preset = getattr(config, "preset", None)
     if preset:
         return TITLES.get(preset, preset)
+    if isinstance(config, MoeLoraConfig):
+        E, kind = config.experts.num_experts, config.experts.kind
+        return f"{E} {'LoRA' if kind == 'lora_composed' else 'expert'}{'s' * (E > 1)} by {config.scores.kind}"
     return f"LoRA r={config.r}" if hasattr(config, "r") else str(config.peft_type)
