@@ -19,8 +19,7 @@ from eval.receipt import make_receipt
 from eval.scoring.generation import answer
 from eval.scoring.model_scores import ModelScores, TaskScores
 from eval.scoring.reasoning import TaskResult, make_problems, room, verify
-from eval.scoring.routing import chosen_experts
-from moelora import MoeLoraConfig
+from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, prompt_of, tokenize
 from moelora.errors import RunError
@@ -157,7 +156,7 @@ class SkillBench(Bench):
         extra: dict[str, Any] = {}
         for tasks, model in self._regime(cell).models(self._work(cell, folder), list(self.rows)):
             values |= self._values(model, [each for each in self.problems if each.task in tasks])
-            if _by_sequence(model):
+            if routes_by_sequence(model):
                 extra["chosen"] = self._chosen(model)
         method = self.config.methods[cell.method]
         values = {task: values[task] for task in self.rows}
@@ -209,11 +208,8 @@ class SkillBench(Bench):
 
     def _chosen(self, model: Any) -> dict[str, Any]:
         """Where a router that decides once for a sequence sends prompts: to the expert of their task, to none."""
-        names = list(model.peft_config[model.active_adapter].experts.names)
-        own = {}
-        for task, examples in self.selection.items():
-            chosen = chosen_experts(model, [{"input_ids": prompt_of(each)} for each in examples])
-            own[task] = sum(expert >= 0 and names[expert] == task for expert in chosen) / len(chosen)
+        texts = {task: [prompt_of(each) for each in examples] for task, examples in self.selection.items()}
+        own = {task: counts[task] / sum(counts.values()) for task, counts in chosen_by_task(model, texts).items()}
         found: dict[str, Any] = {"own": own}
         if self.foreign:
             chosen = chosen_experts(model, self.foreign)
@@ -262,9 +258,3 @@ def _digest(rows: Mapping[str, Any]) -> str:
         for row in rows[task]:
             found.update(json.dumps(row, sort_keys=True, default=str).encode())
     return found.hexdigest()
-
-
-def _by_sequence(model: Any) -> bool:
-    """Whether a model has a router that decides once for a sequence, by what its prompt is."""
-    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    return isinstance(config, MoeLoraConfig) and config.selection.kind == "nearest"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         config = load_config(run.config_file)
         contestants = [Contestant("base", "base")]
         if run.is_finished(BASELINE):
-            contestants.append(_of_run(run, BASELINE))
+            baseline = _of_run(run, BASELINE)
+            in_turn = " in turn" if config.recipe == "sequential" else ""
+            contestants.append(replace(baseline, name=f"{baseline.name}{in_turn}"))
         return config, [*contestants, _of_run(run, ADAPTER)], run.root
     results = _results_of_adapter(source)
     if config_file is None:
