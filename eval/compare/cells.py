@@ -91,7 +91,7 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if method.regime.made_of is not None:
         trained["made_of"] = config.methods[method.regime.made_of].adapter
     if config.has_skills and cell.kind == "select":
-        return trained
+        return {**trained, "chosen_by": "exact answers"}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
         return {**trained, "data": data, "steps": config.selection.steps}
@@ -186,14 +186,19 @@ class Board:
         return ModelScores.read(self.file(cell))
 
     def chosen_rate(self, method: str) -> float | None:
-        """The learning rate with the lowest loss, once all of the grid are tried."""
+        """The best learning rate, once all of the grid are tried: with the most exact answers, or the lowest loss.
+
+        Tasks of reasoning-gym are scored by exact answers, the suite by likelihoods, and trials likewise. Of two rates
+        with as many exact answers the one with the lower loss is taken.
+        """
         trained = self.config.methods[method].regime.made_of or method
         trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
         if len(trials) == 1:
             return trials[0].learning_rate
         if not all(self.is_finished(cell) for cell in trials):
             return None
-        return min(trials, key=lambda cell: self.read_json(cell)["loss"]).learning_rate
+        found = {cell: self.read_json(cell) for cell in trials}
+        return min(trials, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""

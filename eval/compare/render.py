@@ -213,34 +213,35 @@ def size_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 
 def _trial_section(board: Board, summary: Summary) -> list[str]:
-    selection = board.config.selection
+    config, selection = board.config, board.config.selection
     if not summary.trials:
         return []
     header = ["method", *(f"{rate:g}" for rate in selection.learning_rates)]
     rows = []
     for key, trials in summary.trials.items():
-        complete = len(trials) == len(selection.learning_rates)
-        best = min(trials, key=lambda rate: trials[rate]) if complete else None
-        cells = [_loss(trials.get(rate), rate == best) for rate in selection.learning_rates]
-        rows.append([board.config.methods[key].title, *cells])
-    length = (
-        "after the whole training"
-        if board.config.has_skills
-        else f"after {selection.steps} steps with a schedule of that length"
+        best = board.chosen_rate(key)
+        cells = [_trial(trials.get(rate), rate == best, percent=config.has_skills) for rate in selection.learning_rates]
+        rows.append([config.methods[key].title, *cells])
+    measured = (
+        f"Exact answers in percent to {config.data.selection_rows} problems of each task that are neither trained on "
+        "nor scored, mean over the tasks, after a whole training; the most are taken, of equals the lower loss."
+        if config.has_skills
+        else f"Loss per token of the right answers on {config.data.selection_rows} rows of each seen task that are "
+        f"neither trained on nor scored, mean over the tasks, after {selection.steps} steps with a schedule of that "
+        "length; the lowest is taken."
     )
     note = (
-        f"Loss per token of the right answers on {board.config.data.selection_rows} rows of each seen task that are "
-        f"neither trained on nor scored, mean over the tasks, {length}; the lowest is taken. The grid is the same for "
-        f"all methods; it took {minutes(summary.trial_seconds)}. A rate at the edge of the grid may not be the best "
-        "there is."
+        f"{measured} The grid is the same for all methods; it took {minutes(summary.trial_seconds)}. A rate at the "
+        "edge of the grid may not be the best there is."
     )
     return ["## Choice of learning rates", note, markdown(header, rows)]
 
 
-def _loss(loss: float | None, best: bool) -> str:
-    if loss is None:
+def _trial(value: float | None, best: bool, *, percent: bool) -> str:
+    if value is None:
         return "-"
-    return f"**{loss:.4f}**" if best else f"{loss:.4f}"
+    shown = f"{100 * value:.1f}" if percent else f"{value:.4f}"
+    return f"**{shown}**" if best else shown
 
 
 def _routing_section(summary: Summary) -> list[str]:
@@ -301,7 +302,7 @@ def _json(summary: Summary) -> dict[str, object]:
         "finished": {"cells": summary.done, "of": summary.total, "missing": summary.missing},
         "methods": methods,
         "selection": {
-            "losses": {key: {f"{rate:g}": loss for rate, loss in t.items()} for key, t in summary.trials.items()},
+            "trials": {key: {f"{rate:g}": found for rate, found in t.items()} for key, t in summary.trials.items()},
             "seconds": round(summary.trial_seconds, 1),
         },
     }

@@ -21,7 +21,7 @@ from eval.scoring.model_scores import ModelScores, TaskScores
 from eval.scoring.reasoning import TaskResult, make_problems, room, verify
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from moelora.compose import mean_loss
-from moelora.compose.tokens import batches, prompt_of, tokenize
+from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig, EvaluationConfig, RunConfig
 from moelora.runs.console import say
@@ -43,14 +43,14 @@ class SkillBench(Bench):
     Args:
         run: The tasks as a run has them.
         rows: Training rows by task.
-        selection: Tokenised problems with their answers for choosing the learning rate, by task.
+        selection: Problems for choosing the learning rate.
         problems: The problems that are scored.
         foreign: Prompts of tasks that nothing is trained on.
     """
 
     run: RunConfig
     rows: dict[str, Any]
-    selection: dict[str, list[dict[str, list[int]]]]
+    selection: list[TaskResult]
     problems: list[TaskResult]
     foreign: list[dict[str, list[int]]]
 
@@ -67,12 +67,11 @@ class SkillBench(Bench):
         held_out = make_problems(trial, tokenizer, data.selection_rows)
         problems = make_problems(run, tokenizer, config.evaluation.limit)
         _check_apart(held_out, problems)
-        selection = {each.task: tokenize([_row(p, data) for p in each.problems], tokenizer) for each in held_out}
         foreign: list[dict[str, list[int]]] = []
         if data.foreign:
             others = make_problems(_run(config, data.foreign, _SCORED + data.seed), tokenizer, config.evaluation.limit)
             foreign = [{"input_ids": prompt} for each in others for prompt in each.prompts]
-        return cls(board, tokenizer, sizes, command, run, rows, selection, problems, foreign)
+        return cls(board, tokenizer, sizes, command, run, rows, held_out, problems, foreign)
 
     def _regime(self, cell: Cell) -> Regime:
         regime: Regime = self.config.methods[cell.method].regime
@@ -131,13 +130,26 @@ class SkillBench(Bench):
             }
         return found
 
-    def losses(self, cell: Cell, folder: RunDir) -> dict[str, float]:
-        """Loss of the right answers on the problems for selection."""
-        losses = {}
+    def trial(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
+        """Exact answers to the problems for selection, and the loss of the right ones.
+
+        The two need not agree: a lower rate may have the lower loss and still answer fewer problems.
+        """
+        exact: dict[str, float] = {}
+        losses: dict[str, float] = {}
         for tasks, model in self._regime(cell).models(self._work(cell, folder), list(self.rows)):
-            for task in tasks:
-                losses[task] = mean_loss(model, list(batches(self.selection[task], _BATCH, model.device)))
-        return losses
+            for result in self.selection:
+                if result.task in tasks:
+                    values = self._values(model, [result])[result.task]
+                    exact[result.task] = sum(values) / len(values)
+                    rows = tokenize([_row(each, self.config.data) for each in result.problems], self.tokenizer)
+                    losses[result.task] = mean_loss(model, list(batches(rows, _BATCH, model.device)))
+        return {
+            "exact": sum(exact.values()) / len(exact),
+            "exact_by_task": exact,
+            "loss": sum(losses.values()) / len(losses),
+            "losses": losses,
+        }
 
     def score_base(self, cell: Cell) -> ModelScores:
         """Let the base model answer."""
@@ -208,7 +220,7 @@ class SkillBench(Bench):
 
     def _chosen(self, model: Any) -> dict[str, Any]:
         """Where a router that decides once for a sequence sends prompts: to the expert of their task, to none."""
-        texts = {task: [prompt_of(each) for each in examples] for task, examples in self.selection.items()}
+        texts = {each.task: each.prompts for each in self.selection}
         own = {task: counts[task] / sum(counts.values()) for task, counts in chosen_by_task(model, texts).items()}
         found: dict[str, Any] = {"own": own}
         if self.foreign:

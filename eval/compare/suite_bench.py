@@ -124,8 +124,8 @@ class SuiteBench(Bench):
             short_logits=True,
         )
 
-    def losses(self, cell: Cell, folder: RunDir) -> dict[str, float]:
-        """Loss of the right answers on the rows for selection."""
+    def trial(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
+        """Loss of a token of the right answers on the rows for selection, by task and the mean over tasks."""
         config = self.config
         model = self._contestant(cell, folder).load(source_of(config))
         batch = config.evaluation.batch_size
@@ -136,4 +136,4 @@ class SuiteBench(Bench):
             found = scorer._loglikelihood_tokens(requests, disable_tqdm=True)
             total = sum(len(answer) for _, answer in rows)
             losses[task] = -sum(value for value, _ in found) / total
-        return losses
+        return {"loss": sum(losses.values()) / len(losses), "losses": losses}

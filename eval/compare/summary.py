@@ -84,7 +84,7 @@ class Summary:
         labels: Of all tasks.
         seen: Labels of the tasks that were trained on.
         reference: Key of the LoRA of equal trainable parameters, which the others are compared with; None without one.
-        trials: Method to learning rate to the loss of the right answers.
+        trials: Method to learning rate to the loss of the right answers, or the share of exact ones on reasoning-gym.
         trial_seconds: What the trials took.
         done: Number of finished cells.
         total: Number of cells.
@@ -215,5 +215,6 @@ def _trials(board: Board, finished: Sequence[Cell]) -> dict[str, dict[float, flo
     found: dict[str, dict[float, float]] = {}
     for cell in selection_cells(board.config):
         if cell in finished and cell.learning_rate is not None:
-            found.setdefault(cell.method, {})[cell.learning_rate] = board.read_json(cell)["loss"]
+            content = board.read_json(cell)
+            found.setdefault(cell.method, {})[cell.learning_rate] = content.get("exact", content["loss"])
     return found

@@ -53,13 +53,12 @@ class Bench:
         training = self.train(cell, folder)
         if cell.kind == "select":
             started = time.monotonic()
-            losses = self.losses(cell, folder)
+            found = self.trial(cell, folder)
             self.board.write_selection(
                 cell,
                 {
                     "learning_rate": cell.learning_rate,
-                    "loss": sum(losses.values()) / len(losses),
-                    "losses": losses,
+                    **found,
                     "training": training,
                     "seconds": round(training["seconds"] + time.monotonic() - started, 1),
                 },
@@ -74,8 +73,8 @@ class Bench:
         """Train a cell, or resume it; what the trainer noted, with what makes trainings comparable."""
         raise NotImplementedError
 
-    def losses(self, cell: Cell, folder: RunDir) -> dict[str, float]:
-        """Mean negative log-likelihood of a token of the right answers, by task, on the rows for selection."""
+    def trial(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
+        """What a learning rate is chosen by, on the rows for selection; see `Board.chosen_rate`."""
         raise NotImplementedError
 
     def score_base(self, cell: Cell) -> ModelScores:
