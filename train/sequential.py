@@ -1,14 +1,17 @@
 """Tasks one after the other: each trains an expert of its own beside those of the tasks before it, which stay.
 
-The adapter after each task is in `stages/`, the last of them in `adapter/` too. A run that was stopped goes on with the
-task, and from the checkpoint, that it had come to.
+The adapter after each task is in `stages/`, the last of them in `adapter/` too. With a baseline, one plain LoRA of the
+experts' total size is trained on the same tasks in the same order: what a mixture has to be better than. A run that was
+stopped goes on with the task, and from the checkpoint, that it had come to.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +28,12 @@ from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.layers.base import MoeLoraLayer
-from moelora.runs.config import RunConfig, SequentialConfig, adapter_config, sft_config
+from moelora.runs.config import BaselineConfig, RunConfig, SequentialConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
-from moelora.runs.folder import ADAPTER, STAGES, RunDir
-from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from moelora.runs.folder import ADAPTER, BASELINE, STAGES, RunDir
+from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
+from train.baseline import baseline_config
 from train.sft import new_adapter, show_rows, train_stage
 
 # A mean embedding hardly moves with more rows than this.
@@ -48,7 +52,11 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     """
     words = config.sequential or SequentialConfig()
     order = _order(config, words)
-    first = _first_config(config, words, order[0])
+    lora = adapter_config(config)
+    first_config(lora, words, order[0])
+    if config.baseline is not None:
+        # made before anything is trained: a rank that cannot match is no news for the end of a long run
+        _baseline_config(config, config.baseline, lora, len(order))
     folder = RunDir(config.output_dir)
     if IS_MAIN:
         folder.open(config, restart=restart)
@@ -58,22 +66,119 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         folder.check_rows(rows)
     show_rows(rows, config)
     of_task = _by_task(rows, order)
-    before: Path | None = None
+    source = ModelSource(config.model, config.dtype, config.model_kwargs)
+    done = train_tasks(
+        source,
+        lora,
+        words,
+        of_task,
+        folder,
+        tokenizer,
+        lambda stage: sft_config(config, folder.checkpoints(stage)),
+        config.adapter_dtype,
+    )
+    _finish(folder, ADAPTER, done)
+    if config.baseline is not None:
+        _finish(folder, BASELINE, _train_baseline(config, config.baseline, lora, of_task, folder, tokenizer))
+    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+
+
+def _train_baseline(
+    config: RunConfig, words: BaselineConfig, lora: MoeLoraConfig, rows: dict[str, Any], folder: RunDir, tokenizer: Any
+) -> list[Path]:
+    """Train one LoRA on the tasks in turn; the folders of it after each of them."""
+    peft_config = _baseline_config(config, words, lora, len(rows))
+    done: list[Path] = []
+    for index, (task, own) in enumerate(rows.items()):
+        stage = f"{STAGES}/{BASELINE}-{index + 1}-{task}"
+
+        def make_model(before: Path | None = done[-1] if done else None) -> Any:
+            if before is None:
+                return new_adapter(load_model(config), peft_config, config.adapter_dtype)
+            return load_adapter(load_model(config), str(before), is_trainable=True)
+
+        args = sft_config(config, folder.checkpoints(stage), words.training)
+        train_stage(stage, make_model, args, folder, tokenizer, own, label=f"one LoRA on {task}")
+        done.append(folder.stage(stage))
+    return done
+
+
+def _baseline_config(config: RunConfig, words: BaselineConfig, lora: MoeLoraConfig, tasks: int) -> Any:
+    """The LoRA that is as large as all experts together."""
+    experts = replace(lora.experts, r=tasks * lora.experts.r, lora_alpha=tasks * lora.experts.lora_alpha)
+    return baseline_config(config, words, replace(lora, experts=experts))
+
+
+def _finish(folder: RunDir, name: str, done: list[Path]) -> None:
+    """Copy what is there after the last task, with what all of the training took."""
+    if not IS_MAIN or folder.is_finished(name):
+        return
+    records = [json.loads((each / "training.json").read_text()) for each in done]
+    whole = {
+        **records[-1],
+        **{key: sum(each[key] for each in records) for key in ("steps", "timed_steps")},
+        "seconds": round(sum(each["seconds"] for each in records), 1),
+        "resumed_from": next((each["resumed_from"] for each in records if each["resumed_from"]), None),
+        "log": [],
+    }
+    if name == ADAPTER:  # each expert has its own; the one LoRA is the same all the time
+        whole["trainable_parameters"] = sum(each["trainable_parameters"] for each in records)
+    before = 0
+    for each in records:
+        whole["log"] += [{**entry, "step": entry["step"] + before} for entry in each["log"]]
+        before += each["steps"]
+    with new_folder(folder.stage(name)) as ready:
+        shutil.copytree(done[-1], ready, dirs_exist_ok=True)
+        (ready / "training.json").write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def train_tasks(
+    source: ModelSource,
+    lora: MoeLoraConfig,
+    words: SequentialConfig,
+    rows: dict[str, Any],
+    folder: RunDir,
+    tokenizer: Any,
+    arguments: Callable[[str], Any],
+    adapter_dtype: str,
+) -> list[Path]:
+    """Train tasks one after the other, from where an earlier call was stopped.
+
+    Args:
+        source: The base model.
+        lora: What each expert is, a configuration of the preset lora.
+        words: How.
+        rows: The rows by task, in the order of training.
+        folder: Gets the adapter after each task in `stages/`.
+        tokenizer: The base's tokenizer.
+        arguments: Makes the `SFTConfig` of a stage.
+        adapter_dtype: As in `RunConfig`.
+
+    Returns:
+        The folders of the adapters after each task.
+
+    Raises:
+        RunError: If `lora` is no plain LoRA.
+    """
+    order = list(rows)
+    first = first_config(lora, words, order[0])
+    done: list[Path] = []
     for index, task in enumerate(order):
         stage = f"{STAGES}/{index + 1}-{task}"
-        args = sft_config(config, folder.checkpoints(stage))
-        own = of_task[task]
-        earlier = [of_task[each] for each in order[:index]]
-        make_model = partial(_make_model, config, words, first, before, task, own, tokenizer)
+        args = arguments(stage)
+        earlier = [rows[each] for each in order[:index]]
+        before = done[-1] if done else None
         train_stage(
-            stage, make_model, args, folder, tokenizer, _with_replay(own, earlier, words.replay, args.seed), label=task
+            stage,
+            partial(_make_model, source, adapter_dtype, words, first, before, task, rows[task], tokenizer, args.seed),
+            args,
+            folder,
+            tokenizer,
+            _with_replay(rows[task], earlier, words.replay, args.seed),
+            label=task,
         )
-        before = folder.stage(stage)
-    assert before is not None
-    if IS_MAIN and not folder.is_finished(ADAPTER):
-        with new_folder(folder.stage(ADAPTER)) as ready:
-            shutil.copytree(before, ready, dirs_exist_ok=True)
-    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+        done.append(folder.stage(stage))
+    return done
 
 
 def _order(config: RunConfig, words: SequentialConfig) -> list[str]:
@@ -89,18 +194,15 @@ def _order(config: RunConfig, words: SequentialConfig) -> list[str]:
     for task in order:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", task):
             raise RunError(f"sequential.order has {task!r}; allowed: letters, digits, and . - _ in the name of a task.")
-    if config.baseline is not None:
-        raise RunError("baseline is set with recipe sequential; allowed: none. Train it by a run of its own.")
     return order
 
 
-def _first_config(config: RunConfig, words: SequentialConfig, task: str) -> MoeLoraConfig:
+def first_config(lora: MoeLoraConfig, words: SequentialConfig, task: str) -> MoeLoraConfig:
     """The mixture of the first task alone; the words of its LoRA are those of the section `adapter`.
 
     Raises:
         RunError: If that is no plain LoRA.
     """
-    lora: MoeLoraConfig = adapter_config(config)
     if lora.preset != "lora":
         raise RunError(
             f"adapter.preset is {lora.preset!r} with recipe sequential; allowed: 'lora', what each expert is."
@@ -155,22 +257,24 @@ def _with_replay(rows: Any, earlier: list[Any], share: float, seed: int) -> Any:
 
 
 def _make_model(
-    config: RunConfig,
+    source: ModelSource,
+    adapter_dtype: str,
     words: SequentialConfig,
     first: MoeLoraConfig,
     before: Path | None,
     task: str,
     rows: Any,
     tokenizer: Any,
+    seed: int,
 ) -> Any:
     """The base model with the adapter of the tasks before, if there is one, and a new expert."""
-    base = load_model(config)
+    base = load_model(source)
     centroid = _centroid(base, words, rows, tokenizer) if words.router == "centroids" else None
     if before is None:
         if centroid is None:
-            return new_adapter(base, first, config.adapter_dtype)
+            return new_adapter(base, first, adapter_dtype)
         model = new_adapter(
-            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), config.adapter_dtype
+            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), adapter_dtype
         )
         for layer in model.modules():
             for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
@@ -179,7 +283,6 @@ def _make_model(
     start: str | int = words.start if words.start != "previous" else read_stacked(before).num_experts - 1
     with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "adapter"
-        seed = int(config.training.get("seed", 42))
         add_experts(
             before, made, start=start, names=[task], rows={} if centroid is None else {"centroids": centroid}, seed=seed
         )

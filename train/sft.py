@@ -94,6 +94,11 @@ def new_adapter(base: Any, peft_config: Any, adapter_dtype: str = "auto") -> Any
         adapter_dtype: As in `RunConfig`.
     """
     model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype != "bfloat16")
+    return set_dtype(model, adapter_dtype)
+
+
+def set_dtype(model: Any, adapter_dtype: str) -> Any:
+    """Give what is trained its data type; the model."""
     if adapter_dtype != "auto":
         # PEFT knows float32 and the base's own data type; with a base in float32 it would leave bfloat16 undone
         dtype = getattr(torch, adapter_dtype)
@@ -103,9 +108,11 @@ def new_adapter(base: Any, peft_config: Any, adapter_dtype: str = "auto") -> Any
     return model
 
 
-def make_trainer(model: Any, args: Any, rows: Any, tokenizer: Any) -> RunTrainer:
+def make_trainer(
+    model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: type[RunTrainer] = RunTrainer
+) -> RunTrainer:
     """A trainer of a model's adapter, without a progress display."""
-    trainer = RunTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -119,6 +126,7 @@ def train_stage(
     rows: Any,
     *,
     label: str | None = None,
+    trainer_class: type[RunTrainer] = RunTrainer,
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
@@ -130,6 +138,7 @@ def train_stage(
         tokenizer: The base's tokenizer.
         rows: The training rows.
         label: What messages call it; None for the stage's name.
+        trainer_class: The trainer.
     """
     label = label or stage
     if folder.is_finished(stage):
@@ -137,7 +146,7 @@ def train_stage(
         return
     set_seed(args.seed)
     model = make_model()
-    trainer = make_trainer(model, args, rows, tokenizer)
+    trainer = make_trainer(model, args, rows, tokenizer, trainer_class)
     peft_config = model.peft_config[model.active_adapter]
     trainable, total = model.get_nb_trainable_parameters()
     experts = getattr(peft_config, "experts", None)

@@ -15,7 +15,9 @@ from pathlib import Path
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.after_training", description=__doc__)
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="the YAML file of the mixture")
+    parser.add_argument(
+        "config", nargs="?", default="configs/quickstart-joint.yaml", help="the YAML file of the mixture"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the file")
     parser.add_argument("--work", type=Path, default=Path("runs/after_training"), help="folder of the adapters")
     parser.add_argument("--output", type=Path, default=Path("eval/results/after_training"), help="folder of the table")

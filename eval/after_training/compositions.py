@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 
 from eval.after_training.bench import PROBE_ROWS, Bench, Row, exact_limit, furthest, size_of, timed
-from moelora import record_routing
+from eval.scoring.routing import chosen_experts
 from moelora.compose import from_loras
-from moelora.compose.tokens import batches, prompt_of
+from moelora.compose.tokens import prompt_of
 from moelora.routing.run import batch_facts
 
 RIGHT = 0.9
@@ -152,15 +152,7 @@ def alone(bench: Bench) -> dict[str, torch.Tensor]:
 
 def experts_of(bench: Bench, model: Any, name: str) -> list[int]:
     """The expert that each of a task's fresh prompts goes to; -1 is none."""
-    prompts = [{"input_ids": prompt_of(row)} for row in bench.tests[name]]
-    found = []
-    for batch in batches(prompts, 8, bench.base.device):
-        with torch.no_grad(), record_routing(model) as listener:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        load_TE = listener.records[0].routing.load_TE()
-        first_BE = load_TE.view(*batch["input_ids"].shape, -1)[:, 0]
-        found += [int(row_E.argmax()) if bool(row_E.any()) else -1 for row_E in first_BE]
-    return found
+    return chosen_experts(model, [{"input_ids": prompt_of(row)} for row in bench.tests[name]])
 
 
 def better_than_base(bench: Bench, loss: float, **words: Any) -> Row:

@@ -2,7 +2,8 @@
 
 For example `python -m eval.compare configs/benchmarks/commonsense.yaml`. It says first what it will do and how long
 that takes. Run the same command again to resume it after it was stopped, however it was stopped; what is finished is
-never done again. `--plan` only says, `--render` only draws the tables of what is there.
+never done again. Run it twice at once, with a thread each, and the two share the work. `--plan` only says, `--render`
+only draws the tables of what is there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from eval.compare.render import render
     from eval.compare.schema import load_benchmark
     from eval.compare.sizes import check_sizes
-    from eval.compare.work import Bench
+    from eval.compare.work import open_bench
     from moelora.errors import RunError
     from moelora.runs.console import say
     from moelora.runs.wording import minutes
@@ -75,28 +77,46 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.plan:
         plan.show(board, plan.Timing.of(board))
         return
-    with board.locked():
-        bench = Bench.open(board, sizes, command)
-        if not options.no_probe:
-            plan.probe(bench)
-        plan.show(board, plan.Timing.of(board))
-        started = time.monotonic()
-        for cell in board.cells():
-            if options.only and not any(fnmatchcase(cell.id, f"{wanted}*") for wanted in options.only):
-                continue
-            # learning rates are chosen on the way
-            cell = next(each for each in board.cells() if each.id == cell.id)
-            if board.is_finished(cell):
-                continue
-            if cell.kind == "final" and cell.learning_rate is None:
-                raise RunError(f"{cell.id} waits for the trials of {cell.method}; leave --only out, or add them to it.")
-            estimate = plan.Timing.of(board).estimate(board, cell)
-            say(f"\nCell      {cell.id}" + (f", about {minutes(estimate)}" if estimate else ""))
-            began = time.monotonic()
-            bench.do(cell)
-            say(f"Finished  {cell.id} in {minutes(time.monotonic() - began)}")
-            render(board, command)
-        say(f"\nDone in {minutes(time.monotonic() - started)}: {render(board, command) or 'nothing is scored yet'}")
+    bench = open_bench(board, sizes, command)
+    if not options.no_probe:
+        plan.probe(bench)
+    plan.show(board, plan.Timing.of(board))
+    started = time.monotonic()
+    wanted = options.only or ["*"]
+    while True:
+        left = [
+            cell
+            for cell in board.cells()
+            if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
+        ]
+        ready = [cell for cell in left if not board.waits_for(cell)]
+        if not any(_do(bench, cell) for cell in ready):
+            break
+    if left and not ready:
+        waiting = "; ".join(f"{cell.id} waits for {board.waits_for(cell)[0].id}" for cell in left)
+        raise RunError(f"{waiting}. Leave --only out, or add them to it; or another process is still at them.")
+    others = f", {', '.join(cell.id for cell in ready)} still under way in another process" if ready else ""
+    say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {render(board, command) or 'nothing is scored yet'}")
+
+
+def _do(bench: Any, cell: Any) -> bool:
+    """Do one cell, unless another process is at it or has just finished it; whether it was done."""
+    from eval.compare import plan
+    from eval.compare.render import render
+    from moelora.runs.console import say
+    from moelora.runs.wording import minutes
+
+    board = bench.board
+    with board.claimed(cell) as ours:
+        if not ours or board.is_finished(cell):
+            return False
+        estimate = plan.Timing.of(board).estimate(board, cell)
+        say(f"\nCell      {cell.id}" + (f", about {minutes(estimate)}" if estimate else ""))
+        began = time.monotonic()
+        bench.do(cell)
+        say(f"Finished  {cell.id} in {minutes(time.monotonic() - began)}")
+    render(board, bench.command)
+    return True
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ class Cell:
 
 
 def selection_cells(config: BenchmarkConfig) -> list[Cell]:
-    """A trial for each method and learning rate."""
+    """A trial for each method that is trained and learning rate."""
     return [
         Cell("select", key, config.selection.seed, rate)
-        for key in config.methods
+        for key, method in config.methods.items()
+        if method.regime.made_of is None
         for rate in config.selection.learning_rates
     ]
 
@@ -70,18 +71,27 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     """Everything in the configuration that a cell's result depends on."""
     words = dataclasses.asdict(config)
     shared = {key: words[key] for key in ("model", "dtype", "model_kwargs", "protocol")}
-    scored = {"limit": config.evaluation.limit}
+    scored: dict[str, Any] = {"limit": config.evaluation.limit}
+    if config.has_skills:
+        scored["tasks"] = {**words["data"]["tasks"], "seed": config.data.seed, "system": config.data.system}
     if cell.kind == "base":
         return {**shared, "evaluation": scored}
+    method = config.methods[cell.method]
     trained = {
         **shared,
         "adapter_dtype": config.adapter_dtype,
         "data": words["data"],
         "training": {k: v for k, v in config.training.items() if f"training.{k}" not in HARMLESS},
-        "adapter": config.methods[cell.method].adapter,
+        "adapter": method.adapter,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }
+    if method.regime.kind != "together":
+        trained["regime"] = {"kind": method.regime.kind, **dataclasses.asdict(method.regime)}
+    if method.regime.made_of is not None:
+        trained["made_of"] = config.methods[method.regime.made_of].adapter
+    if config.has_skills and cell.kind == "select":
+        return {**trained, "chosen_by": "exact answers"}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
         return {**trained, "data": data, "steps": config.selection.steps}
@@ -92,7 +102,8 @@ class Board:
     """The files of a comparison: what is finished, and where the rest is resumed.
 
     A cell is finished when its JSON file in `results_dir/cells` is there; the file appears whole, as the last thing a
-    cell does. What a killed run leaves in `output_dir` is resumed, or made again.
+    cell does. What a killed run leaves in `output_dir` is resumed, or made again. Several processes may work at one
+    comparison: each takes cells that no other is at.
 
     Args:
         config: The comparison.
@@ -104,22 +115,21 @@ class Board:
         self.work = Path(config.output_dir)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second runner out; the lock ends with the process, however it ends.
+    def claimed(self, cell: Cell) -> Iterator[bool]:
+        """Keep other runners off a cell; the claim ends with the process, however it ends.
 
-        Raises:
-            RunError: If another process runs this comparison.
+        Yields:
+            Whether the cell is this process's: False if another is at it.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / ".lock").open("w") as handle:
+        folder = self.work / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / cell.id).open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(
-                    f"another process is running this comparison in {str(self.work)!r}. Wait for it, or give another "
-                    "output_dir and results_dir."
-                ) from error
-            yield
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
     def file(self, cell: Cell) -> Path:
         """The result of a cell."""
@@ -176,18 +186,36 @@ class Board:
         return ModelScores.read(self.file(cell))
 
     def chosen_rate(self, method: str) -> float | None:
-        """The learning rate with the lowest loss, once all of the grid are tried."""
-        trials = [cell for cell in selection_cells(self.config) if cell.method == method]
+        """The best learning rate, once all of the grid are tried: with the most exact answers, or the lowest loss.
+
+        Tasks of reasoning-gym are scored by exact answers, the suite by likelihoods, and trials likewise. Of two rates
+        with as many exact answers the one with the lower loss is taken.
+        """
+        trained = self.config.methods[method].regime.made_of or method
+        trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
         if len(trials) == 1:
             return trials[0].learning_rate
         if not all(self.is_finished(cell) for cell in trials):
             return None
-        return min(trials, key=lambda cell: self.read_json(cell)["loss"]).learning_rate
+        found = {cell: self.read_json(cell) for cell in trials}
+        return min(trials, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""
         trials = selection_cells(self.config) if len(self.config.selection.learning_rates) > 1 else []
-        finals = [
-            dataclasses.replace(cell, learning_rate=self.chosen_rate(cell.method)) for cell in final_cells(self.config)
-        ]
+        finals = [self.final(cell.method, cell.seed) for cell in final_cells(self.config)]
         return [Cell("base"), *trials, *finals]
+
+    def final(self, method: str, seed: int) -> Cell:
+        """The training of a method and seed, with its learning rate if that is chosen."""
+        return Cell("final", method, seed, self.chosen_rate(method))
+
+    def waits_for(self, cell: Cell) -> list[Cell]:
+        """Cells that have to be finished before this one can be done."""
+        if cell.kind != "final":
+            return []
+        of = self.config.methods[cell.method].regime.made_of
+        needed = [self.final(of, cell.seed)] if of is not None else []
+        if cell.learning_rate is None:
+            needed += [trial for trial in selection_cells(self.config) if trial.method == (of or cell.method)]
+        return [each for each in needed if not self.is_finished(each)]

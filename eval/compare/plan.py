@@ -12,6 +12,7 @@ from typing import Any
 from eval.compare.cells import BASE, Board, Cell
 from eval.compare.mixture import as_dataset, padded
 from eval.compare.sizes import source_of
+from eval.compare.suite_bench import SuiteBench
 from eval.compare.work import Bench, rows_a_step
 from moelora.files import write_atomically
 from moelora.runs.console import say
@@ -51,7 +52,7 @@ class Timing:
             if cell.kind != "base":
                 content = board.read_json(cell)
                 training = content["training"] if cell.kind == "select" else content["extra"]["training"]
-                if training["timed_steps"]:
+                if training["timed_steps"] and training["seconds"]:
                     timing.steps[cell.method] = training["seconds"] / training["timed_steps"]
         return timing
 
@@ -59,10 +60,15 @@ class Timing:
         """Seconds of a cell; None where nothing is known of its method."""
         if cell.kind == "base":
             return self._scoring(board, cell)
+        config = board.config
+        if config.methods[cell.method].regime.made_of is not None:
+            return self._scoring(board, cell) + _LOADING
         step = self.steps.get(cell.method)
         if step is None:
             return None
-        config = board.config
+        if config.has_skills:
+            steps = len(config.data.tasks) * config.data.rows_per_task / rows_a_step(config.training)
+            return steps * step + self._scoring(board, cell) + 2 * _LOADING
         if cell.kind == "select":
             rows = len(config.data.tasks) * config.data.selection_rows
             return (
@@ -74,6 +80,8 @@ class Timing:
         known = self.scoring.get(cell.method or BASE)
         if known is not None:
             return known
+        if board.config.has_skills:
+            return max(self.scoring.values(), default=60.0)
         step = self.steps.get(cell.method) or min(self.steps.values(), default=2.0)
         if self.scoring.get(BASE) and self.steps:
             # slower than the base about as training is slower than the fastest training
@@ -83,7 +91,12 @@ class Timing:
 
 
 def probe(bench: Bench) -> None:
-    """Time a few steps on batches of average size of every method that was never timed, and note the result."""
+    """Time a few steps on batches of average size of every method that was never timed, and note the result.
+
+    Only on the suite: its cells take half an hour, those on tasks of reasoning-gym minutes.
+    """
+    if not isinstance(bench, SuiteBench):
+        return
     board = bench.board
     timing = Timing.of(board)
     missing = [key for key in bench.config.methods if key not in timing.steps]
@@ -95,7 +108,7 @@ def probe(bench: Bench) -> None:
         write_atomically(board.work / "probe.json", json.dumps(timing.steps, indent=1) + "\n")
 
 
-def _seconds_a_step(bench: Bench, method: str) -> float:
+def _seconds_a_step(bench: SuiteBench, method: str) -> float:
     from train.sft import make_trainer, new_adapter
 
     cell = Cell("final", method, 0, bench.config.selection.learning_rates[0])
@@ -127,10 +140,15 @@ def show(board: Board, timing: Timing) -> None:
     cells = board.cells()
     left = [cell for cell in cells if not board.is_finished(cell)]
     counts = {kind: [cell for cell in cells if cell.kind == kind] for kind in ("base", "select", "final")}
+    composed = [cell for cell in counts["final"] if config.methods[cell.method].regime.made_of is not None]
+    trained = len({cell.method for cell in counts["select"]})
+    of_steps = "" if config.has_skills else f" of {config.selection.steps} steps"
+    each = "" if config.has_skills else f" of {config.data.steps} steps"
     say(
-        f"Plan      {len(cells)} cells: the base model scored; {len(counts['select'])} trials of "
-        f"{config.selection.steps} steps to choose learning rates ({len(config.selection.learning_rates)} each of "
-        f"{len(config.methods)} methods); {len(counts['final'])} trainings of {config.data.steps} steps, scored"
+        f"Plan      {len(cells)} cells: the base model scored; {len(counts['select'])} trials{of_steps} to choose "
+        f"learning rates ({len(config.selection.learning_rates)} each of {trained} methods); "
+        f"{len(counts['final']) - len(composed)} trainings{each}, scored"
+        + (f"; {len(composed)} compositions, scored" if composed else "")
     )
     say(f"Done      {len(cells) - len(left)} of {len(cells)}")
     total, unknown = 0.0, 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.compare.regimes import read_regime
 from eval.suites.registry import COMMONSENSE, PROTOCOLS
 from moelora.errors import RunError
 from moelora.runs.schema import build
@@ -18,10 +19,12 @@ from moelora.validation import check_at_least_one, check_keys
 UNSEEN = ("piqa", "hellaswag")
 _OURS = {
     "learning_rate": "it is chosen per method from selection.learning_rates",
-    "max_steps": "use data.steps and selection.steps",
-    "num_train_epochs": "use data.steps and selection.steps",
     "seed": "use the seeds of a method",
     "output_dir": "use output_dir at the top level",
+}
+_OURS_OF_SUITE = {
+    "max_steps": "use data.steps and selection.steps",
+    "num_train_epochs": "use data.steps and selection.steps",
     "train_sampling_strategy": "the order of the rows is fixed for all methods",
     "max_length": "use data.max_length",
 }
@@ -55,12 +58,52 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class SkillData:
+    """Tasks of reasoning-gym, each of which is a skill of its own.
+
+    Problems for training, for choosing the learning rate and for scoring come from seeds of their own, and no prompt is
+    in two of them.
+
+    Args:
+        tasks: The tasks by name, each with its options. Where they come one after the other, this is their order for
+            seed 0; seed s begins with task s.
+        rows_per_task: Training rows of each.
+        selection_rows: Problems of each for choosing the learning rate.
+        fit_rows: The first so many training rows of each, for fitting routers of compositions.
+        foreign: More tasks, which nothing is trained on: whether their prompts stay with the base model.
+        seed: Seed of the training rows.
+        system: System message before every prompt.
+    """
+
+    tasks: dict[str, Any]
+    rows_per_task: int = 130
+    selection_rows: int = 48
+    fit_rows: int = 8
+    foreign: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tasks) < 2:
+            raise RunError(f"data.tasks has {len(self.tasks)} task; allowed: at least two.")
+        check_at_least_one(self, "data", "rows_per_task", "selection_rows", "fit_rows")
+
+    def order(self, seed: int) -> list[str]:
+        """The tasks in the order in which they come for a seed."""
+        names = list(self.tasks)
+        first = seed % len(names)
+        return names[first:] + names[:first]
+
+
+@dataclass(kw_only=True)
 class SelectionConfig:
-    """How each method's learning rate is chosen: the lowest loss of the right answers on `data.selection_rows`.
+    """How each method's learning rate is chosen on `data.selection_rows`: by the lowest loss of the right answers, on
+    tasks of reasoning-gym by the most exact answers.
 
     Args:
         learning_rates: The grid, the same for every method.
-        steps: Optimizer steps of each trial, with a schedule of that length.
+        steps: Optimizer steps of each trial, with a schedule of that length; on tasks of reasoning-gym a trial is a
+            whole training.
         seed: Seed of the trials.
     """
 
@@ -98,17 +141,28 @@ class MethodConfig:
 
     Args:
         title: Its name in tables.
-        adapter: `preset` and its words, or `peft: lora` and the words of `peft.LoraConfig`.
+        adapter: `preset` and its words, or `peft: lora` and the words of `peft.LoraConfig`. With the regimes "apart"
+            and "grown" it is what each task gets; with "composed" there is none.
+        regime: How it sees the tasks, `kind` and the words of `eval.compare.regimes`; None trains on all at once.
         seeds: Seeds of initialisation, dropout and the order of the rows.
         equal: Which size of the reference its trainable parameters must be equal to.
+        against: Key of the method that tables compare it with; None for the plain LoRA that is trained on all at once.
     """
 
     title: str
-    adapter: dict[str, Any]
+    adapter: dict[str, Any] | None = None
+    regime: Any = None
     seeds: list[int] = field(default_factory=lambda: [0])
     equal: Literal["trainable", "active"] = "trainable"
+    against: str | None = None
 
     def __post_init__(self) -> None:
+        self.regime = read_regime(self.regime, f"the regime of {self.title!r}")
+        if (self.adapter is None) != (self.regime.made_of is not None):
+            raise RunError(
+                f"{self.title!r} has {'no' if self.adapter is None else 'an'} adapter with regime "
+                f"{self.regime.kind!r}; allowed: an adapter for what is trained, none for what is composed."
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise RunError(f"the seeds of {self.title!r} are {self.seeds}; give at least one, and none twice.")
 
@@ -120,7 +174,7 @@ class MethodConfig:
         """
         from moelora.runs.config import preset_config
 
-        words = dict(self.adapter)
+        words = dict(self.adapter or {})
         kind = words.pop("peft", None)
         if kind is None:
             return preset_config(words)
@@ -149,7 +203,8 @@ class BenchmarkConfig:
         dtype: As in a run.
         adapter_dtype: As in a run.
         model_kwargs: As in a run.
-        data: The training mixture.
+        data: The training rows: with a list of tasks those of the suite commonsense (`DataConfig`), with a mapping
+            tasks of reasoning-gym (`SkillData`).
         training: Fields of `trl.SFTConfig`, the same for all methods.
         evaluation: How the trained models are scored.
         note: What a reader of the tables has to know beside them.
@@ -165,7 +220,7 @@ class BenchmarkConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: ScoringConfig = field(default_factory=ScoringConfig)
     note: str | None = None
@@ -175,14 +230,45 @@ class BenchmarkConfig:
             key: each if isinstance(each, MethodConfig) else build(MethodConfig, each, f"methods.{key}")
             for key, each in self.methods.items()
         }
+        if isinstance(self.data, dict):
+            skills = isinstance(self.data.get("tasks"), dict)
+            self.data = build(SkillData if skills else DataConfig, self.data, "data")
         check_keys("reference", [self.reference], self.methods)
         check_keys("protocol", [self.protocol], PROTOCOLS)
-        for key, reason in _OURS.items():
+        self._check_regimes()
+        for key, reason in {**_OURS, **({} if self.has_skills else _OURS_OF_SUITE)}.items():
             if key in self.training:
                 raise RunError(f"training.{key} cannot be set: {reason}.")
         for key in self.methods:
             if not key.replace("_", "").isalnum():
                 raise RunError(f"methods.{key}: a key is a name of files; allowed: letters, figures and underscores.")
+
+    @property
+    def has_skills(self) -> bool:
+        """Whether it is about tasks of reasoning-gym, and not about the suite commonsense."""
+        return isinstance(self.data, SkillData)
+
+    def _check_regimes(self) -> None:
+        for key, method in self.methods.items():
+            regime = method.regime
+            if method.against is not None:
+                check_keys(f"methods.{key}.against", [method.against], self.methods)
+            if regime.kind != "together" and not self.has_skills:
+                raise RunError(
+                    f"methods.{key} has regime {regime.kind!r} with tasks of the suite commonsense; allowed: "
+                    "'together', or `data.tasks` as a mapping of reasoning-gym tasks."
+                )
+            of = regime.made_of
+            if of is None:
+                continue
+            apart = [each for each, other in self.methods.items() if other.regime.kind == "apart"]
+            check_keys(f"methods.{key}.regime.of", [of], apart)
+            missing = set(method.seeds) - set(self.methods[of].seeds)
+            if missing:
+                raise RunError(
+                    f"methods.{key} asks for the seeds {sorted(missing)}, which {of}, whose LoRAs it is made "
+                    f"of, does not have; allowed: {self.methods[of].seeds}."
+                )
 
 
 def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> BenchmarkConfig:
@@ -197,5 +283,6 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
     """
     config = build(BenchmarkConfig, read_words(path, overrides), "the configuration")
     for method in config.methods.values():
-        method.peft_config()
+        if method.adapter is not None:
+            method.peft_config()
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from eval.compare.schema import BenchmarkConfig
@@ -22,10 +23,13 @@ def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
         RunError: If a method's trainable parameters are not within 2 % of the reference's trainable parameters, or of
             its active ones where the method says so.
     """
-    sizes = {
-        key: count_parameters(load_skeleton(source_of(config)), method.peft_config())
-        for key, method in config.methods.items()
-    }
+    sizes: dict[str, ParameterCount] = {}
+    for key, method in sorted(config.methods.items(), key=lambda item: item[1].regime.made_of is not None):
+        if method.regime.made_of is not None:
+            sizes[key] = sizes[method.regime.made_of]
+            continue
+        one = count_parameters(load_skeleton(source_of(config)), method.peft_config())
+        sizes[key] = replace(one, trainable=method.regime.size(one.trainable, len(config.data.tasks)))
     reference = sizes[config.reference]
     wrong = []
     for key, method in config.methods.items():
@@ -46,7 +50,8 @@ def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
 
 def _advice(method: Any, found: int, wanted: int) -> str:
     """The rank that would fit a plain LoRA, whose parameters are proportional to it."""
-    r = method.adapter.get("r")
-    if method.adapter.get("peft") != "lora" or not isinstance(r, int):
+    words = method.adapter or {}
+    r = words.get("r")
+    if words.get("peft") != "lora" or not isinstance(r, int):
         return ""
     return f"; nearest r: {max(1, round(r * wanted / found))}"

@@ -25,12 +25,14 @@ class MethodSummary:
         title: Its name in tables.
         wanted: Seeds that are asked for.
         seeds: Scores of the finished seeds, by seed.
+        against: Key of the method that tables compare it with; None for the reference.
     """
 
     key: str
     title: str
     wanted: list[int] = field(default_factory=list)
     seeds: dict[int, ModelScores] = field(default_factory=dict)
+    against: str | None = None
 
     @property
     def first(self) -> ModelScores:
@@ -56,6 +58,22 @@ class MethodSummary:
         known = [value for value in found if value is not None]
         return sum(known) / len(known) if known else None
 
+    def learned(self) -> float | None:
+        """Mean over tasks and seeds of the score right after the task was learnt; None if they come all at once."""
+        found = [each.extra["training"].get("learned") for each in self.seeds.values() if each.extra.get("training")]
+        means = [sum(map(statistics.fmean, of_tasks.values())) / len(of_tasks) for of_tasks in found if of_tasks]
+        return statistics.fmean(means) if means else None
+
+    def chosen(self) -> dict[str, float] | None:
+        """Where a router by sequence sends prompts, as shares: to their `own` expert, and `foreign_at_base`."""
+        found = [each.extra["chosen"] for each in self.seeds.values() if each.extra.get("chosen")]
+        if not found:
+            return None
+        shares = {"own": statistics.fmean(statistics.fmean(each["own"].values()) for each in found)}
+        if all("foreign_at_base" in each for each in found):
+            shares["foreign_at_base"] = statistics.fmean(each["foreign_at_base"] for each in found)
+        return shares
+
 
 @dataclass
 class Summary:
@@ -66,7 +84,7 @@ class Summary:
         labels: Of all tasks.
         seen: Labels of the tasks that were trained on.
         reference: Key of the LoRA of equal trainable parameters, which the others are compared with; None without one.
-        trials: Method to learning rate to the loss of the right answers.
+        trials: Method to learning rate to the loss of the right answers, or the share of exact ones on reasoning-gym.
         trial_seconds: What the trials took.
         done: Number of finished cells.
         total: Number of cells.
@@ -91,6 +109,11 @@ class Summary:
     def method(self, key: str) -> MethodSummary | None:
         """A method by its key, if any seed of it is finished."""
         return next((method for method in self.methods if method.key == key), None)
+
+    def compared_with(self, method: MethodSummary) -> MethodSummary | None:
+        """The method that a table compares one with, if it is another and finished."""
+        other = self.method(method.against or self.reference or "")
+        return None if other is method or method.key == BASE else other
 
     def seed_variance(self, labels: Sequence[str]) -> float | None:
         """Variance of a mean over tasks from seed to seed, pooled over the methods that have several seeds."""
@@ -131,7 +154,7 @@ def summarize(board: Board) -> Summary | None:
     finished = [cell for cell in cells if board.is_finished(cell)]
     methods = {BASE: MethodSummary(BASE, "base", [0])}
     for key, method in config.methods.items():
-        methods[key] = MethodSummary(key, method.title, method.seeds)
+        methods[key] = MethodSummary(key, method.title, method.seeds, against=method.against)
     for cell in finished:
         if cell.kind != "select":
             methods[cell.method or BASE].seeds[cell.seed] = board.read_scores(cell)
@@ -145,7 +168,9 @@ def summarize(board: Board) -> Summary | None:
     return Summary(
         methods=present,
         labels=labels,
-        seen=[label for label, key in _keys(labels).items() if key in config.data.tasks],
+        seen=labels
+        if config.has_skills
+        else [label for label, key in _keys(labels).items() if key in config.data.tasks],
         reference=_plain_lora(board),
         trials=_trials(board, finished),
         trial_seconds=sum(board.read_json(cell)["seconds"] for cell in finished if cell.kind == "select"),
@@ -180,7 +205,8 @@ def _keys(labels: Sequence[str]) -> dict[str, str]:
 
 def _plain_lora(board: Board) -> str | None:
     for key, method in board.config.methods.items():
-        if method.adapter.get("peft") == "lora" and method.equal == "trainable":
+        plain = (method.adapter or {}).get("peft") == "lora" and method.regime.kind == "together"
+        if plain and method.equal == "trainable":
             return key
     return None
 
@@ -189,5 +215,6 @@ def _trials(board: Board, finished: Sequence[Cell]) -> dict[str, dict[float, flo
     found: dict[str, dict[float, float]] = {}
     for cell in selection_cells(board.config):
         if cell in finished and cell.learning_rate is not None:
-            found.setdefault(cell.method, {})[cell.learning_rate] = board.read_json(cell)["loss"]
+            content = board.read_json(cell)
+            found.setdefault(cell.method, {})[cell.learning_rate] = content.get("exact", content["loss"])
     return found

@@ -63,6 +63,9 @@ def evaluate(
     print("\nExact answers in percent, ± standard error\n")
     print(terminal(*reasoning_tables.score_rows(results)))
     notes = [note for note in (reasoning_tables.verdict(results), reasoning_tables.at_floor(results)) if note]
+    if results.chosen:
+        print("\nWhich expert answers\n")
+        print(terminal(*reasoning_tables.chosen_rows(results), foot=0))
     lines = ["", *notes, "", f"report    {report_file}", f"metrics   {metrics_file}"]
     if pictures:
         lines.append(f"pictures  {pictures[0].parent}")

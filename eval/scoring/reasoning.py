@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.scoring.generation import RoutingCounts, answer, shared_tokens
 from eval.scoring.judging import majority_share
-from eval.scoring.routing import TokenView, has_routers, token_views
+from eval.scoring.routing import TokenView, chosen_by_task, has_routers, token_views
 from eval.scoring.sources import Contestant
 from moelora import batch_facts
 from moelora.errors import RunError
@@ -56,6 +56,7 @@ class ReasoningResults:
         models: Names in the order of the tables; the last is the adapter that the evaluation is about.
         routing: Task to the routing of its questions' tokens, in two halves; empty if nothing was routed.
         views: What single tokens of a few questions do, where something is routed.
+        chosen: Task to how many of its questions went to each expert, by name, where a router decides once for a text.
         seconds: Model to the wall time of loading it and answering.
     """
 
@@ -63,6 +64,7 @@ class ReasoningResults:
     models: list[str]
     routing: dict[str, list[RoutingCounts]] = field(default_factory=dict)
     views: list[TokenView] = field(default_factory=list)
+    chosen: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,6 +157,8 @@ def run(
             for task in results.tasks:
                 with facts_of(model, config, task.task):
                     results.views += token_views(model, tokenizer, {task.task: task.prompts})
+        if contestant.role == "adapter":
+            results.chosen = chosen_by_task(model, {task.task: task.prompts for task in results.tasks})
         results.seconds[contestant.name] = time.monotonic() - started
         del model
     return results

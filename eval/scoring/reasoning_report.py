@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.scoring.heatmaps import RoutingMap
 from eval.scoring.reasoning import ReasoningResults, TaskResult
-from eval.scoring.reasoning_tables import at_floor, score_rows, verdict
+from eval.scoring.reasoning_tables import at_floor, chosen_rows, score_rows, verdict
 from eval.scoring.scores import card_row, macro, mean
 from eval.scoring.sources import Contestant
 from moelora.files import write_atomically
@@ -53,6 +53,8 @@ def metrics(
             },
             "distance_between_halves": dict(zip(routing.tasks, routing.noise.round(4).tolist(), strict=True)),
         }
+    if results.chosen:
+        found["chosen"] = results.chosen
     found["receipt"] = dict(receipt)
     return found
 
@@ -102,6 +104,8 @@ def write_report(
     ]
     if routing is not None:
         sections += _routing(routing, pictures, results_dir)
+    if results.chosen:
+        sections += ["## Which expert answers", markdown(*chosen_rows(results))]
     sections += ["## What they answer", *(_examples(task, results.models) for task in results.tasks)]
     sections.append(_receipt(receipt))
     file = results_dir / "report.md"

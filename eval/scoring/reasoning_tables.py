@@ -53,3 +53,9 @@ def at_floor(results: ReasoningResults) -> str:
         if is_at_floor(mean(task.exact(model)).value, task.majority)
     ]
     return f"Not above the most frequent answer: {', '.join(found)}." if found else ""
+
+
+def chosen_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how many of a task's questions went to each expert; without rows if nothing was routed so."""
+    names = list(next(iter(results.chosen.values()), {}))
+    return ["questions of", *names], [[task, *map(str, counts.values())] for task, counts in results.chosen.items()]

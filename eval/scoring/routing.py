@@ -16,7 +16,8 @@ from eval.scoring.generation import RoutingCounts
 from eval.scoring.heatmaps import RoutingMap
 from eval.suites.registry import Suite
 from eval.suites.requests import right_request
-from moelora import record_routing
+from moelora import MoeLoraConfig, record_routing
+from moelora.compose.tokens import batches
 from moelora.files import write_atomically
 from moelora.forward import without_logits
 from moelora.runs.parameters import router_weights
@@ -50,6 +51,52 @@ class TokenView:
 def has_routers(model: Any) -> bool:
     """Whether some layer of the model chooses between experts, be its router trained or frozen."""
     return next(router_weights(model), None) is not None
+
+
+def routes_by_sequence(model: Any) -> bool:
+    """Whether a model's adapter decides once for a whole text, by what its prompt is."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    return isinstance(config, MoeLoraConfig) and config.selection.kind == "nearest"
+
+
+def chosen_by_task(model: Any, texts: Texts) -> dict[str, dict[str, int]]:
+    """How many of each task's texts go to each expert, by name; empty if no router decides once for a text.
+
+    Args:
+        model: A model with or without an adapter.
+        texts: Token ids of the prompts by task.
+    """
+    if not routes_by_sequence(model):
+        return {}
+    experts = model.peft_config[model.active_adapter].experts
+    names = list(getattr(experts, "names", None) or map(str, range(experts.num_experts)))
+    found = {}
+    for task, prompts in texts.items():
+        chosen = chosen_experts(model, [{"input_ids": prompt} for prompt in prompts])
+        found[task] = {name: chosen.count(i) for i, name in enumerate(names)} | {"base model": chosen.count(-1)}
+    return found
+
+
+@torch.no_grad()
+def chosen_experts(model: Any, prompts: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> list[int]:
+    """The expert that each prompt goes to, of a model whose router decides once for a sequence.
+
+    Args:
+        model: The model, with a mixture.
+        prompts: `input_ids` of each.
+        batch_size: Prompts at once.
+
+    Returns:
+        Numbers of experts; -1 for none, which leaves a prompt to the base model.
+    """
+    found = []
+    for batch in batches(prompts, batch_size, model.device):
+        with record_routing(model) as listener:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        load_TE = listener.records[0].routing.load_TE()
+        first_BE = load_TE.view(*batch["input_ids"].shape, -1)[:, 0]
+        found += [int(row_E.argmax()) if bool(row_E.any()) else -1 for row_E in first_BE]
+    return found
 
 
 def token_views(model: Any, tokenizer: Any, texts: Texts) -> list[TokenView]:

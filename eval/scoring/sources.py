@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
 from moelora.runs.config import RunConfig, load_config
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
@@ -65,7 +66,9 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         config = load_config(run.config_file)
         contestants = [Contestant("base", "base")]
         if run.is_finished(BASELINE):
-            contestants.append(_of_run(run, BASELINE))
+            baseline = _of_run(run, BASELINE)
+            in_turn = " in turn" if config.recipe == "sequential" else ""
+            contestants.append(replace(baseline, name=f"{baseline.name}{in_turn}"))
         return config, [*contestants, _of_run(run, ADAPTER)], run.root
     results = _results_of_adapter(source)
     if config_file is None:
@@ -144,9 +147,12 @@ def _of_run(run: RunDir, stage: str) -> Contestant:
 
 
 def _name(adapter: str) -> str:
-    """What a table calls an adapter: its preset, or LoRA with its rank."""
+    """What a table calls an adapter: its preset; of a mixture without one the experts and the router."""
     config = read_adapter_config(adapter)
     preset = getattr(config, "preset", None)
     if preset:
         return TITLES.get(preset, preset)
+    if isinstance(config, MoeLoraConfig):
+        E, kind = config.experts.num_experts, config.experts.kind
+        return f"{E} {'LoRA' if kind == 'lora_composed' else 'expert'}{'s' * (E > 1)} by {config.scores.kind}"
     return f"LoRA r={config.r}" if hasattr(config, "r") else str(config.peft_type)

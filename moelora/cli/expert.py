@@ -6,6 +6,10 @@ import argparse
 from typing import Any
 
 _DATA = "rows to score on before and after: JSON, JSONL, CSV or Parquet with prompt and completion, messages, or text"
+_INTO = (
+    "what an expert gets: an equal piece of the rank (blocks, rank_one), all experts acting on every token; or the "
+    "whole LoRA (copies), of which K act on a token"
+)
 _BASE = "the base model, for --data (default: the one that the adapter records)"
 
 
@@ -23,7 +27,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         each: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         each.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
         each.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the new folder; it must not exist")
-        each.add_argument("--data", metavar="FILE", help=_DATA)
+        each.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
         each.add_argument("--base", metavar="MODEL", help=_BASE)
         each.add_argument("--limit", type=int, metavar="N", help="take N of the rows, chosen by a fixed seed")
         each.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the base")
@@ -40,7 +44,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add.add_argument(
         "--rows",
         metavar="FILE",
-        help="rows of the new expert: the mean of their prompts is its centroid, where it needs one",
+        help="rows of the new expert: the mean of their prompts is its centroid, where it needs one; of rows with a "
+        "column task, those of --name",
     )
     drop = verb("drop", "drop experts")
     which = drop.add_mutually_exclusive_group(required=True)
@@ -55,9 +60,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     cut = verb("cut", "cut the rank of every expert by SVD")
     cut.add_argument("--rank", type=int, required=True, metavar="R", help="the new rank")
     split = verb("split", "split one trained LoRA into experts, with its function unchanged at the start")
-    split.add_argument("--into", default="blocks", choices=("blocks", "rank_one", "copies"), help="what an expert gets")
-    split.add_argument("--num-experts", type=int, metavar="E", help="how many; not with rank_one")
-    split.add_argument("--top-k", type=int, metavar="K", help="experts of a token; only with copies")
+    split.add_argument("--into", default="blocks", choices=("blocks", "rank_one", "copies"), help=_INTO)
+    split.add_argument(
+        "--num-experts",
+        type=int,
+        metavar="E",
+        help="how many: of blocks a divisor of the rank; of rank_one the rank, which only above 64 must be said",
+    )
+    split.add_argument(
+        "--top-k", type=int, metavar="K", help="experts of a token, 2 to E (default: 2); only with copies"
+    )
     return parser
 
 
@@ -97,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
         print("  " + "  ".join([first.ljust(widths[0]), *numbers]))
     for note in edit.notes:
         print(f"  {note}")
+    print(f"  next: moelora inspect {edit.folder}")
 
 
 def _edit(options: argparse.Namespace, data: Any, routing: Any) -> Any:

@@ -57,9 +57,12 @@ class ScoredData:
         source = ModelSource(name, dtype=options.dtype)
         return cls(load_model(source).eval(), load_tokenizer(source), options)
 
-    def batches(self, file: str) -> list[Any]:
-        """The rows of a file as batches."""
-        rows = load_rows(DatasetConfig(files=file, limit=self.options.limit), self.tokenizer)
+    def batches(self, files: str | list[str]) -> list[Any]:
+        """The rows of files as batches."""
+        rows = load_rows(DatasetConfig(files=files, limit=self.options.limit), self.tokenizer)
+        return self._batches(rows)
+
+    def _batches(self, rows: Any) -> list[Any]:
         return list(batches(tokenize(rows, self.tokenizer), self.options.batch_size, self.base.device))
 
     def measure(self, adapter: str, *, routing: bool = False) -> Measured:
@@ -86,7 +89,8 @@ class ScoredData:
         """The centroid [1, D] of the expert that a file's rows are for.
 
         Raises:
-            ComposeError: If the adapter is not routed by centroids, or several experts are added.
+            ComposeError: If the adapter is not routed by centroids, several experts are added, or no row is of the new
+                expert's task.
         """
         scores = read_stacked(adapter).config.scores
         if scores.kind != "centroids":
@@ -95,4 +99,34 @@ class ScoredData:
             )
         if self.options.count != 1:
             raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
-        return fit_centroid(self.base, self.batches(file), scores.embedding)
+        rows = load_rows(DatasetConfig(files=file), self.tokenizer)
+        if "task" in rows.column_names:
+            rows = self._of_task(rows, file)
+        limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
+        found = fit_centroid(self.base, self._batches(rows.select(range(limit))), scores.embedding)
+        if found.shape[1] != scores.features:
+            raise ComposeError(
+                f"{adapter!r} does not fit the base model {self.base.config._name_or_path!r}: its centroids have "
+                f"{scores.features} features, and the base's embeddings {found.shape[1]}. Allowed: --base with the "
+                "model it was trained on."
+            )
+        return found
+
+    def _of_task(self, rows: Any, file: str) -> Any:
+        """The rows whose column `task` has the name of the new expert; all, if they are of one task and it has none.
+
+        Raises:
+            ComposeError: If there are none, or the rows are of several tasks and the expert has no name.
+        """
+        tasks = [str(task) for task in rows["task"]]
+        (name,) = self.options.name or (None,)
+        known = sorted(set(tasks))
+        if name is None and len(known) == 1:
+            return rows
+        found = [number for number, task in enumerate(tasks) if task == name]
+        if not found:
+            raise ComposeError(
+                f"the new expert is called {name!r}, and --rows {file!r} has rows of the tasks {', '.join(known)} in "
+                "its column task; allowed: one of these as --name, or a file without that column."
+            )
+        return rows.select(found)

@@ -34,7 +34,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--base", help="the base model: a folder or a Hub name (default: what the adapter names)")
     distil = parser.add_argument_group("one LoRA for a whole mixture (--to lora)")
     distil.add_argument("--rank", type=int, help="rank of the LoRA")
-    distil.add_argument("--data", metavar="FILE", help="rows to measure on, in the forms that training takes")
+    distil.add_argument(
+        "--data", nargs="+", metavar="FILE", help="rows to measure on, in the forms that training takes"
+    )
     distil.add_argument("--steps", type=int, default=0, help="train the LoRA towards the mixture for so many steps")
     native = parser.add_argument_group("a native mixture-of-experts model (--to native-moe)")
     native.add_argument(

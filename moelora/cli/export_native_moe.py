@@ -31,6 +31,7 @@ def export_native_moe(options: argparse.Namespace) -> None:
         print(f"  {name:<14}{value}")
     for note in moe.notes:
         print(f"  note: {note}")
+    print(f"  {'next':<14}transformers.AutoModelForCausalLM.from_pretrained({str(moe.folder)!r})    (needs no moelora)")
     if options.no_check:
         return
     needed, free = 9 * moe.parameters, _free_memory()

@@ -11,11 +11,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import moelora.compose.routers  # noqa: F401 - registers the recipes
-from moelora.choices import read
-from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
+from moelora.choices import read, write
+from moelora.compose.pool import Untouched, check_fit, check_names, named_sources, shared_modules, write_shared
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.sources import LoraSource, mean_factors, read_lora
+from moelora.compose.tokens import check_rows
 from moelora.config import MoeLoraConfig
+from moelora.errors import ComposeError
+from moelora.files import public_name
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 
@@ -27,6 +30,7 @@ def from_loras(
     *,
     examples: Mapping[str, Sequence[Example]] | None = None,
     trainable: bool = False,
+    modules_to_save: Sequence[str] = (),
     adapter_name: str = "default",
     check_base_name: bool = True,
 ) -> PeftModel:
@@ -44,6 +48,8 @@ def from_loras(
             `{"kind": "arrow", "top_k": 2}`.
         examples: Tokenised rows by the name of the expert, for recipes that are fitted on data.
         trainable: Whether the experts are trained further; else only the router is, if it has anything to train.
+        modules_to_save: Modules of the base that the composition trains whole, from what the base has; what the LoRAs
+            saved of them is left out. Any other that LoRAs saved is taken from them, if they agree, and trained on too.
         adapter_name: The adapter's name.
         check_base_name: Whether a LoRA that names another base model is refused. Sizes are checked always.
 
@@ -52,23 +58,33 @@ def from_loras(
 
     Raises:
         ComposeError: If a LoRA cannot be an expert, they do not go together or do not fit the base, or the router lacks
-            its rows. The base is then as it was.
+            its rows, or a row is no tokenised one. The base is then as it was.
     """
     recipe: RouterRecipe = read("composition", router)
-    pool, examples = named_sources(loras), examples or {}
+    pool, examples = named_sources(loras), {} if examples is None else examples
+    if not isinstance(examples, Mapping):
+        raise ComposeError(
+            f"examples is a {type(examples).__name__}; allowed: tokenised rows by the name of their expert."
+        )
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    for name, rows in examples.items():
+        check_rows(rows, repr(name), vocab_size)
     recipe.check_examples(list(pool), examples)
     named = recipe.chosen(base, pool, examples, check_base_name)
     sources = [read_lora(name, source) for name, source in named.items()]
     general = [read_lora(source, source) for source in recipe.subtracted()]
     check_names(base, [*sources, *general], check_base_name)
     means = mean_factors(general, sources)
-    config = _config(base, sources, recipe, trainable)
+    saved = shared_modules(sources, modules_to_save)
+    whole = sorted({*modules_to_save, *(name.rpartition(".")[0] for name in saved)})
+    config = _config(base, sources, recipe, trainable, whole, examples)
     untouched = Untouched(base)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     try:
         for index, source in enumerate(sources):
             _fill(model, adapter_name, index, source, means)
+        write_shared(model, adapter_name, saved)
         model.eval()
         recipe.fit(Composition(model, adapter_name, [source.name for source in sources], examples))
     except BaseException:
@@ -77,7 +93,14 @@ def from_loras(
     return model
 
 
-def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trainable: bool) -> MoeLoraConfig:
+def _config(
+    base: Any,
+    sources: Sequence[LoraSource],
+    recipe: RouterRecipe,
+    trainable: bool,
+    whole: Sequence[str],
+    examples: Mapping[str, Sequence[Example]],
+) -> MoeLoraConfig:
     """The configuration of the mixture.
 
     Raises:
@@ -100,9 +123,11 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
             "names": [source.name for source in sources],
             "ranks": [source.rank for source in sources],
             "sources": [_origin(source, recipe.subtracted()) for source in sources],
+            "recipe": _origin_of_router(recipe, examples),
         },
         target_modules=endings if same == sites else sites,
         task_type=sources[0].config.task_type,
+        modules_to_save=list(whole) or None,
         **recipe.axes(E, base),
     )
     config.preset = None
@@ -111,12 +136,19 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
 
 def _origin(source: LoraSource, subtracted: Sequence[str]) -> dict[str, Any]:
     found = {
-        "source": source.source,
+        "source": public_name(source.source),
         "license": source.license,
         "revision": source.config.revision,
-        "minus": list(subtracted) or None,
+        "minus": [public_name(each) for each in subtracted] or None,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _origin_of_router(recipe: RouterRecipe, examples: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """The recipe's words but the LoRAs that it subtracts, which are with the experts; and how many rows it had."""
+    words = {key: value for key, value in write(recipe).items() if key != "general"}
+    rows = {name: len(part) for name, part in examples.items() if part and recipe.reads_examples}
+    return {**words, "rows": rows} if rows else words
 
 
 @torch.no_grad()

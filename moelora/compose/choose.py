@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
 from moelora.compose.sources import LoraSource, read_lora
-from moelora.compose.tokens import batches
+from moelora.compose.tokens import batches, check_rows
 from moelora.errors import ComposeError
 from moelora.inject.base_modules import base_modules
 
@@ -73,6 +73,7 @@ def choose(
     Raises:
         ComposeError: If a LoRA cannot be an expert or does not fit, or a row has no answer.
     """
+    check_rows(examples, "the examples", base.get_input_embeddings().weight.shape[0])
     if not examples or not all(any(label != -100 for label in row.get("labels", ())[1:]) for row in examples):
         found = "one has none" if examples else "there are none"
         raise ComposeError(

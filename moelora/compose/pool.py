@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from moelora.compose.sources import LoraSource
 from moelora.errors import ComposeError
 from moelora.layers.modules import is_linear, linear_size
+from moelora.validation import unusable_name
 
 
 class Untouched:
@@ -27,7 +30,11 @@ class Untouched:
 
     def restore(self, model: PeftModel) -> None:
         """Take the adapters off, and give modes and gradients back."""
+        wrappers = {n: m for n, m in self.base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
         model.unload()
+        # PEFT leaves the adapter's copies of modules that are trained whole in the place of the base's own
+        for name, wrapper in wrappers.items():
+            self.base.set_submodule(name, wrapper.original_module)
         self.base.train(self.training)
         for parameter in self.asked:
             parameter.requires_grad_(True)
@@ -37,7 +44,7 @@ def named_sources(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dic
     """Sources by the name of the expert.
 
     Raises:
-        ComposeError: If there are none, or two have the same name.
+        ComposeError: If there are none, two have the same name, or a name cannot be that of a folder.
     """
     if isinstance(loras, Mapping):
         named = {name: str(source) for name, source in loras.items()}
@@ -50,9 +57,26 @@ def named_sources(loras: Mapping[str, str | Path] | Sequence[str | Path]) -> dic
                 "Give each a name: NAME=PATH, or a dict of paths by name."
             )
         named = dict(zip(names, map(str, loras), strict=True))
+    check_expert_names(named)
     if not named:
         raise ComposeError("there are no LoRAs to compose; allowed: at least one.")
     return named
+
+
+def check_expert_names(names: Iterable[object]) -> None:
+    """Refuse names of experts that cannot be names of folders, which is what an export makes of them.
+
+    Raises:
+        ComposeError: With the first such name.
+    """
+    for name in names:
+        reason = unusable_name(name)
+        if reason is not None:
+            shown = repr(name) if len(repr(name)) < 80 else f"{repr(name)[:80]}..."
+            raise ComposeError(
+                f"the name of an expert {shown} {reason}; allowed: a name that a folder can have, of at most 200 "
+                "bytes. Name it otherwise (NAME=LORA, `--name NAME`)."
+            )
 
 
 def check_names(base: Any, sources: Sequence[LoraSource], check: bool) -> None:
@@ -82,6 +106,54 @@ def check_names(base: Any, sources: Sequence[LoraSource], check: bool) -> None:
             f"the LoRAs and the base model name different bases ({found}); allowed: one. If they are the same model "
             "under different names, pass check_base_name=False (`--any-base-name`)."
         )
+
+
+def shared_modules(sources: Sequence[LoraSource], new: Sequence[str]) -> dict[str, Tensor]:
+    """What the LoRAs saved of whole modules, where it can be one thing for all of them: by the base's tensors.
+
+    Args:
+        sources: The LoRAs.
+        new: Modules that the composition trains anew: what the LoRAs saved of them does not count.
+
+    Raises:
+        ComposeError: If two LoRAs saved the same module with other values.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
+    for source in sources:
+        for name, tensor in source.saved.items():
+            module = name.rpartition(".")[0]
+            if any(f".{module}.".endswith(f".{each}.") or f".{each}." in f".{name}" for each in new):
+                continue
+            first, other = found.setdefault(name, (source.name, tensor))
+            if tensor.shape != other.shape or not torch.equal(tensor, other):
+                raise ComposeError(
+                    f"the LoRAs {first!r} and {source.name!r} each saved {module!r} whole, with other values, and the "
+                    f"composition has one; allowed: equal ones, one LoRA that has it, or modules_to_save=[{module!r}], "
+                    "which leaves theirs out and trains a new one."
+                )
+    return {name: tensor for name, (_, tensor) in found.items()}
+
+
+def write_shared(model: PeftModel, adapter: str, saved: Mapping[str, Tensor]) -> None:
+    """Put what LoRAs saved of whole modules into the composition's.
+
+    Raises:
+        ComposeError: If the base model has no such tensor, or another shape of it.
+    """
+    own = {
+        f"{name}.{tensor}": value
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for tensor, value in module.modules_to_save[adapter].state_dict().items()
+    }
+    for name, tensor in saved.items():
+        if name not in own or own[name].shape != tensor.shape:
+            has = "none" if name not in own else str(list(own[name].shape))
+            raise ComposeError(
+                f"a LoRA saved {name} {list(tensor.shape)}, and the base model has {has}; allowed: LoRAs of this base "
+                "model, with as many labels."
+            )
+        own[name].copy_(tensor)
 
 
 def check_fit(modules: Mapping[str, nn.Module], source: LoraSource, base: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 
 from moelora.errors import ComposeError
+from moelora.formats import check_finite
+from moelora.validation import is_real
 
 # Fields of `LoraConfig` under which a LoRA is something else than W + s B A: the harmless value, and the reason.
 _PLAIN: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA also rescales the base weight"),
     "lora_bias": (False, "it adds a bias of its own"),
-    "modules_to_save": (None, "it replaces whole modules, which all experts would share"),
     "trainable_token_indices": (None, "it replaces embeddings, which all experts would share"),
     "bias": ("none", "it changes biases of the base, which all experts would share"),
     "layer_replication": (None, "it changes the base's layers"),
@@ -47,6 +48,7 @@ class LoraSource:
         config: Its configuration.
         shapes: (rank, in_features, out_features) by the name of the linear.
         license: The license that its card states, if it has one.
+        saved: What it holds of modules that it trained whole (`modules_to_save`), by the names of the base's tensors.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LoraSource:
     config: LoraConfig
     shapes: dict[str, tuple[int, int, int]]
     license: str | None
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -69,7 +72,7 @@ class LoraSource:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Read the weights: (A [R, D], B [O, R]) by the name of the linear."""
-        return _pairs(self.name, _weights(self.source))
+        return _pairs(self.name, _split(self.config, _weights(self.source))[0])
 
 
 def read_lora(name: str, source: str | Path) -> LoraSource:
@@ -84,12 +87,11 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
     """
     source = str(source)
     config = _config(source)
-    for field, (plain, reason) in _PLAIN.items():
-        value = getattr(config, field, plain)
+    for word, (plain, reason) in _PLAIN.items():
+        value = getattr(config, word, plain)
         if value != plain and value:
             raise ComposeError(
-                f"the LoRA {source!r} has {field}={value!r}, and {reason}; allowed: {field}={plain!r}. Train it "
-                "without."
+                f"the LoRA {source!r} has {word}={value!r}, and {reason}; allowed: {word}={plain!r}. Train it without."
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
@@ -98,9 +100,17 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
             "its factors do not fit the base that the other experts have; allowed: a LoRA that was converted when it "
             "was saved (`save_pretrained(path_initial_model_for_weight_conversion=...)`)."
         )
-    pairs = _pairs(source, _weights(source))
+    for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not is_real(value):
+            raise ComposeError(
+                f"the LoRA {source!r} has lora_alpha={value!r}; allowed: a finite number. Write the one that it was "
+                "trained with into its adapter_config.json."
+            )
+    weights, saved = _split(config, _weights(source))
+    pairs = _pairs(source, weights)
+    check_finite(saved, f"the LoRA {source!r}", ComposeError)
     shapes = {module: (a.shape[0], a.shape[1], b.shape[0]) for module, (a, b) in pairs.items()}
-    return LoraSource(name, source, config, shapes, _license(source))
+    return LoraSource(name, source, config, shapes, _license(source), saved)
 
 
 def mean_factors(general: Sequence[LoraSource], experts: Sequence[LoraSource]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -165,6 +175,16 @@ def _weights(source: str) -> dict[str, Tensor]:
     return weights
 
 
+def _split(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the LoRA itself, and those of `modules_to_save` by the names of the base's tensors."""
+    modules = tuple(f".{name}." for name in config.modules_to_save or ())
+    whole = {key for key in weights if ".lora_" not in key and any(module in f".{key}" for module in modules)}
+    return (
+        {key: tensor for key, tensor in weights.items() if key not in whole},
+        {key.removeprefix(_PREFIX): weights[key] for key in whole},
+    )
+
+
 def _pairs(source: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B by the name of the linear.
 
@@ -179,8 +199,7 @@ def _pairs(source: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, T
                 f"the LoRA {source!r} holds {key} {list(tensor.shape)}; allowed: lora_A.weight and lora_B.weight of "
                 "linears. LoRAs of embeddings, convolutions and experts' parameters cannot be experts."
             )
-        if not bool(tensor.isfinite().all()):
-            raise ComposeError(f"the LoRA {source!r} holds NaN or infinity in {key}; allowed: finite numbers.")
+        check_finite({key: tensor}, f"the LoRA {source!r}", ComposeError)
         halves.setdefault(module, {})[factor[0]] = tensor
     for module, found in halves.items():
         if len(found) < 2 or found["A"].shape[0] != found["B"].shape[1]:
@@ -203,5 +222,8 @@ def _license(source: str) -> str | None:
         )
     except Exception:  # a card is no part of the adapter: a missing or broken one says nothing
         return None
-    found = None if loaded is None else getattr(loaded.data, "license", None)
+    stated = {} if loaded is None else loaded.data.to_dict()
+    found = stated.get("license")
+    if found == "other":  # the Hub's word for one that has a name of its own
+        found = stated.get("license_name", found)
     return found if isinstance(found, str) else None

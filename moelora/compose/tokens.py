@@ -62,6 +62,53 @@ def _tokenize(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, l
     return {"input_ids": whole, "labels": [-100] * shared + list(whole[shared:])}
 
 
+def check_rows(rows: Any, name: str, vocab_size: int) -> None:
+    """Refuse rows that are not tokenised, or by another tokenizer than the base model's.
+
+    Args:
+        rows: What should be tokenised rows.
+        name: What the message calls them.
+        vocab_size: Words that the base model has an embedding of.
+
+    Raises:
+        ComposeError: With the first row that is wrong, and its value.
+    """
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise ComposeError(f"the rows of {name} are a {type(rows).__name__}; allowed: a list of tokenised rows. {_FIX}")
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of {name}"
+        if not isinstance(row, Mapping):
+            raise ComposeError(f"{where} is {_short(row)}; allowed: a dict with input_ids. {_FIX}")
+        lengths = {}
+        for column in ("input_ids", "labels") if row.get("labels") is not None else ("input_ids",):
+            given = row.get(column)
+            try:
+                ids = torch.as_tensor([] if given is None else given)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ComposeError(f"{where} has {column} {_short(given)}; allowed: token ids. {_FIX}") from error
+            if ids.dim() != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+                raise ComposeError(
+                    f"{where} has {column} {_short(given)}; allowed: a list of at least one token id. {_FIX}"
+                )
+            wrong = ids[((ids < 0) | (ids >= vocab_size)) & ((ids != -100) | (column == "input_ids"))]
+            if len(wrong):
+                raise ComposeError(
+                    f"{where} has the token {int(wrong[0])} in {column}; allowed: 0 to {vocab_size - 1}, the base "
+                    "model's vocabulary. Tokenise the rows with the base model's own tokenizer."
+                )
+            lengths[column] = len(ids)
+        if len(set(lengths.values())) > 1:
+            raise ComposeError(f"{where} has {lengths} entries; allowed: a label for each token. {_FIX}")
+
+
+_FIX = "`moelora.compose.tokens.tokenize` makes such rows."
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def prompt_of(example: Mapping[str, Sequence[int]]) -> list[int]:
     """The tokens before an example's answer."""
     labels = example.get("labels")

@@ -26,7 +26,8 @@ from moelora.compose.routers.xlora import XLora
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.experts.composed import ComposedLoraExperts
-from moelora.files import new_folder
+from moelora.files import written_folder
+from moelora.formats import check_finite
 from moelora.routing.router import Router
 from moelora.scores.classifier import ClassifierScores
 from moelora.selection.top_k import TopK
@@ -96,7 +97,7 @@ def write_xlora(model: PeftModel, folder: str | Path, *, adapter_name: str = "de
         adapter_name: The adapter's name.
 
     Raises:
-        ComposeError: If it is another mixture, PEFT has no words for it, or the folder exists.
+        ComposeError: If it is another mixture, PEFT has no words for it, or the folder exists or cannot be written.
     """
     folder = Path(folder).absolute()
     config = model.peft_config[adapter_name]
@@ -124,7 +125,7 @@ def write_xlora(model: PeftModel, folder: str | Path, *, adapter_name: str = "de
         if int(index) == config.xlora_depth - 1:
             tensor = _by_site(tensor)
         tensors[f"{_PREFIX}{step * int(index)}.{kind}"] = tensor.contiguous()
-    with new_folder(folder) as ready:
+    with written_folder(folder, ComposeError) as ready:
         config.save_pretrained(str(ready))
         save_file(tensors, ready / _WEIGHTS, metadata={"format": "pt"})
         for expert in range(len(names)):
@@ -232,6 +233,7 @@ def _classifier(folder: Path, recipe: XLora) -> dict[str, Tensor]:
         raise ComposeError(
             f"the classifier {str(folder / _WEIGHTS)!r} cannot be read: {' '.join(str(error).split())} Save it again."
         ) from error
+    check_finite(found, repr(str(folder / _WEIGHTS)), ComposeError)
     step = _step(recipe.dropout)
     names = {f"{_PREFIX}{step * i}.{kind}": f"{kind}_{i}" for i in range(recipe.depth) for kind in ("weight", "bias")}
     if set(found) != set(names):

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
-from moelora.formats import upgrade_keys
+from moelora.formats import check_finite, upgrade_keys
+from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
+from moelora.hub.read import local_folder
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 from moelora.layers.feed_forward import MixtureFeedForward
@@ -135,25 +137,26 @@ def open_adapter(
     """Open an adapter for export.
 
     Args:
-        adapter: A model with the adapter, or a folder that it was saved in.
+        adapter: A model with the adapter, a folder that it was saved in, or the name of a Hub repository.
         base: Name or folder of the base model; None takes the one that the adapter records. Of a folder's adapter it
             is where the base model's configuration is read from; no weight is.
         adapter_name: Of a model, the name of the adapter.
         kinds: The kinds of experts that may be exported.
 
     Raises:
-        ExportError: If there is no such adapter, a file is missing or damaged, the base model is not found, or the
-            adapter has what no other format holds.
+        ExportError: If a file is missing or damaged, a tensor holds NaN or infinity, the base model is not found, or
+            the adapter has what no other format holds.
+        HubError: If there is no such folder or repository.
         MoeLoraError: If the adapter does not fit the base model.
     """
     if isinstance(adapter, PeftModel):
-        return _of_model(adapter, adapter_name, base, kinds)
+        return _of_model(adapter, adapter_name, base, "the model", kinds)
     if not isinstance(adapter, (str, Path)):
         raise ExportError(
             f"a {type(adapter).__name__} holds no adapter; allowed: a model made by peft.get_peft_model or "
             "PeftModel.from_pretrained, or an adapter's folder."
         )
-    folder = Path(adapter).expanduser()
+    folder = local_folder(adapter, CONFIG_FILE, WEIGHTS_FILE)
     config = read_config(folder, kinds)
     name = base or config.base_model_name_or_path
     model = PeftModel.from_pretrained(
@@ -164,7 +167,7 @@ def open_adapter(
         autocast_adapter_dtype=False,
     )
     _fill(model, upgrade_keys(load_peft_weights(str(folder), device="cpu")))
-    return _of_model(model, "default", name, kinds)
+    return _of_model(model, "default", name, repr(str(folder)), kinds)
 
 
 def _fill(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
@@ -250,7 +253,9 @@ def skeleton_of(name: str | None, task_type: str | None) -> nn.Module:
     return model
 
 
-def _of_model(model: PeftModel, adapter_name: str, base_name: str | None, kinds: Sequence[str]) -> OpenAdapter:
+def _of_model(
+    model: PeftModel, adapter_name: str, base_name: str | None, where: str, kinds: Sequence[str]
+) -> OpenAdapter:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, MoeLoraConfig):
         known = [name for name, each in model.peft_config.items() if isinstance(each, MoeLoraConfig)]
@@ -259,6 +264,14 @@ def _of_model(model: PeftModel, adapter_name: str, base_name: str | None, kinds:
         )
     check_exportable(config, kinds)
     base = model.get_base_model()
+    ending = f".{adapter_name}"
+    tensors = {
+        f"{name.removesuffix(ending)}.{own}": module.get_parameter(own).data
+        for name, module in base.named_modules()
+        if isinstance(module, AdapterTensors) and name.endswith(ending)
+        for own in module.declared
+    }
+    check_finite(tensors, where, ExportError)
     recorded = base_name or config.base_model_name_or_path
     names = tuple(name for name, _ in base_modules(base))
     return OpenAdapter(config, tuple(open_sites(base, adapter_name)), base, recorded, names)

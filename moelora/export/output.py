@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moelora.errors import ExportError
-from moelora.export.adapter import OpenAdapter, one_line
-from moelora.files import new_folder
+from moelora.export.adapter import OpenAdapter
+from moelora.files import written_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,13 +30,8 @@ def output_folder(output: str | Path) -> Iterator[Path]:
         ExportError: If something is there already, or it cannot be written.
     """
     output = check_free(output)
-    try:
-        with new_folder(output) as ready:
-            yield ready
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"the output {str(output)!r} cannot be written: {one_line(error)} Nothing is left."
-        ) from error
+    with written_folder(output, ExportError) as ready:
+        yield ready
 
 
 def check_free(output: str | Path) -> Path:

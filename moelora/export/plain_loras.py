@@ -9,17 +9,20 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.export.adapter import LORA_EXPERTS, OpenAdapter, open_adapter
-from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zeros, is_one, mixed_loras
+from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zeros, ignores_input, is_one, mixed_loras
 from moelora.export.output import Lora, output_folder, save_tensors, write_lora
+from moelora.export.record import export_record, write_record
 from moelora.routing.batch import Tokens
+from moelora.validation import unusable_name
 from moelora.version import __version__
 
 ROUTER_FORMAT = 1
@@ -35,10 +38,11 @@ def export_loras(
     - A fixed mix (`constant` scores), or an adapter without routers, is one LoRA: `output` is its folder. Ranks add up.
     - One choice for each sequence is a folder for each choice, with router.json, router.safetensors (unless the choice
       is the task's number) and route.py, an example that picks the LoRA of a request and needs no moelora. Plain LoRAs
-      beside the mixtures are in every one.
+      beside the mixtures are in every one. What a folder's name cannot be is replaced by "-"; "renamed" in router.json
+      has the experts' own names then.
 
     Args:
-        adapter: A model with the adapter, or the folder of a saved one.
+        adapter: A model with the adapter, the folder of a saved one, or its name on the Hub.
         output: The folder to write; it must not exist.
         base: See `open_adapter`.
         adapter_name: Of a model, the name of the adapter.
@@ -58,13 +62,10 @@ def export_loras(
             check_block(site, gates[site.name])
         with output_folder(output) as folder:
             write_lora(folder, mixed_loras(opened, gates), opened)
+            write_record(folder, export_record("lora", opened.config, opened.base_name, exact=True))
         return Path(output)
-    if opened.config.needs == {"task_ids"} and all(site.router.ignores_input for site in opened.routed if site.router):
-        loras, router, tensors = _by_task(opened)
-    elif opened.config.scores.kind == "centroids":
-        loras, router, tensors = _by_centroid(opened)
-    else:
-        raise ExportError(_refusal(opened))
+    by_task = check_by_sequence(opened.config) == "task"
+    loras, router, tensors = _by_task(opened) if by_task else _by_centroid(opened)
     with output_folder(output) as folder:
         for name, parts in loras.items():
             write_lora(folder / name, parts, opened)
@@ -73,17 +74,32 @@ def export_loras(
             "written_by": f"moelora {__version__}",
             "base_model": opened.base_name,
             **router,
+            **({"renamed": renamed} if (renamed := _renamed(opened)) else {}),
         }
         (folder / "router.json").write_text(json.dumps(words, indent=2) + "\n")
         if tensors:
             save_tensors(tensors, folder / "router.safetensors")
         shutil.copyfile(_EXAMPLES[router["kind"]], folder / "route.py")
+        write_record(folder, export_record("loras", opened.config, opened.base_name))
     return Path(output)
 
 
-def _refusal(adapter: OpenAdapter) -> str:
-    config = adapter.config
-    return (
+def check_by_sequence(config: MoeLoraConfig) -> Literal["task", "centroid"]:
+    """What a mixture chooses one expert for a sequence by.
+
+    Raises:
+        ExportError: If it does not.
+    """
+    if config.needs == {"task_ids"} and ignores_input(config):
+        return "task"
+    if config.scores.kind == "centroids" and config.selection.kind == "nearest":
+        return "centroid"
+    if config.scores.kind == "centroids":
+        raise ExportError(
+            f"the selection is {config.selection.describe()}, which mixes experts; allowed: 'nearest', one expert for "
+            f"each sequence. {DISTIL}."
+        )
+    raise ExportError(
         f"the mixture is routed token by token (scores {config.scores.describe()}, selection "
         f"{config.selection.describe()}), so no LoRA is right for a whole request; allowed: 'task' or 'centroids' "
         f"scores with one choice for each sequence, or 'constant'. {DISTIL}, or keep its routing with "
@@ -126,11 +142,6 @@ def _by_task(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str
 def _by_centroid(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str, Any], dict[str, Tensor]]:
     """A LoRA for each expert, and the router's tensors."""
     config = adapter.config
-    if config.selection.kind != "nearest":
-        raise ExportError(
-            f"the selection is {config.selection.describe()}, which mixes experts; allowed: 'nearest', one expert for "
-            f"each sequence. {DISTIL}."
-        )
     tensors = _shared_tensors(adapter)
     names = expert_names(adapter)
     experts = torch.eye(len(names))
@@ -162,18 +173,33 @@ def _shared_tensors(adapter: OpenAdapter) -> dict[str, Tensor]:
     return tensors
 
 
+def _given_names(adapter: OpenAdapter) -> list[str]:
+    E = adapter.config.experts.num_experts
+    return getattr(adapter.config.experts, "names", []) or [f"expert-{expert}" for expert in range(E)]
+
+
+def _renamed(adapter: OpenAdapter) -> dict[str, str]:
+    """The experts whose folder has another name than they, by the folder."""
+    pairs = zip(expert_names(adapter), _given_names(adapter), strict=True)
+    return {folder: name for folder, name in pairs if folder != name}
+
+
 def expert_names(adapter: OpenAdapter) -> list[str]:
-    """A name for each expert that a folder can have.
+    """A name for each expert that a folder can have, and a path in a URL or a command without quoting.
 
     Raises:
-        ExportError: If two names are the same folder.
+        ExportError: If two names are the same folder, or one is too long.
     """
-    E = adapter.config.experts.num_experts
-    given = getattr(adapter.config.experts, "names", []) or [f"expert-{expert}" for expert in range(E)]
+    given = _given_names(adapter)
     names = [re.sub(r"[^\w.-]+", "-", name).strip(".-") or "expert" for name in given]
     folders = [name.casefold() for name in names]  # some file systems do not tell capitals
     taken = {"router.json", "router.safetensors", "route.py", _NO_EXPERT}
     for name, original in zip(names, given, strict=True):
+        if unusable_name(name) is not None:
+            raise ExportError(
+                f"expert {original[:60]!r}... {unusable_name(name)}; allowed: a name that a folder can have. Rename "
+                "the expert in the adapter's configuration, experts.names."
+            )
         if folders.count(name.casefold()) > 1 or name.casefold() in taken:
             raise ExportError(
                 f"expert {original!r} would be the folder {name!r}, which is taken; allowed: names that differ in "

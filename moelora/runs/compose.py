@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ import yaml
 from moelora.compose.assemble import from_loras
 from moelora.compose.pool import named_sources
 from moelora.compose.routers.base import Example
-from moelora.compose.sources import read_lora
+from moelora.compose.sources import LoraSource, read_lora
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.runs.config import DatasetConfig
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
@@ -37,6 +37,7 @@ class ComposeConfig:
         router: The kind of a recipe, or a mapping of its kind and words.
         dataset: Rows for recipes that are fitted; the column `task` names the expert.
         trainable: Whether training moves the experts too.
+        modules_to_save: Modules of the base that are trained whole; see `from_loras`.
         dtype: Data type of the base model's weights.
         model_kwargs: More arguments of `from_pretrained`.
     """
@@ -47,6 +48,7 @@ class ComposeConfig:
     router: str | dict[str, Any] = "uniform"
     dataset: DatasetConfig | None = None
     trainable: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
     dtype: Literal["bfloat16", "float16", "float32"] = "float32"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -101,14 +103,14 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
         MoeLoraError: If it cannot be made; nothing is left behind.
     """
     output = Path(config.output_dir)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise RunError(
             f"the output {str(output)!r} exists; allowed: a folder that does not. Remove it, or name another."
         )
     source = ModelSource(config.model or _stated_base(config), config.dtype, config.model_kwargs)
     tokenizer = load_tokenizer(source)
     examples = {} if config.dataset is None else examples_by_task(config.dataset, tokenizer)
-    base = load_model(source)
+    base = load_model(source, _first_lora(config).config.task_type)
     say(f"Base      {source.model} in {config.dtype}")
     model = from_loras(
         base,
@@ -116,16 +118,20 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
         config.router,
         examples=examples,
         trainable=config.trainable,
+        modules_to_save=config.modules_to_save,
         check_base_name=not any_base_name,
     )
     composed = model.peft_config["default"]
     composed.base_model_name_or_path = source.model
+    if config.dataset is not None and "rows" in composed.experts.recipe:
+        recipe = {**composed.experts.recipe, "data": _names_of(config.dataset)}
+        composed.experts = replace(composed.experts, recipe=recipe)
     for name, rank in zip(composed.experts.names, composed.experts.ranks, strict=True):
         say(
             f"Expert    {name}: rank {rank}, {config.loras[name]}"
             + (f", {len(examples[name])} rows" if name in examples else "")
         )
-    with new_folder(output) as ready:
+    with written_folder(output, RunError) as ready:
         model.save_pretrained(str(ready))
         tokenizer.save_pretrained(str(ready))
     trainable, _ = model.get_nb_trainable_parameters()
@@ -135,17 +141,29 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
     say(f"Next      moelora inspect {output}")
 
 
+def _names_of(data: DatasetConfig) -> list[str]:
+    """What others may know of where rows came from."""
+    if data.tasks:
+        return [f"reasoning-gym {task}" for task in data.tasks]
+    files = [data.files] if isinstance(data.files, str) else data.files or []
+    return [data.hub] if data.hub else [Path(file).name for file in files]
+
+
+def _first_lora(config: ComposeConfig) -> LoraSource:
+    name, source = next(iter(config.loras.items()))
+    return read_lora(name, source)
+
+
 def _stated_base(config: ComposeConfig) -> str:
     """The base model that the first LoRA names.
 
     Raises:
         RunError: If it names none.
     """
-    name, source = next(iter(config.loras.items()))
-    stated = read_lora(name, source).config.base_model_name_or_path
-    if not stated:
-        raise RunError(f"the LoRA {source!r} does not name its base model; give --base MODEL.")
-    return str(stated)
+    lora = _first_lora(config)
+    if not lora.config.base_model_name_or_path:
+        raise RunError(f"the LoRA {lora.source!r} does not name its base model; give --base MODEL.")
+    return str(lora.config.base_model_name_or_path)
 
 
 def examples_by_task(config: DatasetConfig, tokenizer: Any) -> dict[str, list[Example]]:

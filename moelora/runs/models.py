@@ -11,7 +11,7 @@ from typing import Any
 
 from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
-from moelora.formats import upgrade_keys
+from moelora.formats import check_finite, upgrade_keys
 from moelora.runs.config import RunConfig
 from moelora.runs.wording import one_line
 
@@ -126,17 +126,22 @@ def load_tokenizer(config: RunConfig | ModelSource) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig | ModelSource) -> Any:
+def load_model(config: RunConfig | ModelSource, task_type: str | None = None) -> Any:
     """The base model of a run.
+
+    Args:
+        config: Which.
+        task_type: PEFT's task type: "SEQ_CLS" is a classifier or reward model, anything else a causal language model.
 
     Raises:
         RunError: If the model cannot be found or reached.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     words = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
-    return _from_pretrained(AutoModelForCausalLM, config.model, words)
+    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+    return _from_pretrained(auto, config.model, words)
 
 
 def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
@@ -149,6 +154,9 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
         base: The base model; it is changed.
         adapter: Folder or Hub name of the adapter.
         is_trainable: Whether it is to be trained further.
+
+    Raises:
+        RunError: If a tensor of the adapter holds NaN or infinity.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights
@@ -156,6 +164,7 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
     # First without loss into float32 or what is wider, then to what is stored.
     model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, autocast_adapter_dtype=True)
     stored = upgrade_keys(load_peft_weights(adapter, device="cpu"))
+    check_finite(stored, repr(adapter), RunError)
     for name, tensor in model.named_parameters():
         saved = stored.get(re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name))
         if saved is not None and saved.dtype != tensor.dtype:

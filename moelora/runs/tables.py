@@ -14,7 +14,8 @@ def terminal(header: Sequence[str], rows: Sequence[Sequence[str]], foot: int = 1
         return "  ".join([cells[0].ljust(widths[0]), *rest])
 
     rule = "-" * len(line(header))
-    return "\n".join([line(header), rule, *map(line, rows[:-foot]), rule, *map(line, rows[-foot:])])
+    body, last = rows[: len(rows) - foot], rows[len(rows) - foot :]
+    return "\n".join([line(header), rule, *map(line, body), *([rule] if last else []), *map(line, last)])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:

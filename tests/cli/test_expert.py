@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
@@ -16,9 +16,8 @@ from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import DatasetConfig
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter
-from tests.compose.mixtures import saved, saved_by_sequence
+from tests.compose.mixtures import saved, saved_by_sequence, weights
 from tests.compose.test_split import trained_lora
-from tests.conftest import tiny_model
 from tests.runs.tiny import tiny_folder, tiny_tokenizer
 
 
@@ -76,64 +75,50 @@ def test_an_edit_prints_sizes_and_losses(
         assert table["loss a token"][0] == table["loss a token"][1]
 
 
+def _centroid(folder: Path) -> Tensor:
+    """The centroid of the last expert."""
+    return next(tensor for name, tensor in weights(folder).items() if name.endswith("centroids"))[-1]
+
+
+def test_rows_of_the_new_experts_task_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file with a column task only those that the new expert is called by."""
+    rows = [{"prompt": f"{n} {n} ", "completion": "4", "task": ("law", "tax")[n % 2]} for n in range(6)]
+    tasks = {name: [row for row in rows if row["task"] == name] for name in ("law", "tax")}
+    for name, part in {**tasks, "both": rows}.items():
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    add = "add @named --base @base"
+    assert expert(place, f"{add} -o @some --name law --rows @both.jsonl") == 0
+    assert expert(place, f"{add} -o @all --name law --rows @law.jsonl") == 0
+    assert expert(place, f"{add} -o @nameless --rows @law.jsonl") == 0
+    assert expert(place, f"{add} -o @other --name tax --rows @both.jsonl") == 0
+    assert _centroid(place / "some").allclose(_centroid(place / "all"))
+    assert _centroid(place / "nameless").equal(_centroid(place / "all"))
+    assert not _centroid(place / "other").allclose(_centroid(place / "all"), atol=1e-3)
+    for name in ("", "--name four"):
+        capsys.readouterr()
+        assert expert(place, f"{add} -o @out {name} --rows @both.jsonl") == 1
+        assert "has rows of the tasks law, tax in its column task; allowed: one of these" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_several_files_of_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss is that of one file with all their rows."""
+    for name, answer in (("a", "1 2 3"), ("b", "9")):
+        (place / f"{name}.jsonl").write_text(json.dumps({"prompt": "1 2 ", "completion": answer}))
+    (place / "ab.jsonl").write_text((place / "a.jsonl").read_text() + "\n" + (place / "b.jsonl").read_text())
+    losses = []
+    for number, files in enumerate(("@a.jsonl @b.jsonl", "@ab.jsonl", "@a.jsonl")):
+        assert expert(place, f"cut @mixture -o @{number} --rank 2 --base @base --data {files}") == 0
+        losses.append(next(line for line in capsys.readouterr().out.splitlines() if "loss" in line).split()[-2:])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_without_data_no_base_is_needed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place / "base")
     assert expert(place, "cut @mixture -o @out --rank 1") == 0
-    assert "loss" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "verb",
-    ["add", "drop --experts 0", "freeze --experts 0", "merge --to 2", "cut --rank 1", "split --num-experts 4"],
-)
-@pytest.mark.parametrize("fault", ["missing", "cut off", "output exists", "output is input", "no space", "wrong base"])
-def test_bad_input_of_each_verb_is_one_line_and_leaves_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str], verb: str, fault: str
-) -> None:
-    name, *rest = verb.split()
-    output, data = "@out", "--data @rows.jsonl --base @base" if name == "merge" or fault == "wrong base" else ""
-    adapter = "lora" if name == "split" else "mixture"
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    expected = {
-        "missing": "holds no adapter",
-        "cut off": "cannot be read",
-        "output exists": "exists; allowed: a new folder",
-        "output is input": "is the input",
-        "no space": "cannot be written",
-        "wrong base": "do not fit",
-    }[fault]
-    if name == "split":  # read by PEFT's own words
-        expected = {"missing": "cannot be read", "wrong base": "does not fit the base model"}.get(fault, expected)
-    if fault == "missing":
-        (place / adapter / "adapter_model.safetensors").unlink()
-    elif fault == "cut off":
-        file = place / adapter / "adapter_model.safetensors"
-        file.write_bytes(file.read_bytes()[:3000])
-    elif fault == "output exists":
-        (place / "out").mkdir()
-        (place / "out/adapter_config.json").write_text("{")
-    elif fault == "output is input":
-        output = f"@{adapter}"
-    elif fault == "wrong base":
-        shutil.rmtree(place / "base")
-        tokenizer = tiny_tokenizer()
-        tiny_model(hidden_size=24, vocab_size=len(tokenizer)).save_pretrained(place / "base")
-        tokenizer.save_pretrained(place / "base")
-    before = sorted(str(path) for path in place.rglob("*"))
-    capsys.readouterr()
-    if fault == "no space":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    try:
-        assert expert(place, f"{name} @{adapter} -o {output} {' '.join(rest)} {data}") == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("moelora expert")]
-    assert line.startswith(f"moelora expert {name}: ")
-    assert expected in line
-    assert "Traceback" not in captured.err
-    assert sorted(str(path) for path in place.rglob("*")) == before
+    shown = capsys.readouterr().out
+    assert "loss" not in shown
+    assert shown.splitlines()[-1] == f"  next: moelora inspect {place / 'out'}"
 
 
 @pytest.mark.parametrize(

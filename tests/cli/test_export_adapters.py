@@ -29,8 +29,32 @@ def run(*arguments: object) -> int:
 def test_to_lora(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = saved(composition(base), tmp_path / "adapter")
     assert run(adapter, tmp_path / "out", "--to", "lora") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    out = tmp_path / "out"
+    assert capsys.readouterr().out.splitlines() == [
+        str(out),
+        "  LoRAs       3: code (rank 2), maths (rank 4), prose (rank 3)",
+        "  router      by a task's number, in route.py, router.json",
+        f"  base model  {base}",
+        f"  next        python {out}/route.py NUMBER    (prints the LoRA of a request)",
+    ]
     assert (tmp_path / "out" / "code" / "adapter_model.safetensors").is_file()
+
+
+def test_names_that_are_changed_are_said(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = composition(base, changes={"names": ["EU law", "a/b", "prose"]})
+    assert run(saved(model, tmp_path / "adapter"), tmp_path / "out", "--to", "lora") == 0
+    assert "  renamed     'EU law' is EU-law, 'a/b' is a-b" in capsys.readouterr().out.splitlines()
+    router = json.loads((tmp_path / "out/router.json").read_text())
+    assert router["renamed"] == {"EU-law": "EU law", "a-b": "a/b"}
+    assert router["loras"] == {"-1": None, "0": "EU-law", "1": "a-b", "2": "prose"}
+
+
+def test_to_one_lora_of_a_fixed_mix(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = saved(composition(base, scores="constant"), tmp_path / "adapter")
+    assert run(adapter, tmp_path / "out", "--to", "lora") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  LoRA        one, ranks 8 to 9"  # at down_proj "code" is 0, one row of it
+    assert lines[2].startswith("  next        peft.PeftModel.from_pretrained(base, ")
 
 
 def test_to_one_lora_without_data(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,8 +62,10 @@ def test_to_one_lora_without_data(tmp_path: Path, base: Path, capsys: pytest.Cap
     assert run(adapter, tmp_path / "out", "--to", "lora", "--rank", 2, "--base", base) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(tmp_path / "out")
-    assert lines[1].startswith("One LoRA of rank 2 keeps ")
-    assert "not measured" in lines[2]
+    assert lines[1] == "  LoRA        one, rank 2"
+    assert lines[2].startswith("  One LoRA of rank 2 keeps ")
+    assert "not measured" in lines[3]
+    assert lines[4].startswith("  next ")
 
 
 @pytest.mark.parametrize("form", ["chat", "text", "tasks"])
@@ -62,8 +88,8 @@ def test_to_one_lora_on_data(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     capsys.readouterr()
     assert run(adapter, tmp_path / "out", *words) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines[-4:]] == ["base", "mixture", "LoRA", "after"]
-    assert lines[-3][2] == "0.0000"  # KL of the mixture to itself
+    assert [line[0] for line in lines[-5:-1]] == ["base", "mixture", "LoRA", "after"]
+    assert lines[-4][2] == "0.0000"  # KL of the mixture to itself
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -72,8 +98,22 @@ def test_mixlora_and_back(tmp_path: Path, base: Path, capsys: pytest.CaptureFixt
     adapter = saved(model, tmp_path / "adapter")
     assert run(adapter, tmp_path / "theirs", "--to", "mixlora", "--base", base) == 0
     assert run(tmp_path / "theirs", tmp_path / "ours", "--to", "moelora") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'theirs'}\n{tmp_path / 'ours'}\n"
-    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["adapter_config.json", "adapter_model.bin"]
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "theirs"),
+        "  experts     4 of rank 3, 2 per token",
+        f"  base model  {base}",
+        "  files       adapter_config.json, adapter_model.bin, moelora_export.json",
+        f"  next        moelora export {tmp_path / 'theirs'} NEW --to moelora    (reads it back)",
+        str(tmp_path / "ours"),
+        "  experts     4 of rank 3, 2 per token",
+        f"  base model  {base}",
+        f"  next        moelora inspect {tmp_path / 'ours'}",
+    ]
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.bin",
+        "moelora_export.json",
+    ]
     torch.testing.assert_close(outputs(with_lora(base, tmp_path / "ours")), outputs(model), atol=1e-5, rtol=1e-5)
 
 

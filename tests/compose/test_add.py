@@ -207,7 +207,10 @@ def test_a_bias_of_all_experts_is_not_moved_any_more(tmp_path: Path) -> None:
         pytest.param("molora", {"rows": {"centroids": torch.ones(1, 36)}}, "does not have", id="rows of no router"),
         pytest.param(None, {}, "rows of 'centroids' for the new experts are not given", id="no centroid"),
         pytest.param(
-            None, {"rows": {"centroids": torch.ones(36)}}, r"of shape \[36\]; allowed: a tensor \[1, 36\]", id="shape"
+            None,
+            {"rows": {"centroids": torch.ones(36)}},
+            r"of shape \[36\], .* allowed: a tensor \[1, 36\]",
+            id="shape",
         ),
         pytest.param(None, {"names": ["two"], "rows": {"centroids": torch.ones(1, 36)}}, "Taken: two", id="name clash"),
     ],

@@ -42,7 +42,7 @@ def test_edit_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             outputs.append(words[words.index("-o") + 1])
     for block in blocks("edit-experts.md", "python"):
         exec(block, {})
-    assert len(outputs) == 8
+    assert len(outputs) == 9
     for name in (*outputs, "smaller"):
         assert (tmp_path / name / "adapter_config.json").is_file()
 

@@ -35,7 +35,7 @@ def test_the_routers_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert NAME in code
     exec(compile(code.replace(NAME, "tiny"), str(PAGE), "exec"), namespace)
     scores = {}
-    for section in sections:
+    for section in (each for each in sections if each.startswith("`")):
         kind = section.split("`")[1]
         assert f"| `{kind}` |" in first
         exec(compile(_blocks(section), str(PAGE), "exec"), namespace)

@@ -14,7 +14,7 @@ from moelora.runs.config import adapter_config, load_config
 from moelora.runs.models import load_model
 from tests.export.bases import observed_without_moelora
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart-joint.yaml"
 
 
 @pytest.mark.real_model

@@ -227,7 +227,7 @@ def test_the_place_is_taken(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="exists"):
         to_native_moe(tmp_path / "adapter", tmp_path / "file")
-    with pytest.raises(ExportError, match="cannot write"):
+    with pytest.raises(ExportError, match="cannot be written"):
         to_native_moe(tmp_path / "adapter", tmp_path / "file" / "moe")
 
 
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_writer, "_write", full)
-    refused(tmp_path, "cannot write .*No space left on device.*Nothing is left", max_shard_size="40KB")
+    refused(tmp_path, "cannot be written: .*No space left on device.*Nothing is left", max_shard_size="40KB")
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from moelora import record_routing
 from moelora.compose.tokens import batches, tokenize
@@ -171,9 +172,9 @@ def test_with_linear_gates_the_new_row_and_expert_alone_move_and_old_rows_are_re
     seen = []
     make = sft.make_trainer
 
-    def noted(model: Any, args: Any, rows: Any, tokenizer: Any) -> Any:
+    def noted(model: Any, args: Any, rows: Any, *others: Any) -> Any:
         seen.append(sorted(rows["task"]))
-        return make(model, args, rows, tokenizer)
+        return make(model, args, rows, *others)
 
     monkeypatch.setattr(sft, "make_trainer", noted)
     file = write_sequential(tmp_path / "a", sequential={"router": "linear", "replay": 0.5, "order": TASKS[:2]})
@@ -187,9 +188,39 @@ def test_with_linear_gates_the_new_row_and_expert_alone_move_and_old_rows_are_re
             assert not second[name].equal(tensor)  # where it started
 
 
+def test_the_baseline_is_one_lora_of_the_same_size_on_the_tasks_in_turn(tmp_path: Path) -> None:
+    file = write_sequential(
+        tmp_path / "a",
+        sequential={"embedding": "input", "order": TASKS[:2]},
+        baseline={"target_modules": ADAPTER["target_modules"], "training": {"seed": 3}},
+    )
+    assert main([str(file)]) == 0
+    run = tmp_path / "a/run"
+    config = load_config(file)
+    tokenizer = load_tokenizer(config)
+    # what training the first stage's adapter on the second task gives
+    rows = load_rows(config.dataset, tokenizer)
+    second = rows.select([i for i, task in enumerate(rows["task"]) if task == TASKS[1]])
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    set_seed(3)
+    model = load_adapter(base, str(run / f"stages/baseline-1-{TASKS[0]}"), is_trainable=True)
+    arguments = sft_config(config, tmp_path / "checkpoints", {"seed": 3})
+    sft.make_trainer(model, arguments, second, tokenizer).train()
+    found = load_file(run / "baseline/adapter_model.safetensors")
+    for name, tensor in get_peft_model_state_dict(model).items():
+        torch.testing.assert_close(found[name], tensor)
+    records = [json.loads((run / name / "training.json").read_text()) for name in ("adapter", "baseline")]
+    # two experts of rank 2, and one LoRA of rank 4
+    assert records[0]["trainable_parameters"] == records[1]["trainable_parameters"]
+    assert [each["steps"] for each in records] == [8, 8]
+    assert [entry["step"] for entry in records[1]["log"]] == list(range(1, 9))
+    assert json.loads((run / "baseline/adapter_config.json").read_text())["r"] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        pytest.param({"baseline": {"lora_dropout": "none"}}, "baseline.lora_dropout is 'none'", id="a baseline"),
         pytest.param({"adapter": {"preset": "mixlora"}}, "adapter.preset is 'mixlora' with recipe", id="a mixture"),
         pytest.param({"sequential": {"order": ["gcd", "gcd"]}}, "each task once", id="twice"),
         pytest.param({"sequential": {"order": ["gcd", "spelling"]}}, "no rows; there are rows of", id="no rows"),
@@ -197,7 +228,6 @@ def test_with_linear_gates_the_new_row_and_expert_alone_move_and_old_rows_are_re
         pytest.param({"sequential": {"replay": 0.5}}, "allowed: 0. Rows of earlier tasks", id="useless replay"),
         pytest.param({"sequential": {"router": "linear", "start": "mean"}}, "allowed: 'zero'", id="start of a gate"),
         pytest.param({"sequential": {"start": "best"}}, "'zero' or 'mean' or 'previous'", id="unknown start"),
-        pytest.param({"baseline": {"r": 2}}, "allowed: none", id="a baseline"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(

@@ -22,6 +22,7 @@ from moelora.compose.editing.stacked import (
     picked,
     read_stacked,
 )
+from moelora.compose.pool import check_expert_names
 from moelora.errors import ComposeError
 
 
@@ -101,6 +102,7 @@ def _new_names(old: StackedAdapter, names: Sequence[str] | None, count: int) -> 
     if names is None:
         free = (f"expert-{n}" for n in range(old.num_experts, old.num_experts + len(old.names) + count))
         names = [name for name in free if name not in old.names][:count]
+    check_expert_names(names)
     clash = sorted(set(names) & set(old.names)) or (["two of the new ones"] if len(set(names)) < len(names) else [])
     if clash or len(names) != count or not all(names):
         raise ComposeError(
@@ -165,9 +167,16 @@ def _router_rows(
             rows = next((each for each in known if each is not None), None)
         if rows is None or list(rows.shape) != shape:
             what = "not given" if rows is None else f"of shape {list(rows.shape)}"
+            if tensor == "centroids":
+                fix = "`--rows FILE`, or `fit_centroid`, finds them on rows of the new expert."
+            else:
+                fix = (
+                    "They are found from trained LoRAs or by training, not from rows: train the new expert as a LoRA, "
+                    "and compose all of them again (`moelora compose`)."
+                )
             raise ComposeError(
-                f"the rows of {tensor!r} for the new experts are {what}; allowed: a tensor {shape} in `rows`. "
-                f"{old.config.scores.kind!r} scores need them at {site.name!r} (`--rows FILE` finds centroids)."
+                f"the rows of {tensor!r} for the new experts are {what}, which {old.config.scores.kind!r} scores need "
+                f"at {site.name!r}; allowed: a tensor {shape} in `rows`. {fix}"
             )
         found[name] = rows
     return found

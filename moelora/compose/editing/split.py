@@ -27,6 +27,9 @@ from moelora.peft_type import PEFT_TYPE
 
 Into = Literal["blocks", "rank_one", "copies"]
 
+# Experts that "rank_one" makes without being told how many: each costs a row of a router at each linear.
+RANK_ONE_UNASKED = 64
+
 # What says where an adapter goes; the same words in `peft.LoraConfig` and here.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _ABOUT = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
@@ -57,7 +60,7 @@ def split_lora(
         lora: Folder of a PEFT LoRA, or of a moelora adapter of plain LoRAs (preset `lora`).
         output: The folder to write.
         into: What an expert gets.
-        num_experts: E; not for "rank_one".
+        num_experts: E; of "rank_one" the rank, which has to be said only where it is above 64.
         top_k: Experts of a token, renormalised; only for "copies" (default 2, or 1 with one expert).
         router_init_std: Of the router of "copies".
         seed: Seed of that router.
@@ -70,6 +73,13 @@ def split_lora(
         raise ComposeError(f"into is {into!r}; allowed: {', '.join(map(repr, get_args(Into)))}.")
     words, scaling, sites, rest, before = _read(Path(lora))
     r = next(iter(sites.values()))[0].shape[0]
+    if into == "rank_one" and num_experts is None and r > RANK_ONE_UNASKED:
+        routers = r * sum(a_RD.shape[1] for a_RD, _ in sites.values())
+        raise ComposeError(
+            f"into='rank_one' would make {r} experts of a LoRA of rank {r}, and add {routers:,} parameters of routers "
+            f"at {len(sites)} linears to its {before.num_parameters:,}; allowed unasked: {RANK_ONE_UNASKED} experts. "
+            f"Say num_experts={r} (`--num-experts {r}`), or split it into blocks."
+        )
     E = _num_experts(into, num_experts, r)
     if top_k is not None and into != "copies":
         raise ComposeError(
@@ -136,8 +146,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], float, dict[str, tuple[Tensor, 
             "of each, without rank_pattern and alpha_pattern."
         )
     size = sum(tensor.numel() for pair in factors.values() for tensor in pair)
-    words = {name: getattr(source.config, name) for name in (*_TARGETS, *_ABOUT)}
-    return words, scalings.pop(), factors, {}, Size(1, size, size)
+    words = {name: getattr(source.config, name) for name in (*_TARGETS, *_ABOUT, "modules_to_save")}
+    rest = {f"base_model.model.{name}": tensor for name, tensor in source.saved.items()}
+    return words, scalings.pop(), factors, rest, Size(1, size, size)
 
 
 def _read_plain(

@@ -21,8 +21,8 @@ from torch import Tensor
 from moelora.choices import Param, Site
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
-from moelora.files import new_folder
-from moelora.formats import upgrade_keys
+from moelora.files import written_folder
+from moelora.formats import check_finite, upgrade_keys
 from moelora.peft_type import PEFT_TYPE, PREFIX
 from moelora.version import __version__
 
@@ -185,7 +185,8 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
     """Read an adapter's folder.
 
     Raises:
-        ComposeError: If there is none, it is not one of moelora's, or its two files are damaged or do not fit.
+        ComposeError: If there is none, it is not one of moelora's, or its two files are damaged, do not fit, or hold
+            NaN.
         FormatVersionError: If it was written in a newer format than this version reads.
     """
     folder = Path(folder)
@@ -218,6 +219,7 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
         raise ComposeError(
             f"{str(folder / WEIGHTS_FILE)!r} cannot be read ({error}); it may be cut off. Save or download it again."
         ) from error
+    check_finite(weights, repr(str(folder)), ComposeError)
     return _of_file(config, weights, str(folder))
 
 
@@ -298,12 +300,6 @@ def write_stacked(adapter: StackedAdapter, folder: Path) -> None:
         ComposeError: If it cannot be written.
     """
     weights = {key: tensor.contiguous().clone() for key, _, tensor in adapter.stored()}
-    try:
-        with new_folder(folder) as ready:
-            replace(adapter.config, moelora_version=__version__).save_pretrained(str(ready))
-            save_file({**weights, **adapter.rest}, ready / WEIGHTS_FILE, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise ComposeError(
-            f"{str(folder)!r} cannot be written: {' '.join(str(error).split())}. Nothing was left there; is there "
-            "space, and the right to write?"
-        ) from error
+    with written_folder(folder, ComposeError) as ready:
+        replace(adapter.config, moelora_version=__version__).save_pretrained(str(ready))
+        save_file({**weights, **adapter.rest}, ready / WEIGHTS_FILE, metadata={"format": "pt"})

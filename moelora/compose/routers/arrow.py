@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition, RouterRecipe
-from moelora.validation import check, is_count, is_real
+from moelora.compose.routers.base import Composition, RouterRecipe, check_top_k, top_k_of
+from moelora.validation import check, is_real
 
 
 @register
@@ -35,7 +35,7 @@ class Arrow(RouterRecipe):
     linear has v_e = 0 there, hence z_e = 0, the lowest there is.
 
     Args:
-        top_k: Experts of a token.
+        top_k: Experts of a token; None is 3, PEFT's default, or all where there are fewer.
         temperature: Divides z.
         general: Folders of the general LoRAs, or their names on the Hub; of the experts' ranks and sites.
 
@@ -45,12 +45,12 @@ class Arrow(RouterRecipe):
 
     kind: ClassVar[str] = "arrow"
 
-    top_k: int = 3
+    top_k: int | None = None
     temperature: float = 1.0
     general: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check(is_count(self.top_k), "router.top_k", self.top_k, "an integer of at least 1")
+        check_top_k(self.top_k)
         check(is_real(self.temperature) and self.temperature > 0, "router.temperature", self.temperature, "above 0")
         given = self.general
         names = isinstance(given, (list, tuple)) and all(isinstance(each, (str, Path)) and str(each) for each in given)
@@ -58,10 +58,14 @@ class Arrow(RouterRecipe):
         object.__setattr__(self, "general", [str(each) for each in given])
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
-        """Prototypes, the top k of them."""
+        """Prototypes, the top k of them.
+
+        Raises:
+            ComposeError: If `top_k` is above the number of experts.
+        """
         return {
             "scores": {"kind": "prototypes", "absolute": True, "temperature": self.temperature},
-            "selection": {"kind": "top_k", "k": min(self.top_k, num_experts)},
+            "selection": {"kind": "top_k", "k": top_k_of(self.kind, self.top_k, 3, num_experts)},
         }
 
     def subtracted(self) -> list[str]:

@@ -13,6 +13,7 @@ from moelora.choices import Choice
 from moelora.config import MoeLoraConfig
 from moelora.errors import ComposeError
 from moelora.layers.base import MoeLoraLayer
+from moelora.validation import check, is_count
 
 Example = Mapping[str, Sequence[int]]
 """A tokenised row: `input_ids`, and `labels` (-100 where a token is not learnt) where it has an answer."""
@@ -60,6 +61,8 @@ class RouterRecipe(Choice):
     axis: ClassVar[str] = "composition"
     needs_examples: ClassVar[bool] = False
     """Whether it cannot do without rows for each expert."""
+    reads_examples: ClassVar[bool] = False
+    """Whether it reads rows."""
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """The words of `MoeLoraConfig` for the router: scores, selection, placement.
@@ -108,6 +111,35 @@ class RouterRecipe(Choice):
                 f"{', '.join(missing)}; allowed: at least one row each. Give a file of rows with a column `task` that "
                 "names the expert."
             )
+
+
+def top_k_of(kind: str, given: int | None, default: int, num_experts: int) -> int:
+    """The experts of a token.
+
+    Args:
+        kind: The recipe.
+        given: What was asked for; None is the default, or all experts where there are fewer.
+        default: The recipe's own number.
+        num_experts: E.
+
+    Raises:
+        ComposeError: If more are asked for than there are.
+    """
+    if given is not None and given > num_experts:
+        raise ComposeError(
+            f"the router {kind!r} has top_k {given}, and the mixture has {num_experts} experts; allowed: 1 to "
+            f"{num_experts}, or None. Lower it, or give more LoRAs."
+        )
+    return min(default, num_experts) if given is None else given
+
+
+def check_top_k(given: int | None) -> None:
+    """Refuse what is neither a count nor None.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    check(given is None or is_count(given), "router.top_k", given, "an integer of at least 1, or None")
 
 
 def rows_with_answers(kind: str, examples: Mapping[str, Sequence[Example]]) -> list[Example]:

@@ -27,11 +27,13 @@ class KShot(TopK):
     """
 
     kind: ClassVar[str] = "kshot"
+    reads_examples: ClassVar[bool] = True
 
     count: int = 4
     diversity: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.count), "router.count", self.count, "an integer of at least 1")
         share = self.diversity
         check(is_real(share) and 0 <= share <= 1, "router.diversity", share, "a number of 0 to 1")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition, RouterRecipe
+from moelora.compose.routers.base import Composition, RouterRecipe, check_top_k, top_k_of
 from moelora.compose.tokens import batches
 from moelora.errors import ComposeError
 from moelora.routing.run import batch_facts
@@ -48,7 +48,7 @@ class Phatgoose(RouterRecipe):
     rows only and Adam works by element, that is the same as one after the other.
 
     Args:
-        top_k: Experts of a token.
+        top_k: Experts of a token; None is 2, or all where there are fewer.
         steps: Training steps.
         learning_rate: Of Adam.
         batch_size: Rows of each expert in a step.
@@ -56,23 +56,29 @@ class Phatgoose(RouterRecipe):
 
     kind: ClassVar[str] = "phatgoose"
     needs_examples: ClassVar[bool] = True
+    reads_examples: ClassVar[bool] = True
 
-    top_k: int = 2
+    top_k: int | None = None
     steps: int = 100
     learning_rate: float = 5e-3
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "steps", "batch_size"):
+        check_top_k(self.top_k)
+        for name in ("steps", "batch_size"):
             check(is_count(getattr(self, name)), f"router.{name}", getattr(self, name), "an integer of at least 1")
         rate = self.learning_rate
         check(is_real(rate) and rate > 0, "router.learning_rate", rate, "a positive number")
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
-        """Standardised prototypes, the top k of them."""
+        """Standardised prototypes, the top k of them.
+
+        Raises:
+            ComposeError: If `top_k` is above the number of experts.
+        """
         return {
             "scores": {"kind": "prototypes", "standardize": True},
-            "selection": {"kind": "top_k", "k": min(self.top_k, num_experts)},
+            "selection": {"kind": "top_k", "k": top_k_of(self.kind, self.top_k, 2, num_experts)},
         }
 
     def fit(self, composition: Composition) -> None:

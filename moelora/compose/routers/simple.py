@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moelora.choices import register
-from moelora.compose.routers.base import RouterRecipe
+from moelora.compose.routers.base import RouterRecipe, check_top_k, top_k_of
 
 
 @register
@@ -47,18 +47,26 @@ class TopK(RouterRecipe):
     """A linear router on each linear, to be trained over the experts: `moelora train` does.
 
     Args:
-        top_k: Experts of a token.
+        top_k: Experts of a token; None is 2, or all where there are fewer.
         init_std: Its weights start at N(0, `init_std`).
     """
 
     kind: ClassVar[str] = "topk"
 
-    top_k: int = 2
+    top_k: int | None = None
     init_std: float = 0.02
 
+    def __post_init__(self) -> None:
+        check_top_k(self.top_k)
+
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
-        """Linear scores, the top k of them, renormalised."""
+        """Linear scores, the top k of them, renormalised.
+
+        Raises:
+            ComposeError: If `top_k` is above the number of experts.
+        """
+        k = top_k_of(self.kind, self.top_k, 2, num_experts)
         return {
             "scores": {"kind": "linear", "init_std": self.init_std},
-            "selection": {"kind": "top_k", "k": min(self.top_k, num_experts), "renormalize": self.top_k > 1},
+            "selection": {"kind": "top_k", "k": k, "renormalize": k > 1},
         }

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition, RouterRecipe
-from moelora.validation import check, check_bool, is_count, is_real
+from moelora.compose.routers.base import Composition, RouterRecipe, check_top_k, top_k_of
+from moelora.validation import check, check_bool, is_real
 
 
 @register
@@ -44,17 +44,25 @@ class XLora(RouterRecipe):
 
     def __post_init__(self) -> None:
         k = self.top_k
-        check(k is None or is_count(k), "router.top_k", k, "an integer of at least 1, or None")
+        check_top_k(k)
         check_bool("router.renormalize", self.renormalize)
         fits = not self.renormalize or (k is not None and self.softmax is True)
         check(fits, "router.renormalize", self.renormalize, "False without a top_k or without softmax")
         check(is_real(self.scale), "router.scale", self.scale, "a finite number")
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
-        """Classifier scores; all experts, or the top k."""
+        """Classifier scores; all experts, or the top k.
+
+        Raises:
+            ComposeError: If `top_k` is above the number of experts.
+        """
         words = ("depth", "size", "dropout", "softmax", "temperature", "layerwise")
         scores = {name: getattr(self, name) for name in words}
-        top_k = {"kind": "top_k", "k": self.top_k, "renormalize": self.renormalize}
+        top_k = {
+            "kind": "top_k",
+            "k": top_k_of(self.kind, self.top_k, num_experts, num_experts),
+            "renormalize": self.renormalize,
+        }
         return {
             "scores": {"kind": "classifier", "features": base.config.get_text_config().hidden_size, **scores},
             "selection": "dense" if self.top_k is None else top_k,

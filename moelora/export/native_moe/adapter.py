@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
-from moelora.formats import upgrade_keys
-from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE, hub_errors
-from moelora.hub.read import read_adapter
+from moelora.formats import check_finite, upgrade_keys
+from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
+from moelora.hub.read import local_folder, read_adapter
 from moelora.ops.factors import Factors
 from moelora.peft_type import PREFIX
 
@@ -39,17 +38,13 @@ class SavedAdapter:
 
     Raises:
         HubError: If there is no such adapter, or it is not one of moelora's.
+        ExportError: If a tensor holds NaN or infinity.
         FormatVersionError: If it was written in a newer format.
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.folder = Path(source)
         info = read_adapter(source)
-        if not self.folder.is_dir():
-            with hub_errors(str(source), "read"):
-                self.folder = Path(
-                    snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "*token*", "*.jinja"])
-                )
+        self.folder = local_folder(source, CONFIG_FILE, WEIGHTS_FILE, "*token*", "*.jinja")
         self.source = str(source)
         self.config: MoeLoraConfig = info.config
         self._file = safe_open(self.folder / WEIGHTS_FILE, framework="pt")
@@ -59,6 +54,7 @@ class SavedAdapter:
         self.tokens: list[str] = []
         stored = upgrade_keys({key: key for key in self._file.keys()})  # noqa: SIM118 - not a dict
         for name, key in stored.items():
+            check_finite({key: self._file.get_tensor(key)}, repr(self.source), ExportError)
             self._place(name.removeprefix(_OF_PEFT), key)
 
     def _place(self, name: str, key: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from moelora.export.native_moe.card import render_card
 from moelora.export.native_moe.plan import Plan, plan_tensors
 from moelora.export.native_moe.routing import MoeRouting, read_routing
 from moelora.export.native_moe.targets import Target, find_target
+from moelora.export.record import export_record, write_record
 from moelora.export.safetensors_writer import DTYPES, size_of, write_sharded
-from moelora.files import new_folder
+from moelora.files import written_folder
 from moelora.runs.wording import one_line
 
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -107,7 +108,7 @@ def to_native_moe(
     made = _tokenizer(tokenizer, saved, weights)
     config = _config(target, words, routing, plan, dtype)
     head = weights.config.vocab_size * weights.config.hidden_size if plan.tied else 0
-    with _disk_errors(output), new_folder(output) as folder:
+    with written_folder(output, ExportError) as folder:
         files = write_sharded(folder, plan.tensors, dtype, shard_size)
         _write_config(folder, config, routing.words(target))
         _write_generation_config(folder, weights, named)
@@ -126,8 +127,17 @@ def to_native_moe(
             files=tuple(files),
             notes=tuple(_notes(target, plan, words, routing, made)),
         )
-        (folder / "README.md").write_text(render_card(moe, saved.config, named))
+        record = _record(moe, saved, named)
+        write_record(folder, record)
+        card = render_card(record, title=output.name, load_from="PATH_OR_NAME", base_model=record["base_model"])
+        (folder / "README.md").write_text(card)
     return moe
+
+
+def _record(moe: NativeMoe, saved: SavedAdapter, base: object) -> dict[str, Any]:
+    facts = dataclasses.asdict(moe)
+    del facts["folder"]
+    return export_record("native-moe", saved.config, base, **facts)
 
 
 def _check_free(output: Path) -> None:
@@ -145,14 +155,6 @@ def _check_space(output: Path, num_bytes: int) -> None:
             f"the model takes {num_bytes / 1e9:.1f} GB and {str(place)!r} has {free / 1e9:.1f} GB left; allowed: as "
             "much or less. Free some, or export in a smaller dtype. Nothing was written."
         )
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(f"cannot write {str(output)!r}: {one_line(error)} Nothing is left there.") from error
 
 
 def _dtype(given: str | None, weights: BaseWeights) -> str:

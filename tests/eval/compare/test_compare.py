@@ -117,7 +117,7 @@ def test_the_table_says_what_is_there_and_what_is_missing(finished: Path) -> Non
     summary = json.loads((finished / "results" / "summary.json").read_text())
     assert summary["finished"] == {"cells": 8, "of": 8, "missing": []}
     assert summary["methods"]["lora"]["seeds"] == [0, 1]
-    assert summary["methods"]["mixlora"]["difference_from_lora"]["n"] == 24
+    assert summary["methods"]["mixlora"]["difference"]["n"] == 24
 
 
 def test_a_finished_comparison_does_nothing(
@@ -185,13 +185,17 @@ def test_methods_of_one_seed_on_other_rows_never_share_a_table(
     assert "were not trained on the same rows in the same order" in capsys.readouterr().err
 
 
-def test_two_runners_do_not_meet(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from eval.compare.cells import Board
+def test_two_runners_do_not_meet(again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from eval.compare.cells import Board, Cell
     from eval.compare.schema import load_benchmark
 
-    with Board(load_benchmark(again)).locked():
-        assert main([str(again), "--no-probe"]) == 1
-    assert "another process is running this comparison" in capsys.readouterr().err
+    elsewhere = [f"output_dir={tmp_path / 'work'}", f"results_dir={tmp_path / 'results'}"]
+    with Board(load_benchmark(again, elsewhere)).claimed(Cell("base")) as ours:
+        assert ours
+        assert main([str(again), *elsewhere, "--no-probe", "--only", "base"]) == 0
+    shown = capsys.readouterr().out
+    assert "base still under way in another process" in shown
+    assert not (tmp_path / "results" / "cells").exists()
 
 
 def test_kill_minus_nine_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,111 @@
+"""LoRAs that were trained apart, as one model: by our routers, by PEFT's merges, by PEFT's Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from eval.compare.regimes.base import Regime, Stage, Work
+from moelora.compose import from_loras
+from moelora.compose.tokens import tokenize
+from moelora.errors import RunError
+from moelora.files import new_folder
+from moelora.runs.folder import ADAPTER
+from moelora.runs.models import load_model
+
+_MADE = "composed"
+
+
+@dataclass(kw_only=True)
+class Composed(Regime):
+    """The LoRAs of another method as one model; exactly one of `router`, `merge` and `arrow` says how.
+
+    Args:
+        of: The method, of regime "apart".
+        router: As in `moelora.compose.from_loras`; it is fitted on the first rows of each task.
+        tune: Arguments of the trainer that trains what the router leaves to be trained, on those rows; None trains
+            nothing.
+        merge: Arguments of PEFT's `add_weighted_adapter`; `weight` is that of each LoRA.
+        arrow: Words of PEFT's `ArrowConfig`.
+    """
+
+    kind: ClassVar[str] = "composed"
+
+    of: str
+    router: Any = None
+    tune: dict[str, Any] | None = None
+    merge: dict[str, Any] = field(default_factory=dict)
+    arrow: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("router", "merge", "arrow") if getattr(self, name)]
+        if len(given) != 1:
+            raise RunError(
+                f"a composition of {self.of!r} says {' and '.join(given) or 'none'} of router, merge and arrow; "
+                "allowed: exactly one."
+            )
+
+    @property
+    def made_of(self) -> str:
+        """The method of the LoRAs."""
+        return self.of
+
+    def size(self, one: int, tasks: int) -> int:
+        """That of all LoRAs; what a router adds is in the table."""
+        return one * tasks
+
+    def train(self, work: Work) -> list[Stage]:
+        """Make the composition, and train its router where that is asked for."""
+        if self.arrow:
+            return []
+        name = _MADE if self.tune is not None else ADAPTER
+        if not work.folder.is_finished(name):
+            self._make(work, work.folder.stage(name))
+        if self.tune is not None:
+            from datasets import concatenate_datasets
+
+            rows = concatenate_datasets(list(work.fit_rows.values()))
+            work.train(ADAPTER, lambda: work.continued(work.folder.stage(name)), rows, **self.tune)
+        return []
+
+    def _make(self, work: Work, folder: Path) -> None:
+        loras = {task: str(path) for task, path in (work.parts or {}).items()}
+        base = load_model(work.source)
+        if self.router:
+            examples = {task: tokenize(work.fit_rows[task], work.tokenizer) for task in loras}
+            model = from_loras(base, loras, self.router, examples=examples)
+            with new_folder(folder) as ready:
+                model.save_pretrained(str(ready))
+            return
+        model, words = _with_all(base, loras), dict(self.merge)
+        weight = float(words.pop("weight", 1.0))
+        model.add_weighted_adapter(list(loras), [weight] * len(loras), "merged", **words)
+        with new_folder(folder) as ready:
+            model.save_pretrained(str(ready), selected_adapters=["merged"])
+            for file in list((ready / "merged").iterdir()):
+                file.rename(ready / file.name)
+            (ready / "merged").rmdir()
+
+    def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
+        """One model answers everything."""
+        if not self.arrow:
+            yield list(tasks), work.load(work.folder.stage(ADAPTER))
+            return
+        from peft import create_arrow_model
+        from peft.tuners.lora.config import ArrowConfig
+
+        paths = [str(path) for path in (work.parts or {}).values()]
+        yield list(tasks), create_arrow_model(load_model(work.source), paths, ArrowConfig(**self.arrow)).eval()
+
+
+def _with_all(base: Any, loras: dict[str, str]) -> Any:
+    """The base model with every LoRA, by PEFT."""
+    from peft import PeftModel
+
+    names = list(loras)
+    model = PeftModel.from_pretrained(base, loras[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(loras[name], adapter_name=name)
+    return model
