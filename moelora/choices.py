@@ -128,6 +128,7 @@ class Site:
         part: The part that a linear plays, where the placement goes by it: "key" or "value" of attention, "down" of a
             feed-forward block; else "".
         head_features: Features of one attention head of the model; 0 if it does not say.
+        model_features: Features of the model's hidden states; 0 if it does not say.
         family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
         member: Its number among these.
         num_members: How many these are.
@@ -143,6 +144,7 @@ class Site:
     num_sharing: int = 1
     part: str = ""
     head_features: int = 0
+    model_features: int = 0
     family: str = ""
     member: int = 0
     num_members: int = 1

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora import MoeLoraConfig
+from moelora import MoeLoraConfig, fit_centroids
 from tests.conftest import tiny_batch, tiny_model
 
 # A few experts of a small, odd rank; dropout off, so that two passes are equal in training mode too.
@@ -26,6 +26,8 @@ SMALL: dict[str, dict[str, Any]] = {
 # Experts that are no low-rank factors on the linears of any model.
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "mov": {"num_experts": 4},
+    "mor1e": {"rows": 2, "columns": 3, "num_centroids": 5},
+    "mos": {"r": 3, "shards": 2, "lora_dropout": 0.0},
 }
 BASES: dict[str, str] = {}
 """The tiny model of presets that do not fit a Llama."""
@@ -46,6 +48,15 @@ def small_config(preset: str, model: str = "llama", **words: Any) -> MoeLoraConf
     return MoeLoraConfig.from_preset(preset, **{"task_type": task_type(model), **SMALL[preset], **words})
 
 
+def prepare(model: Any, adapter_name: str = "default") -> Any:
+    """Give an adapter what its method fits before training, if it does."""
+    if getattr(model.peft_config[adapter_name].scores, "fitted", True):
+        return model
+    examples = [{"input_ids": ids.tolist()} for ids in torch.arange(3, 93).view(10, 9)]
+    fit_centroids(model, examples, adapter_name=adapter_name)
+    return model
+
+
 def shake(model: nn.Module, seed: int = 0) -> None:
     """Give every tensor of every adapter a value of its own, as training would; B is no longer 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +75,7 @@ def base_of(preset: str) -> str:
 def adapted(preset: str, model: str = "llama", *, adapter_name: str = "default", seed: int = 0, **words: Any) -> Any:
     """A tiny model in eval mode with an adapter that changes its outputs."""
     peft_model = get_peft_model(tiny_model(model), small_config(preset, model, **words), adapter_name=adapter_name)
+    prepare(peft_model, adapter_name)
     shake(peft_model, seed)
     return peft_model.eval()
 

@@ -43,7 +43,7 @@ class Site:
         kind: What sits there.
         num_experts: Experts of each (1 for plain LoRA, 0 where a module is saved whole).
         roles: Which linears of a feed-forward block have experts.
-        experts: The kind of the experts, where they are no low-rank factors.
+        experts: What stands there, where the experts are no stacks of LoRAs.
         layers: The layers' numbers.
         count: Number of modules.
         num_parameters: Stored values of all of them, buffers included.
@@ -67,7 +67,7 @@ class Site:
         if self.kind == "linear mixture":
             return f"mixture of {self.num_experts} LoRA experts"
         if self.kind == "own experts":
-            return f"{self.num_experts} {self.experts} experts"
+            return self.experts
         return self.kind
 
     def layer_ranges(self) -> str:
@@ -139,7 +139,7 @@ class AdapterInfo:
                 kind=kind,
                 num_experts=num_experts,
                 roles=roles,
-                experts=self.config.experts.kind if kind == "own experts" else "",
+                experts=self.config.experts.site_phrase(num_experts) if kind == "own experts" else "",
                 layers=tuple(sorted(layers)),
                 count=len(members),
                 num_parameters=sum(tensor.numel for tensor in tensors),
@@ -181,7 +181,7 @@ def _module_of(tensor: str) -> str:
 
 def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKind, int, tuple[str, ...]]:
     """Kind, number of experts, and roles of a module's tensors."""
-    if not config.experts.is_low_rank and any(".moelora_" in tensor.name for tensor in tensors):
+    if not config.experts.has_stacks and any(".moelora_" in tensor.name for tensor in tensors):
         return "own experts", config.experts.num_experts, ()
     parts: Mapping[str, TensorHeader] = {
         tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name

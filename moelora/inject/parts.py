@@ -54,13 +54,14 @@ def part_of(
     return "down" if find_form(block, parent).down == last else None
 
 
-def head_features(model: nn.Module) -> int:
-    """Features of one attention head, by the model's configuration; 0 if it does not say."""
+def features_of(model: nn.Module) -> tuple[int, int]:
+    """Features of a model's hidden states and of one attention head, by its configuration; 0 where it does not say."""
     config: Any = getattr(unwrapped(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     own = getattr(config, "head_dim", None)
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden = hidden if isinstance(hidden, int) else 0
     if isinstance(own, int):
-        return own
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else 0
+        return hidden, own
+    return hidden, hidden // heads if isinstance(heads, int) else 0

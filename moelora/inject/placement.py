@@ -12,7 +12,7 @@ from torch import nn
 from moelora.choices import Choice, register
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
-from moelora.inject.parts import head_features, part_of
+from moelora.inject.parts import part_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
@@ -246,12 +246,11 @@ class PartsPlacement(Placement):
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
         splits = find_split_blocks(modules)
-        heads = head_features(modules[""])
         sites = {}
         for name in targeted:
             part = part_of(modules, splits, name, self.parts)
             if part is not None:
-                sites[name] = PlannedSite(name, ("",), {"": name}, True, part=part, head_features=heads)
+                sites[name] = PlannedSite(name, ("",), {"": name}, True, part=part)
         if not sites:
             raise TargetError(
                 f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "

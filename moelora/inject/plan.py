@@ -17,6 +17,7 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
 from moelora.inject.base_modules import base_modules
 from moelora.inject.besides import check_besides, count_besides
+from moelora.inject.parts import features_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.targets import find_targets, resolve_all_linear
 from moelora.layers.base import MoeLoraLayer
@@ -45,18 +46,29 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
     sites = _in_families(modules, sites)
     config.placement.check_unrouted(targeted)
     _check_conflicts(modules, sites)
+    for site in sites.values():
+        sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
+        config.experts.check_site(site.declare(config, sizes))
     check_besides(model, modules, config, sites)
     return sites
 
 
 def _in_families(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -> dict[str, PlannedSite]:
-    """The sites, each with its number among those of its sort."""
+    """The sites, each with its number among those of its sort, and what the model says of its sizes."""
     families: dict[str, list[str]] = {}
     for name, site in sites.items():
         sizes = [linear_size(modules[linear]) for linear in site.linears.values()]
         families.setdefault(f"{re.sub(r'[0-9]+', '*', name)} {sizes}", []).append(name)
+    hidden, head = features_of(modules[""])
     found = {
-        name: replace(sites[name], family=family, member=member, num_members=len(names))
+        name: replace(
+            sites[name],
+            family=family,
+            member=member,
+            num_members=len(names),
+            head_features=head,
+            model_features=hidden,
+        )
         for family, names in families.items()
         for member, name in enumerate(names)
     }

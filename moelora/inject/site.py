@@ -24,7 +24,7 @@ class PlannedSite:
         router: Name of the site that holds the router it uses; None is the site itself.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
-        part, head_features, family, member, num_members: See `Site`.
+        part, head_features, model_features, family, member, num_members: See `Site`.
     """
 
     name: str
@@ -38,6 +38,7 @@ class PlannedSite:
     num_sharing: int = 1
     part: str = ""
     head_features: int = 0
+    model_features: int = 0
     family: str = ""
     member: int = 0
     num_members: int = 1
@@ -60,6 +61,7 @@ class PlannedSite:
             num_sharing=self.num_sharing,
             part=self.part,
             head_features=self.head_features,
+            model_features=self.model_features,
             family=self.family,
             member=self.member,
             num_members=self.num_members,

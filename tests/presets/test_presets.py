@@ -16,11 +16,14 @@ from moelora.balance.switch import SwitchBalance
 from moelora.balance.z_loss import ZLoss
 from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
+from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
+from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
 from moelora.experts.vectors import VectorExperts
 from moelora.inject.placement import FeedForwardPlacement, LinearPlacement, PartsPlacement
 from moelora.ops.compute import Fast, Reference
+from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
 from moelora.selection.dense import Dense
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
@@ -76,6 +79,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "placement": PartsPlacement(parts=["key", "value", "down"]),
         "scores": LinearScores(activation="softmax", init_std=0.02),
         "selection": Dense(),
+        "balance": [],
+    },
+    "mor1e": {
+        "experts": GridExperts(num_experts=32, rows=4, columns=8),
+        "placement": LinearPlacement(),
+        "scores": IntuitionScores(num_centroids=32, embedding="input"),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mos": {
+        "experts": ShardExperts(r=8, lora_alpha=16, lora_dropout=0.1, equivalent_rank=2, shards=4, private=1, seed=0),
+        "placement": LinearPlacement(unrouted_modules=".*"),
+        "scores": LinearScores(),
+        "selection": TopK(k=1),
         "balance": [],
     },
     "random_router": {
@@ -147,6 +164,13 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "expert_dropout": (0.2, "selection.expert_dropout"),
     "capacity_factor": (3.0, "selection.capacity_factor"),
     "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "num_centroids": (5, "scores.num_centroids"),
+    "embedding": ("hidden", "scores.embedding"),
+    "embedding_features": (9, "scores.features"),
+    "equivalent_rank": (3, "experts.equivalent_rank"),
+    "shards": (2, "experts.shards"),
+    "private": (0, "experts.private"),
+    "seed": (7, "experts.seed"),
     "max_threshold": (0.3, "selection.max_threshold"),
     "bias_update_rate": (0.1, "balance.bias_update"),
     "balance_coef": (0.7, "balance.switch"),
@@ -179,7 +203,7 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
     own = inspect.signature(getattr(presets, name)).parameters
     for word in own:
-        if word in ("r", "peft_words", "balance_loss"):
+        if word in ("r", "peft_words", "balance_loss", "rows", "columns", "diagonal"):
             continue
         value, path = OWN_WORDS[word]
         if name == "adamole" and word == "balance_coef":

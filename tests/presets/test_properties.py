@@ -31,6 +31,7 @@ from tests.adapters import (
     base_of,
     gradients,
     outputs,
+    prepare,
     shake,
     small_config,
     snapshot,
@@ -52,7 +53,7 @@ def base(preset: str, **words: Any) -> Any:
 
 def fresh(preset: str, **words: Any) -> Any:
     """A model with an adapter as it starts."""
-    return get_peft_model(base(preset), small_config(preset, base_of(preset), **words)).eval()
+    return prepare(get_peft_model(base(preset), small_config(preset, base_of(preset), **words))).eval()
 
 
 def shaken(preset: str, seed: int = 0, **words: Any) -> Any:
@@ -94,7 +95,7 @@ def test_its_parameters_are_counted_and_all_have_gradients(preset: str) -> None:
 def test_disabling_and_unloading_give_the_base_model(preset: str) -> None:
     before = base(preset)
     view, expected = snapshot(before), logits(before, preset)
-    model = get_peft_model(before, small_config(preset, base_of(preset), task_type=None))
+    model = prepare(get_peft_model(before, small_config(preset, base_of(preset), task_type=None)))
     shake(model)
     assert (logits(model, preset) - expected).abs().max() > 1e-4
     with model.disable_adapter():
@@ -161,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient(preset: str, reentrant: bool
 @every_preset
 def test_saving_loading_and_going_on(preset: str, tmp_path: Path) -> None:
     name = base_of(preset)
-    model = get_peft_model(base(preset), small_config(preset, name))
+    model = prepare(get_peft_model(base(preset), small_config(preset, name)))
     torch.manual_seed(3)
     train_steps(model, name)
     model.save_pretrained(str(tmp_path))
@@ -194,7 +195,7 @@ def test_a_second_adapter(preset: str) -> None:
     model = shaken(preset)
     alone = logits(model, preset)
     model.add_adapter("second", small_config(preset, name))
-    model.set_adapter("second")
+    prepare(model, "second").set_adapter("second")
     shake(model, seed=5)
     model.eval()
     second = logits(model, preset)
@@ -232,7 +233,8 @@ def test_copies_and_inference_mode(preset: str) -> None:
 
 @every_preset
 def test_training_lowers_the_loss(preset: str) -> None:
-    losses, model = learn(get_peft_model(base(preset, initializer_range=0.2), small_config(preset, base_of(preset))))
+    config = small_config(preset, base_of(preset))
+    losses, model = learn(prepare(get_peft_model(base(preset, initializer_range=0.2), config)))
     assert losses[-1] < losses[0] - 0.3 * min(1.0, losses[0]), losses
     assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
 
@@ -276,9 +278,9 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 def test_nf4(preset: str, quantised: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     # before any evaluation, which repacks 4-bit weights on CPUs with AVX512-BF16 for good
-    losses, model = learn(get_peft_model(quantised(preset), small_config(preset, base_of(preset))))
+    losses, model = learn(prepare(get_peft_model(quantised(preset), small_config(preset, base_of(preset)))))
     assert losses[-1] < losses[0] - 0.1 * min(1.0, losses[0]), losses
-    model = get_peft_model(loaded := quantised(preset), small_config(preset, base_of(preset))).eval()
+    model = prepare(get_peft_model(loaded := quantised(preset), small_config(preset, base_of(preset)))).eval()
     with model.disable_adapter():
         expected = logits(loaded, preset)
     if preset not in NOT_THE_BASE_AT_FIRST:
