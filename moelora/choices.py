@@ -125,9 +125,11 @@ class Site:
         owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
+        base_experts: Number of experts of the block's own router, at a mixture of experts of the base; else 0.
         part: The part that a linear plays, where the placement goes by it: "key" or "value" of attention, "down" of a
             feed-forward block; else "".
         head_features: Features of one attention head of the model; 0 if it does not say.
+        causal: Whether it is in a layer whose attention looks back only, as far as that can be told; else None.
         model_features: Features of the model's hidden states; 0 if it does not say.
         family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
         member: Its number among these.
@@ -142,8 +144,10 @@ class Site:
     owns_router: bool = True
     index: int = 0
     num_sharing: int = 1
+    base_experts: int = 0
     part: str = ""
     head_features: int = 0
+    causal: bool | None = None
     model_features: int = 0
     family: str = ""
     member: int = 0
@@ -172,6 +176,13 @@ class Choice:
 
     def check(self, config: Any) -> None:
         """Refuse contradictions with the other axes of a `MoeLoraConfig`.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+
+    def check_site(self, site: Site) -> None:
+        """Refuse a place that it does not fit, before anything is changed.
 
         Raises:
             ConfigError: With the reason.

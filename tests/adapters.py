@@ -26,10 +26,17 @@ SMALL: dict[str, dict[str, Any]] = {
 # Experts that are no low-rank factors on the linears of any model.
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "mov": {"num_experts": 4},
+    "soft_moa": {"num_adapters": 3, "slots": 2, "bottleneck": 5},
+    "mixphm": {"num_experts": 3, "reduction": 3, "rank": 2},
+    "perft_r": {"r": 3, "num_experts": 3, "top_k": 2, "lora_dropout": 0.0},
+    "perft_e": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "perft_d": {"r": 3, "num_experts": 2, "lora_dropout": 0.0},
+    "perft_s": {"r": 3, "lora_dropout": 0.0},
     "mor1e": {"rows": 2, "columns": 3, "num_centroids": 5},
     "mos": {"r": 3, "shards": 2, "lora_dropout": 0.0},
 }
-BASES: dict[str, str] = {}
+BASES: dict[str, str] = {"perft_r": "mixtral", "perft_e": "olmoe", "perft_d": "qwen3_moe", "perft_s": "mixtral"}
+BASES["soft_moa"] = "bert"
 """The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
 SMALL |= SMALL_OTHERS
@@ -63,6 +70,8 @@ def shake(model: nn.Module, seed: int = 0) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "moelora_" in name:
             std = 0.02 if name.endswith(".bias") else 0.2
+            if name.endswith(".omega") or ".moelora_gate." in name:
+                std = 0.005  # what stands times 100 in a sigmoid
             with torch.no_grad():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 

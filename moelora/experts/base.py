@@ -101,13 +101,6 @@ class Experts(Choice):
         """What stands at a site, for a table; of experts that are no stacks of LoRAs."""
         return f"mixture of {num_experts} {self.kind} experts" if num_experts > 1 else f"{self.kind} adapter"
 
-    def check_site(self, site: Site) -> None:
-        """Refuse a place that the experts do not fit, before anything is changed.
-
-        Raises:
-            ConfigError: With the reason.
-        """
-
     def router_features(self, site: Site) -> int:
         """Features of what a router looks at: those of the module's input, unless the experts show it something else.
 

@@ -94,7 +94,7 @@ class ShardExperts(Experts):
         )
 
     def check_site(self, site: Site) -> None:
-        """See `Experts.check_site`."""
+        """See `Choice.check_site`."""
         for features in site.linears[""]:
             if features % self.shards:
                 raise ConfigError(

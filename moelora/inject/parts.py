@@ -65,3 +65,19 @@ def features_of(model: nn.Module) -> tuple[int, int]:
     if isinstance(own, int):
         return hidden, own
     return hidden, hidden // heads if isinstance(heads, int) else 0
+
+
+def is_causal(modules: Mapping[str, nn.Module], name: str) -> bool | None:
+    """Whether a module is in a layer whose attention looks back only, by what the layer says of itself; else None.
+
+    Args:
+        modules: The modules of the base model by name.
+        name: The module.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        inner = (unwrapped(module) for key, module in modules.items() if key.startswith(f"{name}."))
+        said = [vars(module)[word] for module in inner for word in ("is_causal", "is_decoder") if word in vars(module)]
+        if said:
+            return any(said)
+    return None

@@ -18,18 +18,36 @@ from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
+from moelora.experts.phm import PhmExperts
 from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
+from moelora.experts.slots import SlotExperts
 from moelora.experts.vectors import VectorExperts
-from moelora.inject.placement import FeedForwardPlacement, LinearPlacement, PartsPlacement
+from moelora.inject.placement import (
+    BlockPlacement,
+    FeedForwardPlacement,
+    LinearPlacement,
+    MoeBlockPlacement,
+    PartsPlacement,
+)
 from moelora.ops.compute import Fast, Reference
+from moelora.scores.base_router import BaseRouterScores
+from moelora.scores.constant import ConstantScores
 from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
 from moelora.selection.dense import Dense
+from moelora.selection.draw import Draw
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.top_k import TopK
 from tests.adapters import FAMILY, PRESETS
 
+ACROSS_BLOCKS: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "init": "normal",
+    "init_std": (2 / 16) ** 0.5,
+}
 # The papers' settings (reference in each docstring), written out once more.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mixlora": {
@@ -78,6 +96,48 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "experts": VectorExperts(num_experts=10, per_head=True),
         "placement": PartsPlacement(parts=["key", "value", "down"]),
         "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "perft_r": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=4),
+        "placement": MoeBlockPlacement(),
+        "scores": LinearScores(init_std=None),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [MixtralBalance(coef=1e-2), ZLoss()],
+    },
+    "perft_e": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=8),
+        "placement": MoeBlockPlacement(),
+        "scores": BaseRouterScores(),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "perft_d": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=2),
+        "placement": MoeBlockPlacement(),
+        "scores": ConstantScores(weights=[1.0, 1.0]),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "perft_s": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=1),
+        "placement": MoeBlockPlacement(),
+        "scores": ConstantScores(weights=[1.0]),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mixphm": {
+        "experts": PhmExperts(num_experts=4, reduction=12, summands=4, rank=8, scale=1.0),
+        "placement": PartsPlacement(parts=["down"]),
+        "scores": ConstantScores(),
+        "selection": Draw(),
+        "balance": [],
+    },
+    "soft_moa": {
+        "experts": SlotExperts(num_experts=4, slots=1, bottleneck=16),
+        "placement": BlockPlacement(),
+        "scores": LinearScores(init_std=None),
         "selection": Dense(),
         "balance": [],
     },
@@ -164,6 +224,12 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "expert_dropout": (0.2, "selection.expert_dropout"),
     "capacity_factor": (3.0, "selection.capacity_factor"),
     "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "num_adapters": (3, "experts.num_experts"),
+    "bottleneck": (9, "experts.bottleneck"),
+    "reduction": (7, "experts.reduction"),
+    "summands": (2, "experts.summands"),
+    "rank": (3, "experts.rank"),
+    "scale": (0.5, "experts.scale"),
     "num_centroids": (5, "scores.num_centroids"),
     "embedding": ("hidden", "scores.embedding"),
     "embedding_features": (9, "scores.features"),
@@ -178,6 +244,9 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
 }
 
 
+OWN_LOSSES = {"adamole": "threshold", "perft_r": "mixtral"}
+
+
 def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
     """The axes of a configuration with one field changed."""
     found = {axis: getattr(config, axis) for axis in AXES}
@@ -187,7 +256,7 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
     if field != "bias_update":  # the two losses of a preset come together
-        losses = {field, "z"} if field != "z" else {"z", "threshold" if config.preset == "adamole" else "switch"}
+        losses = {field, "z"} if field != "z" else {"z", OWN_LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
     found["balance"] = sorted(choices.values(), key=lambda choice: choice.kind)
@@ -206,8 +275,10 @@ def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
         if word in ("r", "peft_words", "balance_loss", "rows", "columns", "diagonal"):
             continue
         value, path = OWN_WORDS[word]
-        if name == "adamole" and word == "balance_coef":
-            path = "balance.threshold"
+        if word == "balance_coef":
+            path = f"balance.{OWN_LOSSES.get(name, 'switch')}"
+        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
+            continue  # it says the number of weights, or of experts, as well
         config = MoeLoraConfig.from_preset(name, **{word: value})
         assert axes(config) == with_field(MoeLoraConfig.from_preset(name), path, value), f"{word} is more than {path}"
         assert axes(config) != axes(MoeLoraConfig.from_preset(name)) or word == "renormalize"
@@ -264,7 +335,7 @@ def test_peft_words_pass_through(name: str) -> None:
         layers_pattern="layers",
         modules_to_save=["lm_head"],
         bias="all",
-        task_type="CAUSAL_LM",
+        task_type=None if name == "soft_moa" else "CAUSAL_LM",
         trainable_token_indices=[3],
         base_model_name_or_path="some/base",
         revision="main",
@@ -276,7 +347,7 @@ def test_peft_words_pass_through(name: str) -> None:
     assert config.layers_pattern == "layers"
     assert config.modules_to_save == ["lm_head"]
     assert config.bias == "all"
-    assert config.task_type == "CAUSAL_LM"
+    assert config.task_type == (None if name == "soft_moa" else "CAUSAL_LM")
     assert config.trainable_token_indices == [3]
     assert config.base_model_name_or_path == "some/base"
     assert config.revision == "main"
