@@ -25,7 +25,7 @@ from moelora.routing.run import batch_facts, record_routing
 from moelora.version import __version__
 
 if TYPE_CHECKING:
-    from moelora.hub import push_to_hub
+    from moelora.share import push_to_hub
     from moelora.training.centroids import fit_centroids
     from moelora.training.sft import MoeLoraSFTTrainer
     from moelora.training.trainer import MoeLoraTrainer, MoeLoraTrainerMixin
@@ -53,7 +53,7 @@ _LAZY = {
     "MoeLoraTrainerMixin": "moelora.training.trainer",
     "MoeLoraTrainer": "moelora.training.trainer",
     "MoeLoraSFTTrainer": "moelora.training.sft",
-    "push_to_hub": "moelora.hub",
+    "push_to_hub": "moelora.share",
     "fit_centroids": "moelora.training.centroids",
 }
 

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def public_name(source: str | Path) -> str:
+    """What others may read of where something came from: a name on the Hub, or of a local path the last part alone."""
+    source = str(source)
+    if _HUB_NAME.fullmatch(source) and not Path(source).exists():
+        return source
+    if Path(source).exists():
+        source = str(Path(source).resolve())
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a published name is that of a Hub repository: it has an owner, and a local folder's has none."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

@@ -204,7 +204,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo_id: str, revision: str) -> None:
         repo = self._repo(repo_id)
-        files = repo.commits[self._head(repo, revision)]
+        head, _, inside = revision.partition("/") if revision not in repo.refs else (revision, "", "")
+        oid = self._head(repo, head)
+        files = {
+            path: file for path, file in repo.commits[oid].items() if path.startswith(f"{inside}/" if inside else "")
+        }
+        if inside and not files:
+            raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         self._send_json([_entry(path, file) for path, file in sorted(files.items())])
 
     def preupload(self, repo_id: str, revision: str) -> None:

@@ -27,6 +27,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("presets", "training", "compose"),
     ("hub", "runs"),
     ("export",),  # reads adapters and makes folders as these two do
+    ("share",),  # says of an adapter what it can be exported to
     ("cli",),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -139,7 +140,7 @@ def test_the_configuration_needs_no_layer() -> None:
         if name not in seen:
             seen.add(name)
             rest += edges[name]
-    for other in ("layers", "inject", "model", "presets", "training", "hub", "cli"):
+    for other in ("layers", "inject", "model", "presets", "training", "hub", "share", "cli"):
         assert other not in {area(name) for name in seen}
 
 

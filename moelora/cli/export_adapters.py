@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moelora.errors import ExportError
@@ -62,12 +61,15 @@ def _distill_on_data(options: argparse.Namespace) -> str:
     from moelora.export import distill_lora
     from moelora.export.adapter import read_config
     from moelora.export.output import check_free
+    from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
+    from moelora.hub.read import local_folder
     from moelora.runs.config import DatasetConfig
     from moelora.runs.data import load_rows
     from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 
-    config = read_config(Path(options.adapter).expanduser())
     check_free(options.output)
+    folder = local_folder(options.adapter, CONFIG_FILE, WEIGHTS_FILE)
+    config = read_config(folder)
     name = _base(options) or config.base_model_name_or_path
     if not name:
         raise ExportError("the adapter does not record its base model; allowed: its name or folder, as --base.")
@@ -81,7 +83,7 @@ def _distill_on_data(options: argparse.Namespace) -> str:
     held_out, train = (
         _batches(rows.select(part), tokenizer, experts) for part in (range(kept), range(kept, len(rows)))
     )
-    model = load_adapter(load_model(source), options.adapter)
+    model = load_adapter(load_model(source), str(folder))
     found = distill_lora(model, options.output, rank=options.rank, train=train, held_out=held_out, steps=options.steps)
     return f"{found.output}\n{found.table()}"
 

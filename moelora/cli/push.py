@@ -1,4 +1,4 @@
-"""`moelora push`: upload an adapter."""
+"""`moelora push`: upload an adapter, or what one was exported to."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to those of `moelora`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "push",
-        help="upload an adapter to the Hugging Face Hub",
-        description="Upload an adapter to the Hugging Face Hub with a model card made from its own files. The card "
-        "replaces the repository's README.md.",
+        help="upload an adapter, or what one was exported to, to the Hugging Face Hub",
+        description="Upload an adapter, or what `moelora export` made of one, to the Hugging Face Hub with a model "
+        "card made from its own files. The card replaces the repository's README.md.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
+    parser.add_argument("adapter", metavar="FOLDER", help="folder of a saved adapter or of an export")
     parser.add_argument("repo", metavar="REPO", help="repository as owner/name; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--token", help="Hub token with write permission (default: the one logged in with)")
-    parser.add_argument("--license", help="license of the adapter in the Hub's spelling, e.g. apache-2.0")
+    parser.add_argument("--license", help="license of what is uploaded in the Hub's spelling, e.g. apache-2.0")
     parser.add_argument("--base-model", help="the base model's name on the Hub, if the adapter records a local folder")
     parser.add_argument("--dataset", action="append", help="name on the Hub of training data, for the card; repeatable")
     parser.add_argument("--metrics", help="metrics.json whose scores go into the card (default: the adapter's own)")
@@ -29,8 +29,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Upload an adapter and print where it is."""
-    from moelora.hub import push_to_hub
+    """Upload a folder and print where it is."""
+    from moelora.share import push_to_hub
 
     commit = push_to_hub(
         options.adapter,

@@ -11,11 +11,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import moelora.compose.routers  # noqa: F401 - registers the recipes
-from moelora.choices import read
+from moelora.choices import read, write
 from moelora.compose.pool import Untouched, check_fit, check_names, named_sources
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.sources import LoraSource, mean_factors, read_lora
 from moelora.config import MoeLoraConfig
+from moelora.files import public_name
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 
@@ -62,7 +63,7 @@ def from_loras(
     general = [read_lora(source, source) for source in recipe.subtracted()]
     check_names(base, [*sources, *general], check_base_name)
     means = mean_factors(general, sources)
-    config = _config(base, sources, recipe, trainable)
+    config = _config(base, sources, recipe, trainable, examples)
     untouched = Untouched(base)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
@@ -77,7 +78,13 @@ def from_loras(
     return model
 
 
-def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trainable: bool) -> MoeLoraConfig:
+def _config(
+    base: Any,
+    sources: Sequence[LoraSource],
+    recipe: RouterRecipe,
+    trainable: bool,
+    examples: Mapping[str, Sequence[Example]],
+) -> MoeLoraConfig:
     """The configuration of the mixture.
 
     Raises:
@@ -100,6 +107,7 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
             "names": [source.name for source in sources],
             "ranks": [source.rank for source in sources],
             "sources": [_origin(source, recipe.subtracted()) for source in sources],
+            "recipe": _origin_of_router(recipe, examples),
         },
         target_modules=endings if same == sites else sites,
         task_type=sources[0].config.task_type,
@@ -111,12 +119,19 @@ def _config(base: Any, sources: Sequence[LoraSource], recipe: RouterRecipe, trai
 
 def _origin(source: LoraSource, subtracted: Sequence[str]) -> dict[str, Any]:
     found = {
-        "source": source.source,
+        "source": public_name(source.source),
         "license": source.license,
         "revision": source.config.revision,
-        "minus": list(subtracted) or None,
+        "minus": [public_name(each) for each in subtracted] or None,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _origin_of_router(recipe: RouterRecipe, examples: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """The recipe's words but the LoRAs that it subtracts, which are with the experts; and how many rows it had."""
+    words = {key: value for key, value in write(recipe).items() if key != "general"}
+    rows = {name: len(part) for name, part in examples.items() if part and recipe.reads_examples}
+    return {**words, "rows": rows} if rows else words
 
 
 @torch.no_grad()

@@ -203,5 +203,8 @@ def _license(source: str) -> str | None:
         )
     except Exception:  # a card is no part of the adapter: a missing or broken one says nothing
         return None
-    found = None if loaded is None else getattr(loaded.data, "license", None)
+    stated = {} if loaded is None else loaded.data.to_dict()
+    found = stated.get("license")
+    if found == "other":  # the Hub's word for one that has a name of its own
+        found = stated.get("license_name", found)
     return found if isinstance(found, str) else None

@@ -25,7 +25,9 @@ class ComposedLoraExperts(LoraExperts):
         names: What the experts are called, in their order.
         ranks: The rank that each had.
         sources: Where each came from: `{"source": ..., "license": ...}` as far as it is known, and "minus", the
-            LoRAs that were subtracted from it.
+            LoRAs that were subtracted from it. A source is a name on the Hub, or the last part of a local path.
+        recipe: How the router was made when they were composed: the recipe's kind and words, `"rows"`, how many rows it
+            was fitted on by the name of the expert, and `"data"`, the names of what they were read from.
 
     Raises:
         ConfigError: For a value out of range, or lists of another length than `num_experts`.
@@ -36,6 +38,7 @@ class ComposedLoraExperts(LoraExperts):
     names: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def members(self) -> list[str]:
         """Name, rank and origin of each LoRA."""
@@ -60,6 +63,9 @@ class ComposedLoraExperts(LoraExperts):
             valid = isinstance(given, (list, tuple)) and (not given or (len(given) == E and all(map(good, given))))
             check(valid, f"experts.{name}", given, f"{E} {allowed}, one for each expert, or an empty list")
             object.__setattr__(self, name, list(given))
+        check(
+            _is_recipe(self.recipe), "experts.recipe", self.recipe, "a dict; in it `rows` counts by name, `data` names"
+        )
         check(len(set(self.names)) == len(self.names), "experts.names", self.names, "names that differ")
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
@@ -90,3 +96,9 @@ class ComposedLoraExperts(LoraExperts):
 
     def _of(self, count: int, names: list[str], ranks: list[int], sources: list[dict[str, Any]]) -> Self:
         return replace(self, num_experts=count, num_frozen=0, names=names, ranks=ranks, sources=sources)
+
+
+def _is_recipe(value: Any) -> bool:
+    rows, data = (value.get("rows", {}), value.get("data", [])) if isinstance(value, dict) else (None, None)
+    counts = isinstance(rows, dict) and all(map(is_count, rows.values()))
+    return counts and isinstance(data, (list, tuple)) and all(isinstance(name, str) for name in data)

@@ -20,6 +20,8 @@ from torch import nn
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.formats import upgrade_keys
+from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
+from moelora.hub.read import local_folder
 from moelora.inject.base_modules import base_modules
 from moelora.layers.base import MoeLoraLayer
 from moelora.layers.feed_forward import MixtureFeedForward
@@ -124,14 +126,15 @@ def open_adapter(
     """Open an adapter for export.
 
     Args:
-        adapter: A model with the adapter, or a folder that it was saved in.
+        adapter: A model with the adapter, a folder that it was saved in, or the name of a Hub repository.
         base: Name or folder of the base model; None takes the one that the adapter records. Of a folder's adapter it
             is where the base model's configuration is read from; no weight is.
         adapter_name: Of a model, the name of the adapter.
 
     Raises:
-        ExportError: If there is no such adapter, a file is missing or damaged, the base model is not found, or the
-            adapter has what no other format holds.
+        ExportError: If a file is missing or damaged, the base model is not found, or the adapter has what no other
+            format holds.
+        HubError: If there is no such folder or repository.
         MoeLoraError: If the adapter does not fit the base model.
     """
     if isinstance(adapter, PeftModel):
@@ -141,7 +144,7 @@ def open_adapter(
             f"a {type(adapter).__name__} holds no adapter; allowed: a model made by peft.get_peft_model or "
             "PeftModel.from_pretrained, or an adapter's folder."
         )
-    folder = Path(adapter).expanduser()
+    folder = local_folder(adapter, CONFIG_FILE, WEIGHTS_FILE)
     config = read_config(folder)
     name = base or config.base_model_name_or_path
     model = PeftModel.from_pretrained(

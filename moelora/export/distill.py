@@ -18,6 +18,7 @@ from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, OpenSite, open_adapter
 from moelora.export.mixing import fixed_gates, gates_of_zeros, weighted_parts
 from moelora.export.output import Lora, check_free, concatenated, output_folder, write_lora
+from moelora.export.record import export_record, write_record
 from moelora.export.student import Batch, Score, Student, left_as_it_was, measured_usage
 from moelora.routing.batch import Tokens
 from moelora.validation import is_count, is_index, is_real
@@ -74,7 +75,8 @@ def distill_lora(
     together, for which `export_loras` needs no rank.
 
     Args:
-        adapter: A model with the adapter, or, without data, the folder of a saved one. The model is left as it was.
+        adapter: A model with the adapter, or, without data, the folder of a saved one or its name on the Hub. The model
+            is left as it was.
         output: The folder to write; it must not exist.
         rank: Rank of the LoRA.
         train: Batches to measure the usage on, and to train on.
@@ -122,6 +124,9 @@ def distill_lora(
         )
     with output_folder(output) as folder:
         write_lora(folder, loras, opened)
+        words = {name: {"loss": score.loss, "kl": score.kl} for name, score in scores.items()}
+        facts = {"exact": False, "rank": rank, "kept": kept, "steps": steps, "scores": words, "tokens": num_tokens}
+        write_record(folder, export_record("lora", opened.config, opened.base_name, **facts))
     return Distilled(output=Path(output), rank=rank, kept=kept, scores=scores, num_tokens=num_tokens)
 
 

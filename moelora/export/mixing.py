@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, OpenSite
 from moelora.export.output import Lora, concatenated
@@ -47,9 +48,14 @@ def weighted_parts(adapter: OpenAdapter, gates: Mapping[str, Tensor]) -> dict[st
 
 def fixed_gates(adapter: OpenAdapter) -> dict[str, Tensor] | None:
     """The weights [E] of each site's experts where they are the same for every token, by the site's name; else None."""
-    if adapter.config.needs or not all(site.router.ignores_input for site in adapter.routed if site.router is not None):
+    if adapter.config.needs or (adapter.routed and not ignores_input(adapter.config)):
         return None
     return {site.name: gates_of_zeros(site, Tokens(torch.ones(1, 1) > 0))[0] for site in adapter.routed}
+
+
+def ignores_input(config: MoeLoraConfig) -> bool:
+    """Whether a router's weights do not depend on the input of its layer."""
+    return bool(config.scores.ignores_input and config.selection.ignores_input)
 
 
 def gates_of_zeros(site: OpenSite, tokens: Tokens) -> Tensor:

@@ -9,16 +9,18 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, open_adapter
-from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zeros, is_one, mixed_loras
+from moelora.export.mixing import DISTIL, check_block, fixed_gates, gates_of_zeros, ignores_input, is_one, mixed_loras
 from moelora.export.output import Lora, output_folder, save_tensors, write_lora
+from moelora.export.record import export_record, write_record
 from moelora.routing.batch import Tokens
 from moelora.version import __version__
 
@@ -38,7 +40,7 @@ def export_loras(
       beside the mixtures are in every one.
 
     Args:
-        adapter: A model with the adapter, or the folder of a saved one.
+        adapter: A model with the adapter, the folder of a saved one, or its name on the Hub.
         output: The folder to write; it must not exist.
         base: See `open_adapter`.
         adapter_name: Of a model, the name of the adapter.
@@ -58,13 +60,10 @@ def export_loras(
             check_block(site, gates[site.name])
         with output_folder(output) as folder:
             write_lora(folder, mixed_loras(opened, gates), opened)
+            write_record(folder, export_record("lora", opened.config, opened.base_name, exact=True))
         return Path(output)
-    if opened.config.needs == {"task_ids"} and all(site.router.ignores_input for site in opened.routed if site.router):
-        loras, router, tensors = _by_task(opened)
-    elif opened.config.scores.kind == "centroids":
-        loras, router, tensors = _by_centroid(opened)
-    else:
-        raise ExportError(_refusal(opened))
+    by_task = check_by_sequence(opened.config) == "task"
+    loras, router, tensors = _by_task(opened) if by_task else _by_centroid(opened)
     with output_folder(output) as folder:
         for name, parts in loras.items():
             write_lora(folder / name, parts, opened)
@@ -78,12 +77,26 @@ def export_loras(
         if tensors:
             save_tensors(tensors, folder / "router.safetensors")
         shutil.copyfile(_EXAMPLES[router["kind"]], folder / "route.py")
+        write_record(folder, export_record("loras", opened.config, opened.base_name))
     return Path(output)
 
 
-def _refusal(adapter: OpenAdapter) -> str:
-    config = adapter.config
-    return (
+def check_by_sequence(config: MoeLoraConfig) -> Literal["task", "centroid"]:
+    """What a mixture chooses one expert for a sequence by.
+
+    Raises:
+        ExportError: If it does not.
+    """
+    if config.needs == {"task_ids"} and ignores_input(config):
+        return "task"
+    if config.scores.kind == "centroids" and config.selection.kind == "nearest":
+        return "centroid"
+    if config.scores.kind == "centroids":
+        raise ExportError(
+            f"the selection is {config.selection.describe()}, which mixes experts; allowed: 'nearest', one expert for "
+            f"each sequence. {DISTIL}."
+        )
+    raise ExportError(
         f"the mixture is routed token by token (scores {config.scores.describe()}, selection "
         f"{config.selection.describe()}), so no LoRA is right for a whole request; allowed: 'task' or 'centroids' "
         f"scores with one choice for each sequence, or 'constant'. {DISTIL}, or keep its routing with "
@@ -126,11 +139,6 @@ def _by_task(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str
 def _by_centroid(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict[str, Any], dict[str, Tensor]]:
     """A LoRA for each expert, and the router's tensors."""
     config = adapter.config
-    if config.selection.kind != "nearest":
-        raise ExportError(
-            f"the selection is {config.selection.describe()}, which mixes experts; allowed: 'nearest', one expert for "
-            f"each sequence. {DISTIL}."
-        )
     tensors = _shared_tensors(adapter)
     names = expert_names(adapter)
     experts = torch.eye(len(names))

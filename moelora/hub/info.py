@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from moelora.choices import Param
 from moelora.choices import Site as SiteOfChoices
 from moelora.config import MoeLoraConfig
 
@@ -148,8 +149,41 @@ class AdapterInfo:
             sites.append(site)
         return sites
 
+    def missing(self) -> list[str]:
+        """The tensors that are not stored beside others of their module or of the mixtures of its name.
+
+        A module none of whose tensors are stored does not show without the base model.
+        """
+        modules: dict[str, list[TensorHeader]] = {}
+        for tensor in self.tensors:
+            if ".moelora_" in tensor.name:
+                modules.setdefault(_module_of(tensor.name), []).append(tensor)
+        shared = self.config.placement.routers != "per_site"
+        lacking: list[str] = []
+        routers: dict[str, set[str]] = {}
+        for module, tensors in modules.items():
+            stored = {tensor.name.partition(".moelora_")[2] for tensor in tensors}
+            kind, num_experts, _ = _kind_of(tensors)
+            roles = {name.removesuffix("_frozen").partition(".")[2] for name in stored} & {"gate", "up", "down"}
+            # without any B the number of experts is that of another tensor
+            count = num_experts or max(tensor.shape[0] for tensor in tensors)
+            declared = {piece.name for piece in self._declared(count, tuple(sorted(roles)), kind.endswith("mixture"))}
+            if shared and kind.endswith("mixture"):
+                of_router = {name for name in declared if name.startswith("router.")}
+                routers[module] = of_router - stored
+                declared -= of_router
+            lacking += [f"{module}.moelora_{name}" for name in sorted(declared - stored)]
+        if routers:  # one module holds the router of all
+            holder = min(routers, key=lambda module: len(routers[module]))
+            lacking += [f"{holder}.moelora_{name}" for name in sorted(routers[holder])]
+        return lacking
+
     def _trained_names(self, num_experts: int, roles: tuple[str, ...], routed: bool) -> set[str]:
         """What training moves of the tensors that the choices declare at a site, by the ends of their names."""
+        return {piece.name for piece in self._declared(num_experts, roles, routed) if piece.trainable}
+
+    def _declared(self, num_experts: int, roles: tuple[str, ...], routed: bool) -> list[Param]:
+        """The tensors that the choices declare at a site, as they are stored."""
         site = SiteOfChoices(
             name="",
             linears=dict.fromkeys(roles or ("",), (1, 1)),
@@ -159,7 +193,7 @@ class AdapterInfo:
         )
         routers = [replace(param, name=f"router.{param.name}") for param in self.config.router_params(site)]
         declared = [*self.config.expert_params(site), *routers] if num_experts else []
-        return {piece.name for param in declared for piece in param.stored() if piece.trainable}
+        return [piece for param in declared for piece in param.stored()]
 
     def _is_trained(self, name: str, trained: set[str]) -> bool:
         _, ours, tensor = name.partition(".moelora_")

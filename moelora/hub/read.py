@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from moelora.config import MoeLoraConfig
@@ -35,9 +35,8 @@ def read_adapter(source: str | Path, *, revision: str | None = None, token: str 
     if Path(source).is_dir():
         folder = Path(source)
         tensors = _local_headers(folder)
-    elif source.count("/") > 1 or source.startswith((".", "/", "~")) or Path(source).exists():
-        raise HubError(f"there is no folder {source!r}; give an adapter's folder, or a Hub repository as 'owner/name'.")
     else:
+        _check_hub_name(source)
         with hub_errors(source, "read"):
             metadata = HfApi(token=token).parse_safetensors_file_metadata(source, WEIGHTS_FILE, revision=revision)
             config_file = hf_hub_download(source, CONFIG_FILE, revision=revision, token=token)
@@ -46,6 +45,29 @@ def read_adapter(source: str | Path, *, revision: str | None = None, token: str 
     named = upgrade_keys({tensor.name: tensor for tensor in tensors})
     tensors = [dataclasses.replace(tensor, name=name) for name, tensor in named.items()]
     return AdapterInfo(source=source, config=_read_config(folder, source), tensors=tuple(tensors))
+
+
+def local_folder(source: str | Path, *files: str) -> Path:
+    """The folder of an adapter, downloaded if it is a Hub repository.
+
+    Args:
+        source: A folder, or the name of a Hub repository.
+        files: What to download of a repository; patterns with `*` are allowed.
+
+    Raises:
+        HubError: If there is neither, or it cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    _check_hub_name(str(source))
+    with hub_errors(str(source), "read"):
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+
+
+def _check_hub_name(source: str) -> None:
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or Path(source).exists():
+        raise HubError(f"there is no folder {source!r}; give an adapter's folder, or a Hub repository as 'owner/name'.")
 
 
 def _read_config(folder: Path, source: str) -> MoeLoraConfig:
@@ -79,12 +101,21 @@ def _local_headers(folder: Path) -> list[TensorHeader]:
         inside = sorted(str(path.parent) for path in folder.rglob(CONFIG_FILE))
         hint = f" Adapters inside it: {', '.join(inside)}." if inside else " Save one with `model.save_pretrained`."
         raise HubError(f"{str(folder)!r} holds no adapter: {' and '.join(missing)} missing.{hint}")
+    return read_headers(folder / WEIGHTS_FILE)
+
+
+def read_headers(weights: Path) -> list[TensorHeader]:
+    """The header of a safetensors file.
+
+    Raises:
+        HubError: If it is damaged.
+    """
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+        with safe_open(weights, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return [TensorHeader(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
     except SafetensorError as error:
         raise HubError(
-            f"{str(folder / WEIGHTS_FILE)!r} is not a readable safetensors file ({error}); it may be cut off. Save or "
-            "download it again."
+            f"{str(weights)!r} is not a readable safetensors file ({error}); it may be cut off. Save or download it "
+            "again."
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +120,9 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
     )
     composed = model.peft_config["default"]
     composed.base_model_name_or_path = source.model
+    if config.dataset is not None and "rows" in composed.experts.recipe:
+        recipe = {**composed.experts.recipe, "data": _names_of(config.dataset)}
+        composed.experts = replace(composed.experts, recipe=recipe)
     for name, rank in zip(composed.experts.names, composed.experts.ranks, strict=True):
         say(
             f"Expert    {name}: rank {rank}, {config.loras[name]}"
@@ -133,6 +136,14 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
     say(f"Router    {composed.scores.describe()}, {composed.selection.describe()}")
     say(f"Saved     {output}: {stored:,} parameters, {trainable:,} of them to be trained further")
     say(f"Next      moelora inspect {output}")
+
+
+def _names_of(data: DatasetConfig) -> list[str]:
+    """What others may know of where rows came from."""
+    if data.tasks:
+        return [f"reasoning-gym {task}" for task in data.tasks]
+    files = [data.files] if isinstance(data.files, str) else data.files or []
+    return [data.hub] if data.hub else [Path(file).name for file in files]
 
 
 def _stated_base(config: ComposeConfig) -> str:

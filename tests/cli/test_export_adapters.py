@@ -73,7 +73,11 @@ def test_mixlora_and_back(tmp_path: Path, base: Path, capsys: pytest.CaptureFixt
     assert run(adapter, tmp_path / "theirs", "--to", "mixlora", "--base", base) == 0
     assert run(tmp_path / "theirs", tmp_path / "ours", "--to", "moelora") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'theirs'}\n{tmp_path / 'ours'}\n"
-    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["adapter_config.json", "adapter_model.bin"]
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.bin",
+        "moelora_export.json",
+    ]
     torch.testing.assert_close(outputs(with_lora(base, tmp_path / "ours")), outputs(model), atol=1e-5, rtol=1e-5)
 
 

@@ -53,7 +53,9 @@ def test_each_expert_of_a_task_mixture_is_a_lora(tmp_path: Path, base: Path, for
     router = json.loads((tmp_path / "out" / "router.json").read_text())
     assert router["loras"] == {"-1": None, **{str(task): name for task, name in enumerate(NAMES)}}
     assert router["base_model"] == str(base)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*NAMES, "route.py", "router.json"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*NAMES, "moelora_export.json", "route.py", "router.json"]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from moelora import MoeLoraConfig, push_to_hub
 from moelora.errors import FormatVersionError, HubError
@@ -175,7 +175,7 @@ def test_plain_lora_is_not_called_a_mixture(hub: HubServer) -> None:
     push_to_hub(make_adapter(preset="lora"), REPO)
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert card.data.to_dict()["tags"] == ["moelora", "lora"]
-    assert "mixture" not in card.text
+    assert "mixture" not in card.text.partition("## What it can be exported to")[0]
     assert "plain LoRA" in card.text
 
 
@@ -273,10 +273,13 @@ def test_no_connection(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_moelora_adapters_are_taken(hub: HubServer, tmp_path: Path) -> None:
     lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path)
+    other = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(HubError, match="says peft_type 'IA3', not 'MOELORA'"):
+        read_adapter(tmp_path)
     for adapter, message in [
         (lora, "is of type"),
-        (tmp_path, "says peft_type 'LORA', not 'MOELORA'"),
+        (tmp_path, "holds an adapter of type 'IA3'; allowed: 'MOELORA', 'LORA', 'MIXLORA'"),
         (tiny_model(), "a LlamaForCausalLM holds no adapter"),
         (tmp_path / "none", "there is no folder"),
     ]:

@@ -60,6 +60,8 @@ class RouterRecipe(Choice):
     axis: ClassVar[str] = "composition"
     needs_examples: ClassVar[bool] = False
     """Whether it cannot do without rows for each expert."""
+    reads_examples: ClassVar[bool] = False
+    """Whether it reads rows."""
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """The words of `MoeLoraConfig` for the router: scores, selection, placement.

@@ -48,6 +48,7 @@ class Centroids(RouterRecipe):
 
     kind: ClassVar[str] = "centroids"
     needs_examples: ClassVar[bool] = True
+    reads_examples: ClassVar[bool] = True
 
     embedding: Embedding = "hidden"
     unknown: bool = True

@@ -27,6 +27,7 @@ class KShot(TopK):
     """
 
     kind: ClassVar[str] = "kshot"
+    reads_examples: ClassVar[bool] = True
 
     count: int = 4
     diversity: float = 0.5

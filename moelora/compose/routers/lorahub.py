@@ -34,6 +34,7 @@ class LoraHub(RouterRecipe):
     """
 
     kind: ClassVar[str] = "lorahub"
+    reads_examples: ClassVar[bool] = True
 
     steps: int = 40
     bound: float = 1.5

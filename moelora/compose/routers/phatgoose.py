@@ -56,6 +56,7 @@ class Phatgoose(RouterRecipe):
 
     kind: ClassVar[str] = "phatgoose"
     needs_examples: ClassVar[bool] = True
+    reads_examples: ClassVar[bool] = True
 
     top_k: int = 2
     steps: int = 100

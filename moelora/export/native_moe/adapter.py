@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.formats import upgrade_keys
-from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE, hub_errors
-from moelora.hub.read import read_adapter
+from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
+from moelora.hub.read import local_folder, read_adapter
 from moelora.ops.factors import Factors
 from moelora.peft_type import PREFIX
 
@@ -43,13 +42,8 @@ class SavedAdapter:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.folder = Path(source)
         info = read_adapter(source)
-        if not self.folder.is_dir():
-            with hub_errors(str(source), "read"):
-                self.folder = Path(
-                    snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "*token*", "*.jinja"])
-                )
+        self.folder = local_folder(source, CONFIG_FILE, WEIGHTS_FILE, "*token*", "*.jinja")
         self.source = str(source)
         self.config: MoeLoraConfig = info.config
         self._file = safe_open(self.folder / WEIGHTS_FILE, framework="pt")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from moelora.config import MoeLoraConfig
 from moelora.runs.tables import markdown
-from moelora.version import __version__
+from moelora.runs.wording import code
 
 TRAPS = {
     "Qwen3MoeForCausalLM": "llama.cpp's `qwen3moe` always renormalises the weights of the chosen experts: an export "
@@ -29,39 +28,55 @@ ROUTER = (
 )
 
 
-def render_card(moe: Any, config: MoeLoraConfig, base: object) -> str:
+def render_card(
+    record: Mapping[str, Any],
+    *,
+    title: str,
+    load_from: str,
+    base_model: str | None,
+    license: str | None = None,
+    datasets: Sequence[str] | None = None,
+    more: Sequence[str] = (),
+) -> str:
     """Write the card, front matter included.
 
     Args:
-        moe: The model, a `NativeMoe`.
-        config: The adapter's configuration.
-        base: Where the base came from; it is named if it is a name on the Hub.
+        record: What the export noted of itself.
+        title: The heading.
+        load_from: What `from_pretrained` takes.
+        base_model: The dense base's name on the Hub, if it has one.
+        license: License of the model, if it is stated.
+        datasets: Names on the Hub of the adapter's training data, if they are known.
+        more: Sections to add.
     """
-    named = base if isinstance(base, str) and base.count("/") == 1 and not Path(base).exists() else None
+    preset, architecture = record["adapter"]["preset"], record["architecture"]
     data = ModelCardData(
-        base_model=named,
+        base_model=base_model,
         library_name="transformers",
+        license=license,
+        datasets=list(datasets) if datasets else None,
         pipeline_tag="text-generation",
-        tags=["moelora", "mixture-of-experts", *([config.preset] if config.preset else [])],
+        tags=["moelora", "mixture-of-experts", *([preset] if preset else [])],
     )
-    of = f"[{named}](https://huggingface.co/{named})" if named else "a dense base model"
-    what = f"a `{config.preset}` adapter" if config.preset else "an adapter"
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model"
+    what = f"a {code(preset)} adapter" if preset else "an adapter"
     rows = [
-        ("architecture", f"`{moe.architecture}`"),
-        ("experts", f"{moe.num_experts} per block, {moe.top_k} per token"),
-        ("parameters", f"{moe.parameters:,} (the base has {moe.base_parameters:,})"),
-        ("data type", f"{moe.dtype}, {moe.num_bytes / 1e9:.2f} GB"),
+        ("architecture", f"`{architecture}`"),
+        ("experts", f"{record['num_experts']} per block, {record['top_k']} per token"),
+        ("parameters", f"{record['parameters']:,} (the base has {record['base_parameters']:,})"),
+        ("data type", f"{record['dtype']}, {record['num_bytes'] / 1e9:.2f} GB"),
     ]
-    watch = [ROUTER, *([TRAPS[moe.architecture]] if moe.architecture in TRAPS else []), *moe.notes]
+    watch = [ROUTER, *([TRAPS[architecture]] if architecture in TRAPS else []), *record["notes"]]
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {moe.folder.name}",
-        f"This is {what} on {of} as one native mixture-of-experts model, written by moelora {__version__}. Each expert "
-        "is the base's feed-forward block with one LoRA expert merged into it; plain LoRAs are merged; the router's "
-        "weights are the adapter's. Up to rounding it computes what the adapter computes on its base.",
+        f"# {title}",
+        f"This is {what} on {of} as one native mixture-of-experts model, written by {record['written_by']}. Each "
+        "expert is the base's feed-forward block with one LoRA expert merged into it; plain LoRAs are merged; the "
+        "router's weights are the adapter's. Up to rounding it computes what the adapter computes on its base.",
         markdown(("", ""), rows, numbers=False),
         "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")  # neither moelora nor PEFT is needed\n```',
+        f"model = AutoModelForCausalLM.from_pretrained({load_from!r})  # neither moelora nor PEFT is needed\n```",
         "## What to look out for\n\n" + "\n".join(f"- {note}" for note in watch),
+        *more,
     ]
     return "\n\n".join(sections) + "\n"

@@ -42,10 +42,26 @@ class MoeRouting:
 def read_routing(config: MoeLoraConfig, target: Target) -> MoeRouting:
     """The routing of an adapter in a native MoE's terms.
 
+    Raises:
+        ExportError: Names what the target cannot express.
+    """
+    check_choices(config)
+    # the weights of all experts sum to one anyway
+    renormalize = config.selection.renormalize or config.selection.k == config.experts.num_experts
+    if not renormalize and not target.norm_topk_prob:
+        raise _refusal(
+            "selection with renormalize", False, "True", f"{target.architecture} always renormalises the chosen weights"
+        )
+    return MoeRouting(config.experts.num_experts, config.selection.k, renormalize)
+
+
+def check_choices(config: MoeLoraConfig) -> None:
+    """Refuse choices that no native MoE can express.
+
     What holds in training only (dropout of experts, a capacity, balance losses) does not matter.
 
     Raises:
-        ExportError: Names what the target cannot express.
+        ExportError: Names the choice.
     """
     experts, scores, selection = config.experts, config.scores, config.selection
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -67,13 +83,6 @@ def read_routing(config: MoeLoraConfig, target: Target) -> MoeRouting:
         raise _refusal("selection", selection.kind, "'top_k'", reason)
     if selection.capacity_in_eval:
         raise _refusal("selection with capacity_in_eval", True, "False", "experts have no capacity there")
-    # the weights of all experts sum to one anyway
-    renormalize = selection.renormalize or selection.k == experts.num_experts
-    if not renormalize and not target.norm_topk_prob:
-        raise _refusal(
-            "selection with renormalize", False, "True", f"{target.architecture} always renormalises the chosen weights"
-        )
-    return MoeRouting(experts.num_experts, selection.k, renormalize)
 
 
 def _refusal(axis: str, value: object, allowed: str, reason: str) -> ExportError:

@@ -105,6 +105,8 @@ FLEX_OLMO = Target(
     "FlexOlmoForCausalLM", "FlexOlmoConfig", "num_experts", "mlp.gate.weight", _QWEN_EXPERTS, norm_topk_prob=True
 )
 
+TARGETS = (MIXTRAL, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO)
+
 Words = dict[str, Any]
 
 

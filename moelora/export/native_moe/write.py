@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from moelora.export.native_moe.card import render_card
 from moelora.export.native_moe.plan import Plan, plan_tensors
 from moelora.export.native_moe.routing import MoeRouting, read_routing
 from moelora.export.native_moe.targets import Target, find_target
+from moelora.export.record import export_record, write_record
 from moelora.export.safetensors_writer import DTYPES, size_of, write_sharded
 from moelora.files import new_folder
 from moelora.runs.wording import one_line
@@ -126,8 +128,17 @@ def to_native_moe(
             files=tuple(files),
             notes=tuple(_notes(target, plan, words, routing, made)),
         )
-        (folder / "README.md").write_text(render_card(moe, saved.config, named))
+        record = _record(moe, saved, named)
+        write_record(folder, record)
+        card = render_card(record, title=output.name, load_from="PATH_OR_NAME", base_model=record["base_model"])
+        (folder / "README.md").write_text(card)
     return moe
+
+
+def _record(moe: NativeMoe, saved: SavedAdapter, base: object) -> dict[str, Any]:
+    facts = dataclasses.asdict(moe)
+    del facts["folder"]
+    return export_record("native-moe", saved.config, base, **facts)
 
 
 def _check_free(output: Path) -> None:

@@ -16,6 +16,7 @@ from moelora.errors import ExportError
 from moelora.export.adapter import one_line, open_adapter, read_json
 from moelora.export.output import CONFIG_FILE, WEIGHTS_FILE, check_free, output_folder, save_tensors
 from moelora.export.tudb.names import ATTENTION, LEAST_DROPOUT, PICKLE_FILE, ROLES, activation_of
+from moelora.hub.read import local_folder
 from moelora.validation import check_keys, is_count, is_real, is_share
 
 _KEY = re.compile(
@@ -35,7 +36,7 @@ def read_mixlora(folder: str | Path, output: str | Path, *, base: str | None = N
     The pickle is read with `weights_only=True`.
 
     Args:
-        folder: A folder with adapter_config.json and adapter_model.bin.
+        folder: A folder with adapter_config.json and adapter_model.bin, or the name of such a Hub repository.
         output: The folder to write; it must not exist.
         base: Name or folder of the base model, whose configuration is read; None takes the one that the folder names.
 
@@ -45,10 +46,31 @@ def read_mixlora(folder: str | Path, output: str | Path, *, base: str | None = N
     Raises:
         ExportError: If a file is missing or damaged, moelora cannot express what it says, or the output cannot be
             written. Nothing is left at `output` then.
+        HubError: If there is no such folder or repository.
         MoeLoraError: If it does not fit the base model.
     """
-    folder = Path(folder).expanduser()
     check_free(output)
+    folder = local_folder(folder, CONFIG_FILE, PICKLE_FILE)
+    words, tensors, linears = read_folder(folder)
+    config = _our_config(words, linears, base)
+    with output_folder(output) as ready:
+        config.save_pretrained(str(ready))
+        save_tensors(tensors, ready / WEIGHTS_FILE)
+        activation = activation_of(open_adapter(ready).base)
+        if words.get("act_fn") not in (None, activation):
+            raise ExportError(
+                f"act_fn is {words['act_fn']!r}, but the base model's is {activation!r}; allowed: the base model's. Is "
+                f"{config.base_model_name_or_path!r} the right base?"
+            )
+    return Path(output)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+    """Its configuration, its tensors under moelora's names, and the names of the adapted linears.
+
+    Raises:
+        ExportError: If a file is missing or damaged, or moelora cannot express what it says.
+    """
     words = read_json(folder / CONFIG_FILE)
     _check_words(words)
     weights = _read_pickle(folder / PICKLE_FILE)
@@ -61,17 +83,7 @@ def read_mixlora(folder: str | Path, output: str | Path, *, base: str | None = N
             f"({', '.join(sorted(listed))}) do not list; allowed: weights of targets. The two files do not belong "
             "together."
         )
-    config = _our_config(words, linears, base)
-    with output_folder(output) as ready:
-        config.save_pretrained(str(ready))
-        save_tensors(tensors, ready / WEIGHTS_FILE)
-        activation = activation_of(open_adapter(ready).base)
-        if words.get("act_fn") not in (None, activation):
-            raise ExportError(
-                f"act_fn is {words['act_fn']!r}, but the base model's is {activation!r}; allowed: the base model's. Is "
-                f"{config.base_model_name_or_path!r} the right base?"
-            )
-    return Path(output)
+    return words, tensors, linears
 
 
 def _check_words(words: Mapping[str, Any]) -> None:

@@ -12,9 +12,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moelora.config import MoeLoraConfig
 from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, open_adapter
 from moelora.export.output import CONFIG_FILE, output_folder
+from moelora.export.record import export_record, write_record
 from moelora.export.tudb.names import ATTENTION, LEAST_DROPOUT, PICKLE_FILE, ROLES, activation_of
 
 _SITE = re.compile(r"model\.layers\.(\d+)\.(?:mlp|self_attn\.(\w+))")
@@ -29,7 +31,7 @@ def write_mixlora(
     router's initial deviation are written in the words that their code reads.
 
     Args:
-        adapter: A model with the adapter, or the folder of a saved one.
+        adapter: A model with the adapter, the folder of a saved one, or its name on the Hub.
         output: The folder to write; it must not exist.
         base: See `open_adapter`. It is recorded in the folder, which has to name a base model.
         adapter_name: Of a model, the name of the adapter.
@@ -43,7 +45,8 @@ def write_mixlora(
         MoeLoraError: If the adapter does not fit the base model.
     """
     opened = open_adapter(adapter, base=base, adapter_name=adapter_name)
-    _check_expressible(opened)
+    check_choices(opened.config)
+    _check_opened(opened)
     weights = _their_weights(opened)
     words = _their_words(opened)
     # into memory first: torch reports a full disk in ways of its own
@@ -52,30 +55,43 @@ def write_mixlora(
     with output_folder(output) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(words, indent=2) + "\n")
         (folder / PICKLE_FILE).write_bytes(pickled.getbuffer())
+        write_record(folder, export_record("mixlora", opened.config, opened.base_name))
     return Path(output)
 
 
-def _check_expressible(adapter: OpenAdapter) -> None:
-    """Refuse what the format has no words for."""
-    config = adapter.config
+def check_choices(config: MoeLoraConfig) -> None:
+    """Refuse choices that the format has no words for.
+
+    Raises:
+        ExportError: Names the choice.
+    """
     scores, selection, experts = config.scores.describe(), config.selection, config.experts
-    mixed = [site.name for site in adapter.routed if not site.is_block]
     softmax = config.scores.kind == "linear" and config.scores.activation == "softmax" and not config.scores.bias
     top_k = selection.kind == "top_k" and selection.renormalize
     limits = top_k and (selection.expert_dropout, selection.capacity_factor)
     alpha = experts.lora_alpha
     for name, value, good, allowed in (
         ("placement", config.placement.kind, config.placement.kind == "feed_forward", "'feed_forward'"),
-        ("a mixture on a linear", ", ".join(mixed[:4]), not mixed, "mixtures of feed-forward blocks alone"),
         ("scores", scores, softmax, "a linear with a softmax and no bias"),
         ("selection", selection.describe(), top_k, "top_k with renormalize=True"),
         ("expert_dropout, capacity_factor", limits, not top_k or limits == (0, None), "neither"),
         ("lora_alpha", alpha, alpha > 0 and alpha == int(alpha), "a positive integer"),
         ("task_type", config.task_type, config.task_type == "CAUSAL_LM", "'CAUSAL_LM'"),
-        ("the base model's name", adapter.base_name, bool(adapter.base_name), "a name or a folder; give it as base"),
     ):
         if not good:
-            raise ExportError(f"MixLoRA's folders cannot hold {name} {value!r}; allowed: {allowed}.")
+            raise _refusal(name, value, allowed)
+
+
+def _check_opened(adapter: OpenAdapter) -> None:
+    mixed = [site.name for site in adapter.routed if not site.is_block]
+    if mixed:
+        raise _refusal("a mixture on a linear", ", ".join(mixed[:4]), "mixtures of feed-forward blocks alone")
+    if not adapter.base_name:
+        raise _refusal("the base model's name", adapter.base_name, "a name or a folder; give it as base")
+
+
+def _refusal(name: str, value: object, allowed: str) -> ExportError:
+    return ExportError(f"MixLoRA's folders cannot hold {name} {value!r}; allowed: {allowed}.")
 
 
 def _their_words(adapter: OpenAdapter) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what its files say, and nothing else."""
+"""The card of what is uploaded: what its files say, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from moelora.errors import HubError
+from moelora.export.mixing import ignores_input
+from moelora.export.native_moe import card as native_moe
+from moelora.export.record import adapter_words
 from moelora.hub.info import AdapterInfo
 from moelora.runs.tables import markdown
-from moelora.runs.wording import commit_words
+from moelora.runs.wording import code, commit_words, text
+from moelora.share import export_cards
+from moelora.share.composition import data_names, exports, made_of
+from moelora.share.contents import Contents
+from moelora.share.wording import load_base, origin_link
 
 # task_type of PEFT: the class that loads the base, and the Hub's name of the task where there is exactly one.
 TASKS: dict[str | None, tuple[str, str | None]] = {
@@ -57,7 +64,7 @@ class Evaluation:
 
 
 def render_card(
-    info: AdapterInfo,
+    contents: Contents,
     *,
     repo_id: str,
     base_model: str | None,
@@ -70,37 +77,55 @@ def render_card(
     """Write the card, front matter included.
 
     Args:
-        info: The adapter.
+        contents: What is uploaded.
         repo_id: The repository it goes to.
         base_model: The base model's name on the Hub, if it has one.
-        license: License of the adapter.
-        datasets: Names on the Hub of its training data; None takes what the run's configuration says.
+        license: License of what is uploaded.
+        datasets: Names on the Hub of its training data; None takes what the run's configuration and a composition say.
         training: What `python -m train` noted: steps, seconds, log.
         run: The configuration of that run.
         evaluation: Its scores.
     """
-    config = info.config
-    if datasets is None and (trained_on := ((run or {}).get("dataset") or {}).get("hub")):
-        datasets = [trained_on]
+    adapter = adapter_words(contents.info.config) if contents.info else contents.record.get("adapter")
+    if datasets is None:
+        trained_on = ((run or {}).get("dataset") or {}).get("hub")
+        datasets = [trained_on] if trained_on else data_names(adapter) if adapter else None
+    scores = [_scores(evaluation)] if evaluation else []
+    if contents.kind == "native-moe":
+        return native_moe.render_card(
+            contents.record,
+            title=repo_id.rpartition("/")[2],
+            load_from=repo_id,
+            base_model=base_model,
+            license=license,
+            datasets=datasets,
+            more=scores,
+        )
+    library, tags = ("peft", _tags(contents.info)) if contents.info else export_cards.library_and_tags(contents)
     data = ModelCardData(
         base_model=base_model,
-        library_name="peft",
+        library_name=library,
         license=license,
         datasets=list(datasets) if datasets else None,
-        pipeline_tag=TASKS[config.task_type][1],
-        tags=_tags(info),
+        pipeline_tag=TASKS[contents.task_type][1],
+        tags=tags,
     )
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {repo_id.rpartition('/')[2]}",
-        _introduction(info, base_model),
-        _loading(info, repo_id, base_model),
-        _adapter(info),
-        *_training(training, run or {}),
-        *([_scores(evaluation)] if evaluation else []),
-        _versions(info),
-    ]
-    return "\n\n".join(sections) + "\n"
+    if contents.info:
+        info = contents.info
+        body = [
+            _introduction(info, base_model),
+            _loading(info, repo_id, base_model),
+            *made_of(adapter_words(info.config), contents.thresholds()),
+            _adapter(info),
+            exports(info.config, is_routed=info.is_routed),
+            *_training(training, run or {}),
+            *scores,
+            _versions(info),
+        ]
+    else:
+        body = [*export_cards.sections(contents, repo_id, base_model, TASKS[contents.task_type][0]), *scores]
+    head = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.rpartition('/')[2]}"]
+    return "\n\n".join([*head, *body]) + "\n"
 
 
 def _tags(info: AdapterInfo) -> list[str]:
@@ -111,7 +136,9 @@ def _tags(info: AdapterInfo) -> list[str]:
 
 def _introduction(info: AdapterInfo, base_model: str | None) -> str:
     config = info.config
-    what = f"a `{config.preset}` adapter" if config.preset else "an adapter"
+    what = f"a {code(config.preset)} adapter" if config.preset else "an adapter"
+    if getattr(config.experts, "names", []):
+        what = "a composition of LoRAs that were trained apart"
     kind = "routed mixtures of LoRA experts" if info.is_routed else "plain LoRA"
     on = f" for [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     return (
@@ -124,28 +151,25 @@ def _introduction(info: AdapterInfo, base_model: str | None) -> str:
 def _loading(info: AdapterInfo, repo_id: str, base_model: str | None) -> str:
     config = info.config
     auto_class = TASKS[config.task_type][0]
-    arguments = [repr(base_model)] if base_model else ["BASE_MODEL"]
+    more = []
     if base_model and config.revision:
-        arguments.append(f"revision={config.revision!r}")
+        more.append(f"revision={config.revision!r}")
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(info)):
-        arguments.append(f"num_labels={num_labels}")
-    base_line = "" if base_model else "BASE_MODEL = ...  # what it was trained on; its name on the Hub is not known\n"
-    merging = (
-        " Routing depends on the input, so the adapter cannot be merged into the base weights."
-        if info.is_routed
-        else ""
-    )
+        more.append(f"num_labels={num_labels}")
+    notes = ["Without `import moelora` PEFT fails with `KeyError: 'MOELORA'`."]
+    if info.is_routed and (config.needs or not ignores_input(config)):
+        notes.append("Routing depends on the input, so the adapter cannot be merged into the base weights.")
+    if "task_ids" in config.needs:
+        notes.append("Give each sequence its expert: `model(**inputs, task_ids=...)`, numbers from 0 in their order.")
     return (
         "## How to load it\n\n"
         "```python\n"
         "import moelora  # makes PEFT know the adapter's type\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f"{base_line}"
-        f"base = {auto_class}.from_pretrained({', '.join(arguments)})\n"
+        f"{load_base(auto_class, base_model, *more)}"
         f"model = PeftModel.from_pretrained(base, {repo_id!r})\n"
-        "```\n\n"
-        f"Without `import moelora` PEFT fails with `KeyError: 'MOELORA'`.{merging}"
+        "```\n\n" + " ".join(notes)
     )
 
 
@@ -157,10 +181,10 @@ def _num_labels(info: AdapterInfo) -> int | None:
 
 def _adapter(info: AdapterInfo) -> str:
     sites = [
-        (f"`{site.module}`", site.layer_ranges(), site.describe(), str(site.count), f"{site.num_parameters:,}")
+        (code(site.module), site.layer_ranges(), site.describe(), str(site.count), f"{site.num_parameters:,}")
         for site in info.sites()
     ]
-    axes = [(axis, f"`{words}`") for axis, words in info.axes().items()]
+    axes = [(axis, code(words)) for axis, words in info.axes().items()]
     return (
         "## The adapter\n\n"
         + markdown(("axis", "setting"), axes, numbers=False)
@@ -183,11 +207,11 @@ def _training(training: Mapping[str, Any] | None, run: Mapping[str, Any]) -> lis
     data = run.get("dataset") or {}
     if tasks := data.get("tasks"):
         rows = f", {data['rows_per_task']} problems each" if data.get("rows_per_task") else ""
-        facts.append(f"data: reasoning-gym {', '.join(f'`{task}`' for task in tasks)}{rows}")
+        facts.append(f"data: reasoning-gym {', '.join(map(code, tasks))}{rows}")
     if data.get("hub"):
-        facts.append(f"data: [{data['hub']}](https://huggingface.co/datasets/{data['hub']}), split `{data['split']}`")
+        facts.append(f"data: {origin_link(data['hub'], kind='datasets/')}, split {code(data['split'])}")
     if words := run.get("training"):
-        facts.append("settings: " + ", ".join(f"`{key}={value}`" for key, value in words.items()))
+        facts.append("settings: " + ", ".join(code(f"{key}={value}") for key, value in words.items()))
     if training:
         facts.append(f"{training['steps']} optimizer steps in {training['seconds']:.0f} seconds")
         losses = [entry["loss"] for entry in training.get("log", []) if "loss" in entry]
@@ -201,11 +225,11 @@ def _scores(evaluation: Evaluation) -> str:
     models = list(dict.fromkeys(str(row.get("model", "value")) for row in evaluation.scores))
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in evaluation.scores:
-        line = (str(row["task"]), str(row["metric"]), str(row.get("n", "")))
+        line = (text(row["task"]), text(row["metric"]), text(row.get("n", "")))
         stderr = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
         lines.setdefault(line, {})[str(row.get("model", "value"))] = f"{row['value']:.3f}{stderr}"
     body = [(*line, *(cells.get(model, "") for model in models)) for line, cells in lines.items()]
-    sections = ["## Scores", markdown(("task", "metric", "n", *models), body, numbers=False)]
+    sections = ["## Scores", markdown(("task", "metric", "n", *map(text, models)), body, numbers=False)]
     receipt = evaluation.receipt
     facts = []
     if git := receipt.get("git"):

@@ -1,10 +1,8 @@
-"""Upload an adapter to the Hugging Face Hub with a model card that is true."""
+"""Upload an adapter, or what it was exported to, to the Hugging Face Hub with a card that is true."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -12,32 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, errors
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, errors
 
 from moelora.errors import HubError
-from moelora.hub.card import Evaluation, render_card
-from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE, hub_errors
-from moelora.hub.read import read_adapter, read_json
+from moelora.hub.client import hub_errors
+from moelora.hub.read import read_json
 from moelora.peft_type import PEFT_TYPE
+from moelora.share.card import Evaluation, render_card
+from moelora.share.contents import read_contents
 
 # What `python -m train` and `python -m eval` leave in an adapter's folder, and the run's configuration above it. The
 # card is made from them; they themselves stay here, since they may name files of this machine.
 TRAINING_FILE = "training.json"
 RUN_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
-# A checkpoint folder also holds optimizer states and pickles, which nobody who loads the adapter needs.
-UPLOADED = (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 def push_to_hub(
@@ -55,12 +41,14 @@ def push_to_hub(
     datasets: Sequence[str] | None = None,
     metrics: str | Path | None = None,
 ) -> CommitInfo:
-    """Upload an adapter with a model card that says what is known of it, and nothing else.
+    """Upload an adapter, or what one was exported to, with a card that says what is known of it, and nothing else.
 
-    The card replaces the repository's README.md. `PeftModel.from_pretrained(base, repo_id)` loads the adapter back.
+    The card replaces the repository's README.md. An adapter, a PEFT LoRA, LoRAs with a router, a folder of MixLoRA's
+    authors and a native MoE are told by their files, and only files of theirs (and a tokenizer's) are uploaded. What
+    is not whole is refused before anything is made on the Hub.
 
     Args:
-        adapter: A model with a moelora adapter, or the folder of a saved one.
+        adapter: A model with a moelora adapter, or the folder of a saved one or of an export.
         repo_id: The repository as "owner/name"; it is made if it does not exist.
         private: Whether the repository is to be private; None makes a new one as the owner's settings say, and takes an
             existing one as it is.
@@ -84,18 +72,18 @@ def push_to_hub(
             to do.
     """
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as staging:
-        folder = Path(staging)
-        records = _stage(adapter, adapter_name, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _folder_of(adapter, adapter_name, Path(temporary))
+        contents = read_contents(folder)
+        records = _records(folder)
         if metrics is not None:
             if not Path(metrics).is_file():
                 raise HubError(f"there is no file {str(metrics)!r} to read metrics from.")
             records[METRICS_FILE] = read_json(Path(metrics))
         evaluation = Evaluation.parse(records.get(METRICS_FILE))
-        info = read_adapter(folder)
         # Whatever can be refused is refused before anything is made on the Hub.
-        base_model = _base_on_hub(api, base_model, info.config.base_model_name_or_path)
-        _record_base(folder / CONFIG_FILE, base_model)
+        base_model = _base_on_hub(api, base_model, contents.base_model)
+        files = contents.published(base_model)
         with hub_errors(repo_id, "write"):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if private is not None and api.model_info(repo_id).private != private:
@@ -106,7 +94,7 @@ def push_to_hub(
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
         card = render_card(
-            info,
+            contents,
             repo_id=repo_id,
             base_model=base_model,
             license=license,
@@ -115,53 +103,46 @@ def push_to_hub(
             run=records.get(RUN_FILE),
             evaluation=evaluation,
         )
-        (folder / "README.md").write_text(card)
+        files["README.md"] = card.encode()
         with hub_errors(repo_id, "write"):
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, content) for name, content in files.items()],
                 commit_message=commit_message or "Upload moelora adapter",
                 revision=revision,
                 create_pr=create_pr,
             )
 
 
-def _stage(adapter: Any, adapter_name: str, folder: Path) -> dict[str, Any]:
-    """Put the files to upload into `folder`; what lies beside them on training and evaluation, by file name."""
+def _folder_of(adapter: Any, adapter_name: str, temporary: Path) -> Path:
+    """The folder to upload from; an adapter in memory is saved into `temporary`."""
     if isinstance(adapter, (str, os.PathLike)):
-        source = Path(adapter)
-        if not source.is_dir():
-            raise HubError(
-                f"there is no folder {str(adapter)!r}; give an adapter's folder, or the model that holds it."
-            )
-        read_adapter(source)
-    else:
-        adapters = getattr(adapter, "peft_config", None)
-        if not isinstance(adapters, dict):
-            raise HubError(
-                f"a {type(adapter).__name__} holds no adapter; give a model made by peft.get_peft_model or "
-                "PeftModel.from_pretrained, or an adapter's folder."
-            )
-        if adapter_name not in adapters:
-            raise HubError(f"there is no adapter {adapter_name!r}; the model has {', '.join(map(repr, adapters))}.")
-        if adapters[adapter_name].peft_type != PEFT_TYPE:
-            raise HubError(
-                f"adapter {adapter_name!r} is of type {adapters[adapter_name].peft_type!r}, not {PEFT_TYPE.value!r}; "
-                "upload it with its own `push_to_hub`."
-            )
-        source = folder / ".saved"
-        adapter.save_pretrained(source, selected_adapters=[adapter_name])
-        # PEFT puts every adapter but "default" into a folder of its name, where from_pretrained(repo) would not look.
-        if adapter_name != "default":
-            source = source / adapter_name
-    for name in UPLOADED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    records = {name: read_json(source / name) for name in (TRAINING_FILE, METRICS_FILE) if (source / name).is_file()}
+        return Path(adapter)
+    adapters = getattr(adapter, "peft_config", None)
+    if not isinstance(adapters, dict):
+        raise HubError(
+            f"a {type(adapter).__name__} holds no adapter; give a model made by peft.get_peft_model or "
+            "PeftModel.from_pretrained, or an adapter's folder."
+        )
+    if adapter_name not in adapters:
+        raise HubError(f"there is no adapter {adapter_name!r}; the model has {', '.join(map(repr, adapters))}.")
+    if adapters[adapter_name].peft_type != PEFT_TYPE:
+        raise HubError(
+            f"adapter {adapter_name!r} is of type {adapters[adapter_name].peft_type!r}, not {PEFT_TYPE.value!r}; "
+            "upload it with its own `push_to_hub`."
+        )
+    saved = temporary / "saved"
+    adapter.save_pretrained(saved, selected_adapters=[adapter_name])
+    # PEFT puts every adapter but "default" into a folder of its name, where from_pretrained(repo) would not look.
+    return saved if adapter_name == "default" else saved / adapter_name
+
+
+def _records(folder: Path) -> dict[str, Any]:
+    """What lies beside an adapter on training and evaluation, by file name."""
+    records = {name: read_json(folder / name) for name in (TRAINING_FILE, METRICS_FILE) if (folder / name).is_file()}
     # Without a record of training the folder above is not known to be the run that made this adapter.
-    if TRAINING_FILE in records and (source.resolve().parent / RUN_FILE).is_file():
-        records[RUN_FILE] = yaml.safe_load((source.resolve().parent / RUN_FILE).read_text())
-    shutil.rmtree(folder / ".saved", ignore_errors=True)
+    if TRAINING_FILE in records and (folder.resolve().parent / RUN_FILE).is_file():
+        records[RUN_FILE] = yaml.safe_load((folder.resolve().parent / RUN_FILE).read_text())
     return records
 
 
@@ -191,10 +172,3 @@ def _base_on_hub(api: HfApi, given: str | None, recorded: str | None) -> str | N
         stacklevel=3,
     )
     return None
-
-
-def _record_base(config_file: Path, base_model: str | None) -> None:
-    """Name the base in the uploaded configuration as the card does: a path of this machine helps nobody else."""
-    words = json.loads(config_file.read_text())
-    words["base_model_name_or_path"] = base_model
-    config_file.write_text(json.dumps(words, indent=2, sort_keys=True))
