@@ -160,6 +160,8 @@ class Choice:
 
     axis: ClassVar[str]
     kind: ClassVar[str]
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields of other choices that make no sense with this one, each with the reason."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -271,6 +273,8 @@ def read(axis: str, value: Any) -> Any:
         )
     cls = known[fields["kind"]]
     words = {key: word for key, word in fields.items() if key != "kind"}
+    for key in words.keys() & cls.refused.keys():
+        raise ConfigError(f"{axis} {cls.kind!r} has no {key}: {cls.refused[key]}")
     check_keys(f"{axis} {cls.kind!r}", words, [f.name for f in dataclasses.fields(cls)])
     return cls(**words)
 

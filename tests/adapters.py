@@ -15,6 +15,8 @@ from tests.conftest import tiny_batch, tiny_model
 # A few experts of a small, odd rank; dropout off, so that two passes are equal in training mode too.
 SMALL: dict[str, dict[str, Any]] = {
     "mixlora": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
+    "mixlora_dynamic": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "mixlora_switch": {"r": 3, "num_experts": 4, "capacity": 3, "router_jitter": 0.0, "lora_dropout": 0.0},
     "sira": {"r": 3, "num_experts": 4, "top_k": 2},
     "smora": {"r": 5, "top_k": 2},
     "molora": {"r": 3, "num_experts": 4},
@@ -39,9 +41,14 @@ BASES: dict[str, str] = {"perft_r": "mixtral", "perft_e": "olmoe", "perft_d": "q
 BASES["soft_moa"] = "bert"
 """The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
+BLOCK_PRESETS = ("mixlora", "mixlora_dynamic", "mixlora_switch", "random_router")
+# Weights that do not sum to one scale a whole block: the words with which B = 0 is the base model all the same.
+KEEPS_BASE: dict[str, dict[str, Any]] = {
+    "mixlora_dynamic": {"renormalize": True},
+    "mixlora_switch": {"num_experts": 1, "capacity": None},
+}
 SMALL |= SMALL_OTHERS
 FAMILY = tuple(SMALL)
-BLOCK_PRESETS = ("mixlora", "random_router")
 ROUTED = tuple(preset for preset in PRESETS if preset != "lora")
 
 

@@ -13,6 +13,7 @@ from moelora.layers.split_feed_forward import MixtureSplitFeedForward
 from moelora.ops.compute import Reference
 from tests.adapters import (
     BLOCK_PRESETS,
+    KEEPS_BASE,
     PRESETS,
     adapted,
     adapted_linears,
@@ -37,7 +38,7 @@ def combinations(models: tuple[str, ...]) -> list[Any]:
 def test_b_zero_gives_the_base_model(preset: str, name: str) -> None:
     overrides: dict[str, Any] = {"dropout_rate": 0.0} if name == "t5" else {}
     base = outputs(tiny_model(name), name)
-    model = get_peft_model(tiny_model(name, **overrides), small_config(preset, name))
+    model = get_peft_model(tiny_model(name, **overrides), small_config(preset, name, **KEEPS_BASE.get(preset, {})))
     # sira does not renormalise its weights and molora's sum to one: on a single linear neither touches the base
     torch.testing.assert_close(outputs(model, name), base, atol=2e-6, rtol=1e-5)
     if preset not in BLOCK_PRESETS:
@@ -69,6 +70,8 @@ def one_expert(preset: str, name: str, **words: Any) -> Any:
         return small_config(preset, name, **words)
     if preset == "sira":
         words |= {"expert_dropout": 0.0, "capacity_factor": None}
+    if preset == "mixlora_switch":
+        words["capacity"] = None
     if preset in ("mixlora", "random_router", "sira"):
         words |= {"top_k": 1}
     return small_config(preset, name, num_experts=1, **words)

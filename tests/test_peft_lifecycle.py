@@ -19,6 +19,7 @@ from moelora import record_routing
 from moelora.errors import MergeError, MoeLoraError, RegistrationError
 from moelora.routing.run import find_hooks, own_hooks
 from tests.adapters import (
+    KEEPS_BASE,
     PRESETS,
     ROUTED,
     adapted,
@@ -152,7 +153,7 @@ def test_a_whole_model_survives_torch_save(preset: str) -> None:
 def test_adapters_on_a_bf16_base(preset: str, autocast: bool) -> None:
     base = tiny_model().to(torch.bfloat16)
     expected = outputs(base)
-    model = get_peft_model(base, small_config(preset), autocast_adapter_dtype=autocast)
+    model = get_peft_model(base, small_config(preset, **KEEPS_BASE.get(preset, {})), autocast_adapter_dtype=autocast)
     for key, tensor in adapter_tensors(model).items():
         assert tensor.dtype == (torch.float32 if autocast or key.endswith(".bias") else torch.bfloat16), key
     assert outputs(model).dtype == torch.bfloat16
@@ -283,7 +284,7 @@ def test_transformers_adapter_api(preset: str, tmp_path: Path) -> None:
     first = outputs(model.eval())
     assert torch.equal(first, outputs(adapted(preset)))
     second_words: dict[str, Any] = {"r": 4} if preset in ("lora", "smora") else {"num_experts": 3}
-    model.add_adapter(small_config(preset, **second_words), "second")
+    model.add_adapter(small_config(preset, **{**second_words, **KEEPS_BASE.get(preset, {})}), "second")
     assert model.active_adapters() == ["second"]
     torch.testing.assert_close(outputs(model), base, atol=2e-6, rtol=1e-5)
     model.set_adapter("first")

@@ -163,7 +163,7 @@ class AdapterInfo:
         routers: dict[str, set[str]] = {}
         for module, tensors in modules.items():
             stored = {tensor.name.partition(".moelora_")[2] for tensor in tensors}
-            kind, num_experts, _ = _kind_of(tensors)
+            kind, num_experts, _ = _kind_of(tensors, self.config)
             roles = {name.removesuffix("_frozen").partition(".")[2] for name in stored} & {"gate", "up", "down"}
             # without any B the number of experts is that of another tensor
             count = num_experts or max(tensor.shape[0] for tensor in tensors)

@@ -198,6 +198,27 @@ def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Ten
     return torch.stack(weights), torch.stack(ids)
 
 
+def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
+    """MixLoRA-Dynamic's gate: softmax, the largest until their sum is above `top_p`, optionally divided by their sum.
+
+    Returns:
+        weights_TE, 0 where an expert was not kept.
+    """
+    rows = []
+    for logits_E in _high(logits_TE):
+        exps = [torch.exp(z - logits_E.max()) for z in logits_E]
+        total = torch.stack(exps).sum()
+        probs = [x / total for x in exps]
+        kept: list[int] = []
+        for e in sorted(range(len(probs)), key=lambda e: -probs[e].item()):
+            kept.append(e)
+            if top_p < 1 and sum(probs[e].item() for e in kept) > top_p:
+                break
+        weights_E = torch.stack([probs[e] if e in kept else torch.zeros_like(total) for e in range(len(probs))])
+        rows.append(weights_E / weights_E.sum() if renormalize else weights_E)
+    return torch.stack(rows)
+
+
 def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """SMoRA's gate (arXiv 2501.15103): `v = sigmoid(z) + b`, the `top_k` largest divided by their sum.
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
-from moelora.validation import check, check_bool, check_choice, is_index, is_real
+from moelora.validation import check, check_bool, check_choice, is_index, is_real, is_share
 
 Activation = Literal["softmax", "sigmoid"]
 
@@ -34,6 +34,8 @@ class LinearScores(Scores):
         bias: Whether a bias is added to the scores, which both selects and weighs (SMoRA, arXiv 2501.15103). It starts
             at 0, has no gradient, and is moved by the balance choice "bias_update".
         num_frozen: The rows of W_r of the first so many experts are not trained.
+        jitter: In training each number that the router sees is multiplied by one drawn from U(1 - `jitter`,
+            1 + `jitter`) (Switch, arXiv 2101.03961); the experts see what it was.
 
     Raises:
         ConfigError: For a value out of range.
@@ -46,6 +48,7 @@ class LinearScores(Scores):
     init_std: float | None = 0.02
     bias: bool = False
     num_frozen: int = 0
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("scores.activation", self.activation, Activation)
@@ -53,6 +56,7 @@ class LinearScores(Scores):
         check_bool("scores.bias", self.bias)
         std = self.init_std
         check(std is None or (is_real(std) and std >= 0), "scores.init_std", std, "a number of at least 0, or None")
+        check(is_share(self.jitter), "router_jitter", self.jitter, "0 <= router_jitter < 1")
         check(is_index(self.num_frozen), "scores.num_frozen", self.num_frozen, "an integer of at least 0")
 
     def check(self, config: Any) -> None:
@@ -109,7 +113,11 @@ class LinearScores(Scores):
 
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`."""
-        logits_TE = router_logits(given.x_TD, given.tensors["weight"])
+        x_TD = given.x_TD
+        if self.jitter > 0 and given.training:
+            x_TD = x_TD.float()  # in half precision a factor this near to 1 would have few values
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits_TE = router_logits(x_TD, given.tensors["weight"])
         if self.activation == "softmax":
             scores_TE = probs_TE = logits_TE.softmax(-1)
         else:

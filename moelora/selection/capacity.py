@@ -16,9 +16,10 @@ from moelora.routing.batch import Tokens
 def within_capacity(
     ids_TK: Tensor,
     num_experts: int,
-    capacity_factor: float,
+    capacity_factor: float | None,
     tokens: Tokens,
     assigned_TK: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Tensor:
     """Which choices an expert still has room for (GShard, arXiv 2006.16668, on each sequence alone).
 
@@ -29,9 +30,10 @@ def within_capacity(
     Args:
         ids_TK: Chosen experts, best first.
         num_experts: E.
-        capacity_factor: Room over that of a perfectly balanced sequence.
+        capacity_factor: Room over that of a perfectly balanced sequence; None with a `capacity`.
         tokens: Which tokens are valid, and which sequence each is in.
         assigned_TK: False for choices that are none (removed by expert dropout) and take no room.
+        capacity: The same room for every sequence, whatever its length.
 
     Returns:
         Boolean kept_TK.
@@ -51,6 +53,9 @@ def within_capacity(
     earlier_TKE = total_TKE.cumsum(1, dtype=torch.int32) - total_TKE
     position_TKE = count_TKE - before_TKE + earlier_TKE
     position_TK = position_TKE.gather(-1, ids_TK.unsqueeze(-1)).squeeze(-1)
+    if capacity is not None:
+        return position_TK <= capacity
+    assert capacity_factor is not None
     running_T = valid_T.cumsum(0)
     length_T = running_T[last_T] - running_T[first_T] + valid_T[first_T].to(running_T.dtype)
     # in whole numbers: not every device has float64, and float32 would round some capacities up

@@ -32,6 +32,7 @@ class TopK(Selection):
         expert_dropout: Probability of dropping an expert's score, for one token, in training (SiRA).
         capacity_factor: An expert takes at most `ceil(capacity_factor * k * S / E)` choices of a sequence of S valid
             tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
+        capacity: The same limit as a number of choices, for a sequence of any length; not with a `capacity_factor`.
         capacity_in_eval: Whether the capacity holds outside training too. It makes an output depend on later tokens
             of the sequence, so generation with and without a KV cache can then differ.
 
@@ -46,25 +47,35 @@ class TopK(Selection):
     expert_dropout: float = 0.0
     capacity_factor: float | None = None
     capacity_in_eval: bool = False
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         check(is_count(self.k), "top_k", self.k, "an integer of at least 1")
         check_bool("selection.renormalize", self.renormalize)
         check_bool("selection.capacity_in_eval", self.capacity_in_eval)
         check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
-        capacity = self.capacity_factor
+        factor = self.capacity_factor
         check(
-            capacity is None or (is_real(capacity) and capacity > 0),
-            "capacity_factor",
-            capacity,
-            "a positive number, or None",
+            factor is None or (is_real(factor) and factor > 0), "capacity_factor", factor, "a positive number, or None"
+        )
+        most = self.capacity
+        check(
+            most is None or (is_count(most) and factor is None),
+            "capacity",
+            most,
+            "an integer of at least 1, or None; None with a capacity_factor",
         )
         check(
-            capacity is not None or not self.capacity_in_eval,
+            self.has_capacity or not self.capacity_in_eval,
             "capacity_in_eval",
             self.capacity_in_eval,
-            "False without a capacity_factor",
+            "False without a capacity_factor or a capacity",
         )
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether there is a limit to what an expert takes."""
+        return self.capacity_factor is not None or self.capacity is not None
 
     def check(self, config: Any) -> None:
         """Refuse more choices than experts, and a renormalised top-1 under a trained router.
@@ -103,12 +114,12 @@ class TopK(Selection):
     @property
     def reads_batch(self) -> bool:
         """With a capacity."""
-        return self.capacity_factor is not None
+        return self.has_capacity
 
     @property
     def ignores_input(self) -> bool:
         """Without dropout and capacity."""
-        return self.expert_dropout == 0 and self.capacity_factor is None
+        return self.expert_dropout == 0 and not self.has_capacity
 
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
@@ -122,11 +133,10 @@ class TopK(Selection):
             assigned_TK = kept_TE.gather(-1, ids_TK) > 0
         if self.renormalize:
             weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None)
-        limited = self.capacity_factor is not None and (given.training or self.capacity_in_eval)
-        if self.capacity_factor is not None and limited:
-            num_experts = scores_TE.shape[-1]
+        limited = self.has_capacity and (given.training or self.capacity_in_eval)
+        if limited:
             weights_TK = weights_TK * within_capacity(
-                ids_TK, num_experts, self.capacity_factor, given.tokens, assigned_TK
+                ids_TK, scores_TE.shape[-1], self.capacity_factor, given.tokens, assigned_TK, self.capacity
             )
         return Routing(
             scored.logits_TE,

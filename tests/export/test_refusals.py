@@ -20,7 +20,7 @@ from moelora.errors import ExportError, HubError, MoeLoraError
 from moelora.experts.lora import LoraExperts
 from moelora.export import safetensors_writer, to_native_moe
 from moelora.export.native_moe.targets import REASONS, ROWS, find_target
-from tests.adapters import PRESETS, small_config
+from tests.adapters import BLOCK_PRESETS, PRESETS, small_config
 from tests.conftest import tiny_model
 from tests.export.bases import make_base, save_pair, save_with_choices
 
@@ -63,7 +63,7 @@ def test_raw_weights_where_the_target_renormalises(tmp_path: Path, row: str) -> 
     refused(tmp_path, "renormalize is False.*always renormalises")
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"mixlora", "random_router"}))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(BLOCK_PRESETS)))
 def test_presets_with_a_mixture_on_each_linear(tmp_path: Path, preset: str) -> None:
     save_pair(tmp_path, "llama", preset)
     refused(tmp_path, "placement is 'linear'.*only whole feed-forward blocks are routed")

@@ -39,6 +39,7 @@ from moelora.selection.dense import Dense
 from moelora.selection.draw import Draw
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.top_k import TopK
+from moelora.selection.top_p import TopP
 from tests.adapters import FAMILY, PRESETS
 
 ACROSS_BLOCKS: dict[str, Any] = {
@@ -56,6 +57,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=0.02),
         "selection": TopK(k=2, renormalize=True),
         "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "mixlora_dynamic": {
+        "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": TopP(p=0.8, renormalize=False),
+        "balance": [MixtralBalance(coef=1e-3), ZLoss()],
+    },
+    "mixlora_switch": {
+        "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=1.0, jitter=0.01),
+        "selection": TopK(k=1, renormalize=False, capacity=32),
+        "balance": [SwitchBalance(coef=1e-3), ZLoss(coef=1e-3)],
     },
     "sira": {
         "experts": LoraExperts(num_experts=16, r=4, lora_alpha=4),
@@ -170,6 +185,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "balance": [],
     },
 }
+# The kind of the load-balancing loss where it is not "switch".
+LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral"}
 LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
 PEFT_WORDS = {
     "target_modules",
@@ -219,6 +236,9 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "use_rslora": (True, "experts.use_rslora"),
     "num_experts": (5, "experts.num_experts"),
     "top_k": (3, "selection.k"),
+    "top_p": (0.5, "selection.p"),
+    "capacity": (7, "selection.capacity"),
+    "router_jitter": (0.2, "scores.jitter"),
     "renormalize": (True, "selection.renormalize"),
     "router_init_std": (0.7, "scores.init_std"),
     "expert_dropout": (0.2, "selection.expert_dropout"),
@@ -244,9 +264,6 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
 }
 
 
-OWN_LOSSES = {"adamole": "threshold", "perft_r": "mixtral"}
-
-
 def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
     """The axes of a configuration with one field changed."""
     found = {axis: getattr(config, axis) for axis in AXES}
@@ -256,7 +273,7 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
     if field != "bias_update":  # the two losses of a preset come together
-        losses = {field, "z"} if field != "z" else {"z", OWN_LOSSES.get(config.preset or "", "switch")}
+        losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
     found["balance"] = sorted(choices.values(), key=lambda choice: choice.kind)
@@ -276,7 +293,7 @@ def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
             continue
         value, path = OWN_WORDS[word]
         if word == "balance_coef":
-            path = f"balance.{OWN_LOSSES.get(name, 'switch')}"
+            path = f"balance.{LOSSES.get(name, 'switch')}"
         if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
             continue  # it says the number of weights, or of experts, as well
         config = MoeLoraConfig.from_preset(name, **{word: value})
@@ -363,6 +380,8 @@ def test_peft_words_pass_through(name: str) -> None:
         ("lora", {"top_k": 1}, r"unknown key 'top_k' in preset 'lora'\..*lora_alpha"),
         ("smora", {"num_experts": 4}, r"unknown key 'num_experts' in preset 'smora'\."),
         ("mixlora", {"top_k": 9}, r"top_k is 9; allowed: 1 to num_experts \(8\)"),
+        ("mixlora_dynamic", {"top_p": 1.5}, r"top_p is 1\.5; allowed: 0 < top_p <= 1"),
+        ("mixlora_switch", {"capacity": 0}, r"capacity is 0; allowed: an integer of at least 1, or None"),
         ("adamole", {"top_k": 2}, r"unknown key 'top_k' in preset 'adamole'\."),
         ("adamole", {"max_threshold": 2.0}, r"max_threshold is 2\.0"),
         ("smora", {"r": 4}, r"top_k is 8; allowed: 1 to num_experts \(4\)"),

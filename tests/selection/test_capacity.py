@@ -33,6 +33,22 @@ def test_within_capacity(B: int, S: int, E: int, K: int, factor: float) -> None:
     assert torch.equal(kept_TK.view(B, S, K)[valid_BS], expected_BSK[valid_BS])
 
 
+@pytest.mark.parametrize("capacity", [1, 3, 100])
+def test_a_capacity_of_a_fixed_number(capacity: int) -> None:
+    """The count of a sequence's choices of an expert, first ones first, padding aside."""
+    B, S, E, K = 3, 21, 4, 2
+    ids_TK, valid_BS = random_case(B, S, E, K)
+    kept_BSK = within_capacity(ids_TK, E, None, Tokens(valid_BS), capacity=capacity).view(B, S, K)
+    for b in range(B):
+        taken = [0] * E
+        for k in range(K):
+            for s in range(S):
+                if valid_BS[b, s]:
+                    expert = int(ids_TK.view(B, S, K)[b, s, k])
+                    taken[expert] += 1
+                    assert bool(kept_BSK[b, s, k]) == (taken[expert] <= capacity)
+
+
 def test_capacity_is_exceeded_in_the_comparison() -> None:
     """Guards the test above: its cases must hold both kept and dropped choices."""
     ids_TK, valid_BS = random_case(3, 21, 8, 2)

@@ -17,6 +17,8 @@ from tests.training.sometimes_two_processes import CASES, run
 
 WORDS: dict[str, dict[str, Any]] = {
     "mixlora": {"balance_coef": 1.0, "z_loss_coef": 0.1},
+    "mixlora_dynamic": {"balance_coef": 1.0, "balance_loss": "switch"},  # the pooled form needs one E
+    "mixlora_switch": {"balance_coef": 1.0},
     "sira": {"balance_coef": 1.0, "expert_dropout": 0.0},
     # the bias moves at every forward, so by how many a step has: here too little to change anything
     "smora": {"balance_coef": 1.0, "bias_update_rate": 1e-12},
