@@ -24,7 +24,7 @@ from moelora.validation import check_keys
 
 AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
 
-InitKind = Literal["zeros", "ones", "kaiming", "normal", "uniform"]
+InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Init:
     """How a tensor starts.
 
     Args:
-        kind: "zeros"; "ones"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension;
-            "normal", N(0, scale); or "uniform", U(-scale, scale).
+        kind: "zeros"; "ones"; "unit", U(0, 1); "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the
+            last dimension; "normal", N(0, scale); or "uniform", U(-scale, scale).
         scale: See `kind`.
     """
 
@@ -49,6 +49,8 @@ class Init:
         elif self.kind == "kaiming":
             # the rows of all experts together have the fan-in of one expert's
             nn.init.kaiming_uniform_(tensor.flatten(0, -2) if tensor.dim() > 2 else tensor, a=math.sqrt(5))
+        elif self.kind == "unit":
+            nn.init.uniform_(tensor)
         elif self.kind == "ones":
             nn.init.ones_(tensor)
         else:

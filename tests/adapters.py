@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "mov": {"num_experts": 4},
     "soft_moa": {"num_adapters": 3, "slots": 2, "bottleneck": 5},
+    "smore": {"r": 2, "sizes": [3, 4], "fan_out": [2, 3], "key_features": 5},
     "mixphm": {"num_experts": 3, "reduction": 3, "rank": 2},
     "perft_r": {"r": 3, "num_experts": 3, "top_k": 2, "lora_dropout": 0.0},
     "perft_e": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},

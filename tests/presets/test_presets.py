@@ -13,12 +13,14 @@ from moelora import MoeLoraConfig, presets
 from moelora.balance.bias_update import BiasUpdate
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
+from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
 from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
 from moelora.experts.phm import PhmExperts
+from moelora.experts.residual_tree import ResidualTreeExperts
 from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
 from moelora.experts.slots import SlotExperts
@@ -35,11 +37,13 @@ from moelora.scores.base_router import BaseRouterScores
 from moelora.scores.constant import ConstantScores
 from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
+from moelora.scores.tree import TreeScores
 from moelora.selection.dense import Dense
 from moelora.selection.draw import Draw
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.top_k import TopK
 from moelora.selection.top_p import TopP
+from moelora.selection.tree import TreeTop
 from tests.adapters import FAMILY, PRESETS
 
 ACROSS_BLOCKS: dict[str, Any] = {
@@ -156,6 +160,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "selection": Dense(),
         "balance": [],
     },
+    "smore": {
+        "experts": ResidualTreeExperts(num_experts=20, sizes=[4, 4], r=4, activation="tanh", position="all"),
+        "placement": LinearPlacement(),
+        "scores": TreeScores(sizes=[4, 4], features=32),
+        "selection": TreeTop(sizes=[4, 4], fan_out=[2, 2]),
+        "balance": [TreeSwitchBalance(coef=1e-2, sizes=[4, 4])],
+    },
     "mor1e": {
         "experts": GridExperts(num_experts=32, rows=4, columns=8),
         "placement": LinearPlacement(),
@@ -186,7 +197,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # The kind of the load-balancing loss where it is not "switch".
-LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral"}
+LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral", "smore": "tree_switch"}
 LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
 PEFT_WORDS = {
     "target_modules",
@@ -244,6 +255,10 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "expert_dropout": (0.2, "selection.expert_dropout"),
     "capacity_factor": (3.0, "selection.capacity_factor"),
     "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "fan_out": ([1, 3], "selection.fan_out"),
+    "activation": ("relu", "experts.activation"),
+    "position": ("child", "experts.position"),
+    "key_features": (7, "scores.features"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
     "reduction": (7, "experts.reduction"),
@@ -272,7 +287,7 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         found[axis] = dataclasses.replace(found[axis], **{field: value})
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
-    if field != "bias_update":  # the two losses of a preset come together
+    if field != "bias_update" and config.preset != "smore":  # the two losses of other presets come together
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -289,9 +304,11 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
     own = inspect.signature(getattr(presets, name)).parameters
     for word in own:
-        if word in ("r", "peft_words", "balance_loss", "rows", "columns", "diagonal"):
+        if word in ("r", "peft_words", "balance_loss", "rows", "columns", "diagonal", "sizes"):
             continue
         value, path = OWN_WORDS[word]
+        if (name, word) == ("smore", "lora_alpha"):
+            path = "experts.alpha"
         if word == "balance_coef":
             path = f"balance.{LOSSES.get(name, 'switch')}"
         if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
