@@ -244,6 +244,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "expert_dropout": (0.2, "selection.expert_dropout"),
     "capacity_factor": (3.0, "selection.capacity_factor"),
     "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "slots": (2, "experts.slots"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
     "reduction": (7, "experts.reduction"),
