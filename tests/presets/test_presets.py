@@ -259,6 +259,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "activation": ("relu", "experts.activation"),
     "position": ("child", "experts.position"),
     "key_features": (7, "scores.features"),
+    "slots": (2, "experts.slots"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
     "reduction": (7, "experts.reduction"),
