@@ -191,7 +191,9 @@ def test_hot_swap(preset: str, tmp_path: Path) -> None:
     expected = logits(shaken(preset, seed=2), preset)
     assert not torch.equal(logits(model, preset), expected)
     hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-    assert torch.equal(logits(model, preset), expected)
+    assert_equal_tensors(adapter_tensors(model), adapter_tensors(shaken(preset, seed=2)))
+    # tensors that are views of a file need not be aligned, and a matrix product then sums in another order
+    torch.testing.assert_close(logits(model, preset), expected, rtol=0, atol=1e-6)
 
 
 @every_preset
@@ -271,7 +273,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     def load(preset: str) -> Any:
         name = base_of(preset)
         if not (folder / name).exists():
-            sizes = SIZES if name == "bert" else {**SIZES, "num_key_value_heads": 2, "head_dim": 16}
+            sizes = {**SIZES, **({"num_labels": 64} if name == "bert" else {"num_key_value_heads": 2, "head_dim": 16})}
             tiny_model(name, initializer_range=0.2, **sizes).save_pretrained(folder / name)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         auto: Any = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
