@@ -26,6 +26,7 @@ from moelora.version import __version__
 
 if TYPE_CHECKING:
     from moelora.share import push_to_hub
+    from moelora.training.centroids import fit_centroids
     from moelora.training.sft import MoeLoraSFTTrainer
     from moelora.training.trainer import MoeLoraTrainer, MoeLoraTrainerMixin
 
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "balance_losses",
     "batch_facts",
+    "fit_centroids",
     "presets",
     "push_to_hub",
     "record_routing",
@@ -52,6 +54,7 @@ _LAZY = {
     "MoeLoraTrainer": "moelora.training.trainer",
     "MoeLoraSFTTrainer": "moelora.training.sft",
     "push_to_hub": "moelora.share",
+    "fit_centroids": "moelora.training.centroids",
 }
 
 

@@ -24,7 +24,7 @@ from moelora.validation import check_keys
 
 AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
 
-InitKind = Literal["zeros", "ones", "kaiming", "normal", "uniform"]
+InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Init:
     """How a tensor starts.
 
     Args:
-        kind: "zeros"; "ones"; "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension;
-            "normal", N(0, scale); or "uniform", U(-scale, scale).
+        kind: "zeros"; "ones"; "unit", U(0, 1); "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the
+            last dimension; "normal", N(0, scale); or "uniform", U(-scale, scale).
         scale: See `kind`.
     """
 
@@ -49,6 +49,8 @@ class Init:
         elif self.kind == "kaiming":
             # the rows of all experts together have the fan-in of one expert's
             nn.init.kaiming_uniform_(tensor.flatten(0, -2) if tensor.dim() > 2 else tensor, a=math.sqrt(5))
+        elif self.kind == "unit":
+            nn.init.uniform_(tensor)
         elif self.kind == "ones":
             nn.init.ones_(tensor)
         else:
@@ -125,9 +127,12 @@ class Site:
         owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
+        base_experts: Number of experts of the block's own router, at a mixture of experts of the base; else 0.
         part: The part that a linear plays, where the placement goes by it: "key" or "value" of attention, "down" of a
             feed-forward block; else "".
         head_features: Features of one attention head of the model; 0 if it does not say.
+        causal: Whether it is in a layer whose attention looks back only, as far as that can be told; else None.
+        model_features: Features of the model's hidden states; 0 if it does not say.
         family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
         member: Its number among these.
         num_members: How many these are.
@@ -141,8 +146,11 @@ class Site:
     owns_router: bool = True
     index: int = 0
     num_sharing: int = 1
+    base_experts: int = 0
     part: str = ""
     head_features: int = 0
+    causal: bool | None = None
+    model_features: int = 0
     family: str = ""
     member: int = 0
     num_members: int = 1
@@ -172,6 +180,13 @@ class Choice:
 
     def check(self, config: Any) -> None:
         """Refuse contradictions with the other axes of a `MoeLoraConfig`.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+
+    def check_site(self, site: Site) -> None:
+        """Refuse a place that it does not fit, before anything is changed.
 
         Raises:
             ConfigError: With the reason.

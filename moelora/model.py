@@ -22,6 +22,7 @@ from moelora.inject.site import PlannedSite
 from moelora.inject.wrapped import check_not_wrapped
 from moelora.layers.base import MERGE_REASON, MoeLoraLayer
 from moelora.layers.biases import move_biases
+from moelora.layers.block import MixtureBlock
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
 from moelora.layers.modules import unwrapped
@@ -146,6 +147,9 @@ class MoeLoraModel(BaseTuner):
         layer: MixtureLinear | MixtureFeedForward
         if isinstance(target, (MixtureLinear, MixtureFeedForward)):
             layer = target
+        elif planned.width:
+            router = None if planned.base_router is None else self.model.get_submodule(planned.base_router)
+            layer = MixtureBlock(target, current_key, planned.width, router)
         elif planned.form is None:
             layer = MixtureLinear(target, current_key)
         elif planned.split:

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora import MoeLoraConfig
+from moelora import MoeLoraConfig, fit_centroids
 from tests.conftest import tiny_batch, tiny_model
 
 # A few experts of a small, odd rank; dropout off, so that two passes are equal in training mode too.
@@ -33,10 +33,20 @@ SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "mhr": {"r": 3, "num_experts": 3, "num_tasks": 3, "num_splits": 2},
     "mola": {"r": 3, "num_experts": [2, 4], "lora_dropout": 0.0},
     "mov": {"num_experts": 4},
+    "soft_moa": {"num_adapters": 3, "slots": 2, "bottleneck": 5},
+    "smore": {"r": 2, "sizes": [3, 4], "fan_out": [2, 3], "key_features": 5},
+    "mixphm": {"num_experts": 3, "reduction": 3, "rank": 2},
+    "perft_r": {"r": 3, "num_experts": 3, "top_k": 2, "lora_dropout": 0.0},
+    "perft_e": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
+    "perft_d": {"r": 3, "num_experts": 2, "lora_dropout": 0.0},
+    "perft_s": {"r": 3, "lora_dropout": 0.0},
+    "mor1e": {"rows": 2, "columns": 3, "num_centroids": 5},
+    "mos": {"r": 3, "shards": 2, "lora_dropout": 0.0},
 }
 BY_TASK = ("moelora_task", "poly", "mhr")
 """Presets whose batches need `task_ids`."""
-BASES: dict[str, str] = {}
+BASES: dict[str, str] = {"perft_r": "mixtral", "perft_e": "olmoe", "perft_d": "qwen3_moe", "perft_s": "mixtral"}
+BASES["soft_moa"] = "bert"
 """The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
 BLOCK_PRESETS = ("mixlora", "mixlora_dynamic", "mixlora_switch", "random_router")
@@ -60,12 +70,23 @@ def small_config(preset: str, model: str = "llama", **words: Any) -> MoeLoraConf
     return MoeLoraConfig.from_preset(preset, **{"task_type": task_type(model), **SMALL[preset], **words})
 
 
+def prepare(model: Any, adapter_name: str = "default") -> Any:
+    """Give an adapter what its method fits before training, if it does."""
+    if getattr(model.peft_config[adapter_name].scores, "fitted", True):
+        return model
+    examples = [{"input_ids": ids.tolist()} for ids in torch.arange(3, 93).view(10, 9)]
+    fit_centroids(model, examples, adapter_name=adapter_name)
+    return model
+
+
 def shake(model: nn.Module, seed: int = 0) -> None:
     """Give every tensor of every adapter a value of its own, as training would; B is no longer 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "moelora_" in name:
             std = 0.02 if name.endswith(".bias") else 0.2
+            if name.endswith(".omega") or ".moelora_gate." in name:
+                std = 0.005  # what stands times 100 in a sigmoid
             with torch.no_grad():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 
@@ -78,6 +99,7 @@ def base_of(preset: str) -> str:
 def adapted(preset: str, model: str = "llama", *, adapter_name: str = "default", seed: int = 0, **words: Any) -> Any:
     """A tiny model in eval mode with an adapter that changes its outputs."""
     peft_model = get_peft_model(tiny_model(model), small_config(preset, model, **words), adapter_name=adapter_name)
+    prepare(peft_model, adapter_name)
     shake(peft_model, seed)
     return peft_model.eval()
 

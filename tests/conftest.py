@@ -107,6 +107,14 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 MODEL_NAMES = tuple(_MODELS)
+# Mixtures of experts of their own, for presets that go beside them.
+_MOE = {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_MODELS |= {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**_MOE, "norm_topk_prob": False}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_MOE, "head_dim": 6, "norm_topk_prob": True}),
+}
+MOE_NAMES = tuple(name for name in _MODELS if name not in MODEL_NAMES)
 
 
 def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:

@@ -24,6 +24,7 @@ from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress
 from moelora.runs.wording import minutes
+from moelora.training.centroids import fit_unfitted
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
 
@@ -147,6 +148,7 @@ def train_stage(
     set_seed(args.seed)
     model = make_model()
     trainer = make_trainer(model, args, rows, tokenizer, trainer_class)
+    fit_unfitted(model, trainer.train_dataset)
     peft_config = model.peft_config[model.active_adapter]
     trainable, total = model.get_nb_trainable_parameters()
     experts = getattr(peft_config, "experts", None)

@@ -68,6 +68,8 @@ class Experts(Choice):
     axis: ClassVar[str] = "experts"
     is_low_rank: ClassVar[bool] = False
     """Whether `factors` says all there is to say, and the fast operations do the rest; else `apply` does."""
+    has_stacks: ClassVar[bool] = False
+    """Whether each expert is a slice of A and of B, or of B alone, so that experts can be told apart and edited."""
 
     num_experts: int = 8
 
@@ -94,6 +96,10 @@ class Experts(Choice):
     def scaling(self) -> float:
         """The factor of what an expert adds."""
         return 1.0
+
+    def site_phrase(self, num_experts: int) -> str:
+        """What stands at a site, for a table; of experts that are no stacks of LoRAs."""
+        return f"mixture of {num_experts} {self.kind} experts" if num_experts > 1 else f"{self.kind} adapter"
 
     def router_features(self, site: Site) -> int:
         """Features of what a router looks at: those of the module's input, unless the experts show it something else.

@@ -45,6 +45,7 @@ class LoraExperts(Experts):
 
     kind: ClassVar[str] = "lora"
     is_low_rank: ClassVar[bool] = True
+    has_stacks: ClassVar[bool] = True
 
     r: int = 16
     lora_alpha: float = 32

@@ -32,7 +32,7 @@ from moelora.peft_type import PEFT_TYPE, PREFIX
 from moelora.routing.router import Router
 from moelora.tensors import AdapterTensors
 
-LORA_EXPERTS = ("lora", "lora_composed", "lora_shared_a")
+LORA_EXPERTS = ("lora", "lora_composed", "lora_shared_a", "shards")
 """The kinds of experts that are LoRAs: `scaling * B_e A_e x` and nothing else."""
 
 _AUTO_CLASSES = {

@@ -44,7 +44,7 @@ class Site:
         kind: What sits there.
         num_experts: Experts of each (1 for plain LoRA, 0 where a module is saved whole).
         roles: Which linears of a feed-forward block have experts.
-        experts: The kind of the experts, where they are no low-rank factors.
+        experts: What stands there, where the experts are no stacks of LoRAs.
         layers: The layers' numbers.
         count: Number of modules.
         num_parameters: Stored values of all of them, buffers included.
@@ -68,7 +68,7 @@ class Site:
         if self.kind == "linear mixture":
             return f"mixture of {self.num_experts} LoRA experts"
         if self.kind == "own experts":
-            return f"{self.num_experts} {self.experts} experts"
+            return self.experts
         return self.kind
 
     def layer_ranges(self) -> str:
@@ -140,7 +140,7 @@ class AdapterInfo:
                 kind=kind,
                 num_experts=num_experts,
                 roles=roles,
-                experts=self.config.experts.kind if kind == "own experts" else "",
+                experts=self.config.experts.site_phrase(num_experts) if kind == "own experts" else "",
                 layers=tuple(sorted(layers)),
                 count=len(members),
                 num_parameters=sum(tensor.numel for tensor in tensors),
@@ -163,12 +163,13 @@ class AdapterInfo:
         routers: dict[str, set[str]] = {}
         for module, tensors in modules.items():
             stored = {tensor.name.partition(".moelora_")[2] for tensor in tensors}
-            kind, num_experts, _ = _kind_of(tensors)
+            kind, num_experts, _ = _kind_of(tensors, self.config)
             roles = {name.removesuffix("_frozen").partition(".")[2] for name in stored} & {"gate", "up", "down"}
             # without any B the number of experts is that of another tensor
             count = num_experts or max(tensor.shape[0] for tensor in tensors)
-            declared = {piece.name for piece in self._declared(count, tuple(sorted(roles)), kind.endswith("mixture"))}
-            if shared and kind.endswith("mixture"):
+            routed = kind != "plain LoRA"
+            declared = {piece.name for piece in self._declared(count, tuple(sorted(roles)), routed)}
+            if shared and routed:
                 of_router = {name for name in declared if name.startswith("router.")}
                 routers[module] = of_router - stored
                 declared -= of_router
@@ -215,7 +216,7 @@ def _module_of(tensor: str) -> str:
 
 def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKind, int, tuple[str, ...]]:
     """Kind, number of experts, and roles of a module's tensors."""
-    if not config.experts.is_low_rank and any(".moelora_" in tensor.name for tensor in tensors):
+    if not config.experts.has_stacks and any(".moelora_" in tensor.name for tensor in tensors):
         return "own experts", config.experts.num_experts, ()
     parts: Mapping[str, TensorHeader] = {
         tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name

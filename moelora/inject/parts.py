@@ -54,13 +54,30 @@ def part_of(
     return "down" if find_form(block, parent).down == last else None
 
 
-def head_features(model: nn.Module) -> int:
-    """Features of one attention head, by the model's configuration; 0 if it does not say."""
+def features_of(model: nn.Module) -> tuple[int, int]:
+    """Features of a model's hidden states and of one attention head, by its configuration; 0 where it does not say."""
     config: Any = getattr(unwrapped(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     own = getattr(config, "head_dim", None)
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden = hidden if isinstance(hidden, int) else 0
     if isinstance(own, int):
-        return own
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else 0
+        return hidden, own
+    return hidden, hidden // heads if isinstance(heads, int) else 0
+
+
+def is_causal(modules: Mapping[str, nn.Module], name: str) -> bool | None:
+    """Whether a module is in a layer whose attention looks back only, by what the layer says of itself; else None.
+
+    Args:
+        modules: The modules of the base model by name.
+        name: The module.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        inner = (unwrapped(module) for key, module in modules.items() if key.startswith(f"{name}."))
+        said = [vars(module)[word] for module in inner for word in ("is_causal", "is_decoder") if word in vars(module)]
+        if said:
+            return any(said)
+    return None

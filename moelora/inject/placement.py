@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from peft.utils.other import match_target_against_key
-from torch import nn
+from torch import Tensor, nn
 
 from moelora.choices import Choice, register
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
-from moelora.inject.parts import head_features, part_of
+from moelora.inject.moe_blocks import find_moe_blocks
+from moelora.inject.parts import features_of, part_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
@@ -36,6 +37,8 @@ class Placement(Choice):
     """
 
     axis: ClassVar[str] = "placement"
+    wraps_moe_blocks: ClassVar[bool] = False
+    """Whether it wraps the mixture-of-experts blocks of the base model, not linears that are targeted."""
 
     unrouted_modules: str | list[str] | None = None
     routers: Routers = "per_site"
@@ -210,6 +213,29 @@ class FeedForwardPlacement(Placement):
 
 @register
 @dataclass(frozen=True, kw_only=True)
+class BlockPlacement(FeedForwardPlacement):
+    """The feed-forward blocks alone, each as a whole; targeted linears outside of them are left as they are."""
+
+    kind: ClassVar[str] = "block"
+
+    unrouted_modules: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nothing = self.unrouted_modules is None
+        check(nothing, "placement.unrouted_modules", self.unrouted_modules, "None with the placement 'block'")
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        return "beside feed-forward blocks"
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        return {name: site for name, site in super().plan(modules, targeted).items() if site.form is not None}
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
 class PartsPlacement(Placement):
     """Of the targeted linears those that play a part, each with a mixture and a router of its own.
 
@@ -246,16 +272,49 @@ class PartsPlacement(Placement):
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
         splits = find_split_blocks(modules)
-        heads = head_features(modules[""])
         sites = {}
         for name in targeted:
             part = part_of(modules, splits, name, self.parts)
             if part is not None:
-                sites[name] = PlannedSite(name, ("",), {"": name}, True, part=part, head_features=heads)
+                sites[name] = PlannedSite(name, ("",), {"": name}, True, part=part)
         if not sites:
             raise TargetError(
                 f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "
                 f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears "
                 "of feed-forward blocks. Add them to target_modules, or leave target_modules out."
             )
+        return sites
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MoeBlockPlacement(Placement):
+    """Beside the mixture-of-experts blocks that a base model has of its own: a mixture across each whole block (PERFT).
+
+    `target_modules` may name blocks (endings or a regex); "all-linear" is all of them.
+    """
+
+    kind: ClassVar[str] = "moe_block"
+    wraps_moe_blocks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nothing = self.unrouted_modules is None
+        check(nothing, "placement.unrouted_modules", self.unrouted_modules, "None with the placement 'moe_block'")
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        return "beside the base's own mixture-of-experts blocks"
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`; `targeted` are the names of blocks."""
+        features, _ = features_of(modules[""])
+        blocks = {block.name: block for block in find_moe_blocks(modules)}
+        sites = {}
+        for name in targeted:
+            others = [part for part in blocks[name].parts if part not in (name, blocks[name].experts)]
+            router = others[0] if others else None
+            weight = None if router is None else getattr(unwrapped(modules[router]), "weight", None)
+            count = len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+            sites[name] = PlannedSite(name, ("",), {}, True, width=features, base_router=router, base_experts=count)
         return sites

@@ -17,11 +17,13 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import TargetError
 from moelora.inject.base_modules import base_modules
 from moelora.inject.besides import check_besides, count_besides
+from moelora.inject.parts import features_of, is_causal
 from moelora.inject.site import PlannedSite
-from moelora.inject.targets import find_targets, resolve_all_linear
+from moelora.inject.targets import find_target_blocks, find_targets, resolve_all_linear
 from moelora.layers.base import MoeLoraLayer
+from moelora.layers.block import MixtureBlock
 from moelora.layers.feed_forward import MixtureFeedForward
-from moelora.layers.modules import linear_size, unwrapped
+from moelora.layers.modules import unwrapped
 
 
 def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite]:
@@ -38,28 +40,43 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
         TargetError: If nothing matches, a target cannot be adapted, a block fits no known form, or the plan conflicts
             with an adapter that is already there.
     """
-    resolve_all_linear(model, config)
     modules = dict(base_modules(model))
-    targeted = find_targets(model, modules, config)
+    if config.placement.wraps_moe_blocks:
+        targeted = find_target_blocks(model, modules, config)
+    else:
+        resolve_all_linear(model, config)
+        targeted = find_targets(model, modules, config)
     sites: dict[str, PlannedSite] = config.placement.share_routers(config.placement.plan(modules, targeted))
     sites = _in_families(modules, sites)
-    for site in sites.values():
-        # what does not fit is refused before any module is replaced
-        config.expert_params(site.declare(config, {r: linear_size(modules[n]) for r, n in site.linears.items()}))
     config.placement.check_unrouted(targeted)
     _check_conflicts(modules, sites)
+    for site in sites.values():
+        sizes = site.sizes(modules)
+        declared = site.declare(config, sizes)
+        for choice in config.choices():
+            choice.check_site(declared)
+        config.expert_params(declared)  # what does not fit is refused before any module is replaced
     check_besides(model, modules, config, sites)
     return sites
 
 
 def _in_families(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -> dict[str, PlannedSite]:
-    """The sites, each with its number among those of its sort."""
+    """The sites, each with its number among those of its sort, and what the model says of its sizes."""
     families: dict[str, list[str]] = {}
     for name, site in sites.items():
-        sizes = [linear_size(modules[linear]) for linear in site.linears.values()]
+        sizes = list(site.sizes(modules).values())
         families.setdefault(f"{re.sub(r'[0-9]+', '*', name)} {sizes}", []).append(name)
+    hidden, head = features_of(modules[""])
     found = {
-        name: replace(sites[name], family=family, member=member, num_members=len(names))
+        name: replace(
+            sites[name],
+            family=family,
+            member=member,
+            num_members=len(names),
+            head_features=head,
+            causal=is_causal(modules, name),
+            model_features=hidden,
+        )
         for family, names in families.items()
         for member, name in enumerate(names)
     }
@@ -78,7 +95,7 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
     total = count_besides(model, modules, planned, sites)
     seen: set[tuple[str, str]] = set()
     for site in sites.values():
-        sizes = {role: linear_size(modules[name]) for role, name in site.linears.items()}
+        sizes = site.sizes(modules)
         declared = site.declare(planned, sizes)
         params = [*planned.expert_params(declared), *planned.router_params(declared)]
         total += sum(param.num_trainable for param in params if (param.shared, param.name) not in seen)
@@ -90,6 +107,8 @@ def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, PlannedSite
     """Refuse what an adapter that is there already wraps in another way."""
     owners: dict[int, str] = {}
     for name, layer in modules.items():
+        if isinstance(layer, MixtureBlock):
+            continue  # it wraps no linear
         if isinstance(layer, MixtureFeedForward):
             owners |= {id(layer.linear(role)): name for role in layer.form.linears}
         elif isinstance(layer, BaseTunerLayer):

@@ -50,6 +50,37 @@ def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
     config.target_modules = endings if same == names else names
 
 
+def find_target_blocks(model: nn.Module, modules: Mapping[str, nn.Module], config: MoeLoraConfig) -> list[str]:
+    """Names of the mixture-of-experts blocks of the base model that the configuration targets.
+
+    "all-linear" in `config.target_modules` is replaced by the names of all blocks.
+
+    Args:
+        model: The base model.
+        modules: Its modules by name (`base_modules`).
+        config: The configuration.
+
+    Raises:
+        TargetError: If the model has no such blocks, none is targeted, or their router does not tell its weights.
+    """
+    blocks = find_moe_blocks(modules)
+    if not blocks or blocks[0].name == "":
+        raise TargetError(
+            f"{type(model).__name__} has no mixture-of-experts blocks of its own; allowed: a base that is a mixture of "
+            "experts already (Mixtral, OLMoE, Qwen3-MoE, ...). For a dense model take another preset, 'mixlora' say."
+        )
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = {block.name for block in blocks}
+    targeted = [block.name for block in blocks if check_target_module_exists(config, block.name)]
+    if not targeted:
+        raise TargetError(
+            f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}, "
+            f"layers_to_transform={config.layers_to_transform!r}) match none of the mixture-of-experts blocks "
+            f"{', '.join(block.name for block in blocks[:8])}, ...; allowed: ends of these names, or a regex."
+        )
+    return targeted
+
+
 def find_targets(model: nn.Module, modules: Mapping[str, nn.Module], config: MoeLoraConfig) -> list[str]:
     """Names of the linears that the configuration targets, in the order of the model.
 

@@ -226,8 +226,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 replaced = {"bias": biases[self.name, adapter]}
             elif self.training and self._moves_bias(adapter):
                 raise MoeLoraError(self._not_repeatable())
-        prepared_T = here.tokens.prepared_T(adapter) if here.tokens.prepared else None
-        loses_gradient = prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
+        prepared_T = self.prepared_T(adapter, x, here)
+        at_entry = bool(here.tokens.prepared)
+        loses_gradient = (
+            at_entry and prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
+        )
         if loses_gradient and place is not None and place.run.grad_enabled:
             raise MoeLoraError(self._not_reentrant())
         # what looks at the batch alone is the same in every layer of a run; but where a router trains, a layer that
@@ -282,6 +285,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             return outputs[0]
         base = self.base_output(x)
         return base + torch.stack([output - base for output in outputs]).sum(0)
+
+    def prepared_T(self, adapter: str, x: Tensor, here: Here) -> Tensor | None:
+        """What is made of each token before its router runs, [T, ...]; None if nothing is."""
+        return here.tokens.prepared_T(adapter) if here.tokens.prepared else None
 
     def _not_repeatable(self) -> str:
         return (

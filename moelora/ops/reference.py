@@ -95,6 +95,43 @@ def poly_linear(x_TD: Tensor, a_QSRD: Tensor, b_QSOR: Tensor, gates_TQS: Tensor)
     return torch.stack(rows)
 
 
+def grid_of_pairs(
+    x_TD: Tensor, a_ID: Tensor, b_OJ: Tensor, weights_TIJ: Tensor, gate: Tensor, *, diagonal: bool = False
+) -> Tensor:
+    """What MoR1E adds to its linear (arXiv 2404.08985): `sigmoid(100 w) sum_ij R_ij b_j (a_i . x)`.
+
+    Args:
+        x_TD: Tokens.
+        a_ID, b_OJ: The rows and the columns.
+        weights_TIJ: R of each token.
+        gate: w.
+        diagonal: Whether only pairs of equal numbers count.
+    """
+    scale = 1 / (1 + torch.exp(-100 * _high(gate)))
+    rows = []
+    for x_D, weights_IJ in zip(_high(x_TD), _high(weights_TIJ), strict=True):
+        row_O = x_D.new_zeros(len(b_OJ))
+        for i, a_D in enumerate(_high(a_ID)):
+            for j, b_O in enumerate(_high(b_OJ).t()):
+                if i == j or not diagonal:
+                    row_O = row_O + scale * weights_IJ[i, j] * b_O * (a_D @ x_D)
+        rows.append(row_O)
+    return torch.stack(rows)
+
+
+def intuition_weights(
+    logits_E: Tensor, omega: Tensor, embedding_H: Tensor, centroids_CH: Tensor, map_EC: Tensor | None = None
+) -> Tensor:
+    """MoR1E's weights of one token (arXiv 2404.08985): `32 omega softmax(z) + 4 (1 - omega) c`."""
+    share = 1 / (1 + torch.exp(-100 * _high(omega)))
+    h_H = _high(embedding_H) / _high(embedding_H).norm()
+    cosines = torch.stack([h_H @ c_H / c_H.norm() for c_H in _high(centroids_CH)])
+    if map_EC is not None:
+        cosines = _high(map_EC) @ cosines
+    exps = torch.exp(_high(logits_E) - logits_E.max())
+    return 32 * share * exps / exps.sum() + 4 * (1 - share) * cosines
+
+
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -20,3 +21,9 @@ def lora_experts(r: int, lora_alpha: float, lora_dropout: float, use_rslora: boo
         "use_rslora": use_rslora,
         **words,
     }
+
+
+def block_experts(r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, num_experts: int) -> dict[str, Any]:
+    """The experts of the PERFT presets: A starts at N(0, sqrt(2 / r))."""
+    words = {"num_experts": num_experts, "init": "normal", "init_std": math.sqrt(2 / r) if r > 0 else 1.0}
+    return lora_experts(r, lora_alpha, lora_dropout, use_rslora, **words)

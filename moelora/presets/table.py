@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from typing import Any
 
 from moelora.choices import Choice, Site
 from moelora.errors import ConfigError
@@ -51,23 +50,21 @@ def with_table(text: str) -> str:
 
 
 def parameters_per_rank(name: str) -> str:
-    """Trainable parameters of a linear's experts per unit of the preset's word `r`, without the router.
+    """Trainable parameters of a linear's experts per unit of the preset's word `r`, at its default, without the router.
 
     "8 (in + out)" says 8 times the sum of the linear's features. Of a preset without the word it is the whole number.
     """
-    if "r" not in inspect.signature(find(name)).parameters:
-        return _phrase(*(_count(name, in_features, out_features) for in_features, out_features in _SIZES))
-    r = find(name)().experts.num_experts  # a multiple of it divides evenly where r is the sum over the experts
-    grown = (_count(name, *size, r=2 * r) - _count(name, *size, r=r) for size in _SIZES)
-    return _phrase(*(number / r for number in grown))
+    word = inspect.signature(find(name)).parameters.get("r")
+    r = 1 if word is None else word.default
+    return _phrase(*(_count(name, *size) / r for size in _SIZES))
 
 
 _SIZES = ((0, 0), (840, 0), (0, 840))
 
 
-def _count(name: str, in_features: int, out_features: int, **words: Any) -> float:
+def _count(name: str, in_features: int, out_features: int) -> float:
     """Trainable parameters of the experts of one linear."""
-    config = find(name)(**words)
+    config = find(name)()
     routed = config.placement.routes_any
     site = Site(
         name="linear",

@@ -62,6 +62,8 @@ class Scores(Choice):
     """Base of the choices of scores."""
 
     axis: ClassVar[str] = "scores"
+    reads_base_router: ClassVar[bool] = False
+    """Whether it takes over what the router of the wrapped block decides, `RouterInput.prepared` [T, 2, E]."""
 
     @property
     def is_trained(self) -> bool:

@@ -13,25 +13,50 @@ from moelora import MoeLoraConfig, presets
 from moelora.balance.bias_update import BiasUpdate
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
+from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
 from moelora.choices import AXES, kinds
 from moelora.errors import ConfigError
+from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
+from moelora.experts.phm import PhmExperts
 from moelora.experts.poly import PolyExperts
+from moelora.experts.residual_tree import ResidualTreeExperts
+from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
+from moelora.experts.slots import SlotExperts
 from moelora.experts.vectors import VectorExperts
-from moelora.inject.placement import FeedForwardPlacement, LinearPlacement, PartsPlacement
+from moelora.inject.placement import (
+    BlockPlacement,
+    FeedForwardPlacement,
+    LinearPlacement,
+    MoeBlockPlacement,
+    PartsPlacement,
+)
 from moelora.ops.compute import Fast, Reference
+from moelora.scores.base_router import BaseRouterScores
+from moelora.scores.constant import ConstantScores
+from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
 from moelora.scores.task_embedding import TaskEmbeddingScores
 from moelora.scores.task_table import TaskTableScores
+from moelora.scores.tree import TreeScores
 from moelora.selection.dense import Dense
+from moelora.selection.draw import Draw
 from moelora.selection.learned_threshold import LearnedThreshold, ThresholdBalance
 from moelora.selection.threshold import Threshold
 from moelora.selection.top_k import TopK
 from moelora.selection.top_p import TopP
+from moelora.selection.tree import TreeTop
 from tests.adapters import FAMILY, PRESETS
 
+ACROSS_BLOCKS: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "init": "normal",
+    "init_std": (2 / 16) ** 0.5,
+}
 # The papers' settings (reference in each docstring), written out once more.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mixlora": {
@@ -132,6 +157,69 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "selection": TopK(k=2, renormalize=True),
         "balance": [],
     },
+    "perft_r": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=4),
+        "placement": MoeBlockPlacement(),
+        "scores": LinearScores(init_std=None),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [MixtralBalance(coef=1e-2), ZLoss()],
+    },
+    "perft_e": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=8),
+        "placement": MoeBlockPlacement(),
+        "scores": BaseRouterScores(),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "perft_d": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=2),
+        "placement": MoeBlockPlacement(),
+        "scores": ConstantScores(weights=[1.0, 1.0]),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "perft_s": {
+        "experts": LoraExperts(**ACROSS_BLOCKS, num_experts=1),
+        "placement": MoeBlockPlacement(),
+        "scores": ConstantScores(weights=[1.0]),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mixphm": {
+        "experts": PhmExperts(num_experts=4, reduction=12, summands=4, rank=8, scale=1.0),
+        "placement": PartsPlacement(parts=["down"]),
+        "scores": ConstantScores(),
+        "selection": Draw(),
+        "balance": [],
+    },
+    "soft_moa": {
+        "experts": SlotExperts(num_experts=4, slots=1, bottleneck=16),
+        "placement": BlockPlacement(),
+        "scores": LinearScores(init_std=None),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "smore": {
+        "experts": ResidualTreeExperts(num_experts=20, sizes=[4, 4], r=4, activation="tanh", position="all"),
+        "placement": LinearPlacement(),
+        "scores": TreeScores(sizes=[4, 4], features=32),
+        "selection": TreeTop(sizes=[4, 4], fan_out=[2, 2]),
+        "balance": [TreeSwitchBalance(coef=1e-2, sizes=[4, 4])],
+    },
+    "mor1e": {
+        "experts": GridExperts(num_experts=32, rows=4, columns=8),
+        "placement": LinearPlacement(),
+        "scores": IntuitionScores(num_centroids=32, embedding="input"),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mos": {
+        "experts": ShardExperts(r=8, lora_alpha=16, lora_dropout=0.1, equivalent_rank=2, shards=4, private=1, seed=0),
+        "placement": LinearPlacement(unrouted_modules=".*"),
+        "scores": LinearScores(),
+        "selection": TopK(k=1),
+        "balance": [],
+    },
     "random_router": {
         "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
         "placement": FeedForwardPlacement(unrouted_modules="rest"),
@@ -148,7 +236,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # The kind of the load-balancing loss where it is not "switch".
-LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral"}
+LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral", "smore": "tree_switch"}
 LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
 PEFT_WORDS = {
     "target_modules",
@@ -209,6 +297,24 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "expert_dropout": (0.2, "selection.expert_dropout"),
     "capacity_factor": (3.0, "selection.capacity_factor"),
     "capacity_in_eval": (True, "selection.capacity_in_eval"),
+    "fan_out": ([1, 3], "selection.fan_out"),
+    "activation": ("relu", "experts.activation"),
+    "position": ("child", "experts.position"),
+    "key_features": (7, "scores.features"),
+    "slots": (2, "experts.slots"),
+    "num_adapters": (3, "experts.num_experts"),
+    "bottleneck": (9, "experts.bottleneck"),
+    "reduction": (7, "experts.reduction"),
+    "summands": (2, "experts.summands"),
+    "rank": (3, "experts.rank"),
+    "scale": (0.5, "experts.scale"),
+    "num_centroids": (5, "scores.num_centroids"),
+    "embedding": ("hidden", "scores.embedding"),
+    "embedding_features": (9, "scores.features"),
+    "equivalent_rank": (3, "experts.equivalent_rank"),
+    "shards": (2, "experts.shards"),
+    "private": (0, "experts.private"),
+    "seed": (7, "experts.seed"),
     "max_threshold": (0.3, "selection.max_threshold"),
     "bias_update_rate": (0.1, "balance.bias_update"),
     "balance_coef": (0.7, "balance.switch"),
@@ -224,7 +330,7 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         found[axis] = dataclasses.replace(found[axis], **{field: value})
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
-    if field != "bias_update":  # the two losses of a preset come together
+    if field != "bias_update" and config.preset != "smore":  # the two losses of other presets come together
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -252,11 +358,16 @@ SEVERAL_FIELDS = {
 def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
     own = inspect.signature(getattr(presets, name)).parameters
     for word in own:
-        if word in ("r", "peft_words", "balance_loss") or (name, word) in SEVERAL_FIELDS:
+        plain = ("r", "peft_words", "balance_loss", "rows", "columns", "diagonal", "sizes")
+        if word in plain or (name, word) in SEVERAL_FIELDS:
             continue
         value, path = OWN_WORDS[word]
+        if (name, word) == ("smore", "lora_alpha"):
+            path = "experts.alpha"
         if word == "balance_coef":
             path = f"balance.{LOSSES.get(name, 'switch')}"
+        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
+            continue  # it says the number of weights, or of experts, as well
         config = MoeLoraConfig.from_preset(name, **{word: value})
         assert axes(config) == with_field(MoeLoraConfig.from_preset(name), path, value), f"{word} is more than {path}"
         assert axes(config) != axes(MoeLoraConfig.from_preset(name)) or word == "renormalize"
@@ -313,7 +424,7 @@ def test_peft_words_pass_through(name: str) -> None:
         layers_pattern="layers",
         modules_to_save=["lm_head"],
         bias="all",
-        task_type="CAUSAL_LM",
+        task_type=None if name == "soft_moa" else "CAUSAL_LM",
         trainable_token_indices=[3],
         base_model_name_or_path="some/base",
         revision="main",
@@ -325,7 +436,7 @@ def test_peft_words_pass_through(name: str) -> None:
     assert config.layers_pattern == "layers"
     assert config.modules_to_save == ["lm_head"]
     assert config.bias == "all"
-    assert config.task_type == "CAUSAL_LM"
+    assert config.task_type == (None if name == "soft_moa" else "CAUSAL_LM")
     assert config.trainable_token_indices == [3]
     assert config.base_model_name_or_path == "some/base"
     assert config.revision == "main"

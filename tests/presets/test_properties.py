@@ -32,6 +32,7 @@ from tests.adapters import (
     base_of,
     gradients,
     outputs,
+    prepare,
     shake,
     small_config,
     snapshot,
@@ -63,14 +64,20 @@ def base(preset: str, **words: Any) -> Any:
     return tiny_model(base_of(preset), **words)
 
 
+def config_of(preset: str, **words: Any) -> MoeLoraConfig:
+    """A small configuration; of a classifier without its head, which PEFT would train and save whole."""
+    name = base_of(preset)
+    return small_config(preset, name, **{**({"task_type": None} if name == "bert" else {}), **words})
+
+
 def fresh(preset: str, **words: Any) -> Any:
     """A model with an adapter as it starts."""
-    return get_peft_model(base(preset), small_config(preset, base_of(preset), **words)).eval()
+    return prepare(get_peft_model(base(preset), config_of(preset, **words))).eval()
 
 
 def shaken(preset: str, seed: int = 0, **words: Any) -> Any:
     """A model with an adapter that changes its outputs."""
-    return adapted(preset, base_of(preset), seed=seed, **words)
+    return adapted(preset, base_of(preset), seed=seed, **{"task_type": config_of(preset).task_type, **words})
 
 
 def logits(model: Any, preset: str, **inputs: Any) -> Tensor:
@@ -95,7 +102,7 @@ def test_it_starts_at_the_base_model(preset: str) -> None:
 def test_its_parameters_are_counted_and_all_have_gradients(preset: str) -> None:
     model = shaken(preset).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name}
-    config = small_config(preset, base_of(preset))
+    config = config_of(preset)
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert config.num_trainable_parameters(base(preset)) == whole
     found = gradients(model, *(tiny_batch(base_of(preset), seed=seed) for seed in range(6)))
@@ -107,7 +114,7 @@ def test_its_parameters_are_counted_and_all_have_gradients(preset: str) -> None:
 def test_disabling_and_unloading_give_the_base_model(preset: str) -> None:
     before = base(preset)
     view, expected = snapshot(before), logits(before, preset)
-    model = get_peft_model(before, small_config(preset, base_of(preset), task_type=None))
+    model = prepare(get_peft_model(before, config_of(preset)))
     shake(model)
     assert (logits(model, preset) - expected).abs().max() > 1e-4
     with model.disable_adapter():
@@ -174,7 +181,7 @@ def test_gradient_checkpointing_changes_no_gradient(preset: str, reentrant: bool
 @every_preset
 def test_saving_loading_and_going_on(preset: str, tmp_path: Path) -> None:
     name = base_of(preset)
-    model = get_peft_model(base(preset), small_config(preset, name))
+    model = prepare(get_peft_model(base(preset), config_of(preset)))
     torch.manual_seed(3)
     train_steps(model, name)
     model.save_pretrained(str(tmp_path))
@@ -197,7 +204,9 @@ def test_hot_swap(preset: str, tmp_path: Path) -> None:
     expected = logits(shaken(preset, seed=2), preset)
     assert not torch.equal(logits(model, preset), expected)
     hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-    assert torch.equal(logits(model, preset), expected)
+    assert_equal_tensors(adapter_tensors(model), adapter_tensors(shaken(preset, seed=2)))
+    # tensors that are views of a file need not be aligned, and a matrix product then sums in another order
+    torch.testing.assert_close(logits(model, preset), expected, rtol=0, atol=1e-6)
 
 
 @every_preset
@@ -206,8 +215,8 @@ def test_a_second_adapter(preset: str) -> None:
     name = base_of(preset)
     model = shaken(preset)
     alone = logits(model, preset)
-    model.add_adapter("second", small_config(preset, name))
-    model.set_adapter("second")
+    model.add_adapter("second", config_of(preset))
+    prepare(model, "second").set_adapter("second")
     shake(model, seed=5)
     model.eval()
     second = logits(model, preset)
@@ -245,7 +254,8 @@ def test_copies_and_inference_mode(preset: str) -> None:
 
 @every_preset
 def test_training_lowers_the_loss(preset: str) -> None:
-    losses, model = learn(get_peft_model(base(preset, initializer_range=0.2), small_config(preset, base_of(preset))))
+    config = config_of(preset)
+    losses, model = learn(prepare(get_peft_model(base(preset, initializer_range=0.2), config)))
     assert losses[-1] < losses[0] - 0.3 * min(1.0, losses[0]), losses
     assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
 
@@ -276,7 +286,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     def load(preset: str) -> Any:
         name = base_of(preset)
         if not (folder / name).exists():
-            sizes = SIZES if name == "bert" else {**SIZES, "num_key_value_heads": 2}
+            sizes = {**SIZES, **({"num_labels": 64} if name == "bert" else {"num_key_value_heads": 2, "head_dim": 16})}
             tiny_model(name, initializer_range=0.2, **sizes).save_pretrained(folder / name)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         auto: Any = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
@@ -289,9 +299,9 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 def test_nf4(preset: str, quantised: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     # before any evaluation, which repacks 4-bit weights on CPUs with AVX512-BF16 for good
-    losses, model = learn(get_peft_model(quantised(preset), small_config(preset, base_of(preset))))
+    losses, model = learn(prepare(get_peft_model(quantised(preset), config_of(preset))))
     assert losses[-1] < losses[0] - 0.1 * min(1.0, losses[0]), losses
-    model = get_peft_model(loaded := quantised(preset), small_config(preset, base_of(preset))).eval()
+    model = prepare(get_peft_model(loaded := quantised(preset), config_of(preset))).eval()
     with model.disable_adapter():
         expected = logits(loaded, preset)
     if preset not in NOT_THE_BASE_AT_FIRST:
@@ -308,8 +318,7 @@ def test_inspect(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tensors = adapter_tensors(model)
     stored = sum(tensor.numel() for tensor in tensors.values())
     trained = sum(p.numel() for name, p in model.named_parameters() if name in tensors and p.requires_grad)
-    if not model.peft_config["default"].modules_to_save and "SEQ_CLS" not in printed:
-        assert f"{stored:,} stored, {trained:,} trainable" in printed
+    assert f"{stored:,} stored, {trained:,} trainable" in printed
     for layer in model.modules():
         if isinstance(layer, MoeLoraLayer):
             assert layer.name.rpartition(".")[2] in printed

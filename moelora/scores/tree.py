@@ -1,0 +1,130 @@
+"""Scores down a tree of experts: at each node a softmax over its children (S'MoRE).
+
+A tree of L layers has s_l experts in layer l, the leaves in layer 0. The weights of its edges stand in one row: those
+of the root's children first (layer L - 1), then of each of these the children, and so on down to the leaves; E is the
+number of all edges.
+
+Shape suffixes: T tokens, F features that scores are made in, C chains of nodes from the root, S children of a node, E
+edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moelora.choices import Init, Param, Site, register
+from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.scores.linear import router_logits
+from moelora.validation import check, is_count
+
+
+def levels(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(l, number of chains that end in a parent, number of children) of each layer, from the root down."""
+    found, chains = [], 1
+    for layer in reversed(range(len(sizes))):
+        found.append((layer, chains, sizes[layer]))
+        chains *= sizes[layer]
+    return found
+
+
+def num_edges(sizes: Sequence[int]) -> int:
+    """E."""
+    return sum(chains * children for _, chains, children in levels(sizes))
+
+
+def by_level(values_TE: Tensor, sizes: Sequence[int]) -> dict[int, Tensor]:
+    """A row of edges as [T, C, S] of each layer."""
+    counts = [chains * children for _, chains, children in levels(sizes)]
+    parts = values_TE.split(counts, -1)
+    return {
+        layer: part.unflatten(-1, (chains, children))
+        for (layer, chains, children), part in zip(levels(sizes), parts, strict=True)
+    }
+
+
+def check_sizes(name: str, sizes: Any) -> list[int]:
+    """Refuse what is no list of counts."""
+    known = isinstance(sizes, (list, tuple)) and bool(sizes) and all(map(is_count, sizes))
+    check(known, name, sizes, "a list of integers of at least 1, one for each layer of the tree, leaves first")
+    return list(sizes)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TreeScores(Scores):
+    """`softmax_n(q . k_n)` over the children n of each node, `q = MLP_l(x_down, keys of the node and its ancestors)`.
+
+    S'MoRE (arXiv 2504.06426): `x_down = W x + b` [F], keys k of each expert start at U(0, 1), MLP_l has one hidden
+    layer of F with a ReLU.
+
+    Args:
+        sizes: s, the number of experts in each layer, leaves first.
+        features: F.
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    kind: ClassVar[str] = "tree_keys"
+
+    sizes: list[int] = field(default_factory=lambda: [4, 4])
+    features: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", check_sizes("sizes", self.sizes))
+        check(is_count(self.features), "key_features", self.features, "an integer of at least 1")
+
+    def check(self, config: Any) -> None:
+        """Refuse other experts than the edges of the tree.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        E = num_edges(self.sizes)
+        given = config.experts.num_experts
+        check(given == E, "experts.num_experts", given, f"{E}, the edges of a tree of the sizes {self.sizes}")
+
+    @property
+    def is_trained(self) -> bool:
+        """Always."""
+        return True
+
+    def params(self, site: Site) -> list[Param]:
+        """`down`, and of each layer its keys and its MLP."""
+        features, depth, zeros, kaiming = self.features, len(self.sizes), Init("zeros"), Init("kaiming")
+        params = [Param("down", (features, site.router_features), kaiming), Param("down_shift", (features,), zeros)]
+        for layer, size in enumerate(self.sizes):
+            params += [
+                Param(f"keys_{layer}", (size, features), Init("unit")),
+                Param(f"in_{layer}", (features, features * (depth - layer)), kaiming),
+                Param(f"in_shift_{layer}", (features,), zeros),
+                Param(f"out_{layer}", (features, features), kaiming),
+                Param(f"out_shift_{layer}", (features,), zeros),
+            ]
+        return params
+
+    def score(self, given: RouterInput) -> Scored:
+        """See `Scores.score`."""
+        tensors = {name: tensor.float() for name, tensor in given.tensors.items()}
+        x_TF = router_logits(given.x_TD, given.tensors["down"]) + tensors["down_shift"]
+        keys_CK = x_TF.new_zeros(1, 0)
+        logits, probs = [], []
+        with torch.autocast(x_TF.device.type, enabled=False):
+            for layer, chains, children in levels(self.sizes):
+                own_SF = tensors[f"keys_{layer}"]
+                of_x, of_keys = tensors[f"in_{layer}"].split([self.features, keys_CK.shape[1]], 1)
+                hidden = (x_TF @ of_x.t()).unsqueeze(1) + keys_CK @ of_keys.t() + tensors[f"in_shift_{layer}"]
+                q_TCF = F.relu(hidden) @ tensors[f"out_{layer}"].t() + tensors[f"out_shift_{layer}"]
+                logits_TCS = q_TCF @ own_SF.t()
+                logits.append(logits_TCS.flatten(1))
+                probs.append(logits_TCS.softmax(-1).flatten(1))
+                keys_CK = torch.cat([keys_CK.repeat_interleave(children, 0), own_SF.repeat(chains, 1)], 1)
+        logits_TE, scores_TE = torch.cat(logits, 1), torch.cat(probs, 1)
+        parents = sum(chains for _, chains, _ in levels(self.sizes))
+        return Scored(logits_TE, scores_TE / parents, scores_TE, is_softmax=False)
