@@ -91,8 +91,8 @@ class Param:
 
     def stored(self) -> list[Param]:
         """The tensors it is stored as: itself, or what is frozen of it under "..._frozen" and then the rest."""
-        frozen = min(self.num_frozen, self.shape[0]) if self.trainable else self.shape[0]
-        if frozen == self.shape[0]:
+        frozen = self.num_frozen
+        if not self.trainable or 0 < self.shape[0] <= frozen:
             return [replace(self, trainable=False, num_frozen=0)]
         if frozen == 0:
             return [replace(self, num_frozen=0)]

@@ -84,8 +84,8 @@ class Experts(Choice):
 
     @property
     def lora_alpha(self) -> float:
-        """LoRA's alpha, where it has a meaning."""
-        return 1.0
+        """LoRA's alpha; of experts without one what gives their scaling, since PEFT's hot swap reads it here."""
+        return self.scaling * self.r
 
     @property
     def use_rslora(self) -> bool:

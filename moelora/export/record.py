@@ -99,7 +99,7 @@ def adapter_words(config: MoeLoraConfig) -> dict[str, Any]:
         "preset": config.preset,
         "axes": axes,
         "members": members,
-        "frozen": experts.num_frozen,
+        "frozen": getattr(experts, "num_frozen", 0),
         "recipe": getattr(experts, "recipe", {}),
     }
 

@@ -63,7 +63,7 @@ def test_presets(tmp_path: Path, preset: str) -> None:
     model = adapted(preset)
     model.peft_config["default"].base_model_name_or_path = str(base)
     answers = checked(saved(model, tmp_path / "adapter"))
-    of_blocks = preset in ("mixlora", "random_router")
+    of_blocks = preset in ("mixlora", "mixlora_switch", "random_router")
     assert answers["--to native-moe"] == answers["--to mixlora"] == ("depends" if of_blocks else "no")
     assert answers["--to lora"] == ("yes" if preset == "lora" else "no")
 
