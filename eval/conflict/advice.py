@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -60,7 +61,9 @@ def next_steps(
         place: Where things are.
         held_out: Share of each task's prompts that was not trained on.
     """
-    train = ["python", "-m", "train", *place.config]
+    # a configuration may train its tasks one after the other; what is advised first is to train them at once
+    recipe = [] if config.recipe == "sft" else ["--recipe", "sft"]
+    train = ["python", "-m", "train", *place.config, *recipe]
     if verdict.kind == "lora":
         return [_step("Train one LoRA on all tasks", [*train, _lora(plan, plan.rank), "baseline=null"])]
     if verdict.kind == "undecided":
@@ -70,8 +73,9 @@ def next_steps(
         # a task's name is the name of a folder there
         if not all(re.fullmatch(r"[A-Za-z0-9_][\w.-]*", task) for task in plan.tasks):
             return [compose]
-        order = f"sequential={{order: [{', '.join(plan.tasks)}]}}"
-        in_turn = [*train, "--recipe", "sequential", _lora(plan, plan.part_rank), order, "baseline=null"]
+        order = f"sequential={{order: {json.dumps(plan.tasks)}}}"
+        in_turn = ["python", "-m", "train", *place.config, "--recipe", "sequential"]
+        in_turn += [_lora(plan, plan.part_rank), order, "baseline=null"]
         return [compose, _step("Where tasks come one after the other, train an expert for each", in_turn)]
     if config.adapter["preset"] in ("lora", "random_router"):
         r = max(1, round(plan.rank / 8))
@@ -85,9 +89,8 @@ def _preset(config: RunConfig) -> str:
 
 
 def _lora(plan: Plan, r: int) -> str:
-    targets = plan.target_modules
-    words = targets if isinstance(targets, str) else f"[{', '.join(targets)}]"
-    return f"adapter={{preset: lora, r: {r}, lora_alpha: {r * plan.scaling:g}, target_modules: {words}}}"
+    words = f"preset: lora, r: {r}, lora_alpha: {r * plan.scaling:g}, target_modules: {json.dumps(plan.target_modules)}"
+    return f"adapter={{{words}}}"
 
 
 def _step(why: str, command: Sequence[str]) -> dict[str, str]:

@@ -128,8 +128,7 @@ class Arms:
         rows = self._rows(arm)
         stages = plan.stages(arm, rate)
         work = self._work(arm)
-        labels = [f"{arm} LoRA at {rate}x, {part}" for part in self._names(arm)]
-        for stage, label, own, steps in zip(stages, labels, rows, plan.steps_of(arm), strict=True):
+        for stage, label, own, steps in zip(stages, self._names(arm), rows, plan.steps_of(arm), strict=True):
             if not self.folder.is_finished(stage):
                 changes = {"learning_rate": plan.rates[rate], "max_steps": steps}
                 replace(work, label=label).train(stage, work.new_adapter, own, **changes)

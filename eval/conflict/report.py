@@ -84,22 +84,22 @@ def readme(found: Mapping[str, Any]) -> str:
     end, start = (found["conflict"][moment]["overall"] for moment in ("end", "start"))
     sections = [
         f"# Do these tasks need a mixture? {found['model']}",
-        f"**{found['verdict']['text']}**",
+        f"**{_plain(found['verdict']['text'])}**",
         _bullets(found["verdict"]["reasons"]),
         *(f"{step['why']}:\n\n```bash\n{step['command']}\n```" for step in found["next"]),
         "## Losses",
-        markdown(*table(found)),
+        _markdown(*table(found)),
         _READING,
         _bullets(notes(found)),
         "## Transfer",
         "The LoRA of a row's task on the rows of a column's task: loss minus the base model's, nats; negative helps.",
-        markdown(["LoRA of", *tasks], [[a, *(f"{against[a][b]:+.3f}" for b in tasks)] for a in tasks]),
+        _markdown(["LoRA of", *tasks], [[a, *(f"{against[a][b]:+.3f}" for b in tasks)] for a in tasks]),
         "![transfer](transfer.png)",
         "## Conflict",
         "Cosine of the tasks' gradients by the shared LoRA's parameters, before training → after; on the diagonal that "
         "of two halves of one task's rows, which is what noise leaves of 1. Where a training has come to rest, the "
         "gradients of its tasks cancel, so that two tasks then show -1 whatever they are: read the first number too.",
-        markdown(
+        _markdown(
             ["task", *tasks], [[a, *(f"{start[a][b]:+.2f} → {end[a][b]:+.2f}" for b in tasks)] for a in tasks]
         ),
         "![conflict](conflict.png)",
@@ -117,4 +117,13 @@ def readme(found: Mapping[str, Any]) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {_plain(line)}" for line in lines)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown([_plain(cell) for cell in header], [[_plain(cell) for cell in row] for row in rows])
+
+
+def _plain(text: str) -> str:
+    """A text of Markdown in which the name of a task is no HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -112,8 +112,8 @@ def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: flo
     ]
     moves = transfer is not None and transfer >= TRANSFERS
     about_mean = (
-        f"On the mean of {len(headroom)} tasks own LoRAs are ahead of the shared one by {mean.value:+.3f} ± "
-        f"{mean.stderr:.3f} nats; {margin:g} count as worth having, {ERRORS:g} standard errors as seen."
+        f"Headroom, the mean of {len(headroom)} tasks: {mean.value:+.3f} ± {mean.stderr:.3f} nats. {margin:g} nats count "
+        f"as worth having, {ERRORS:g} standard errors as seen."
     )
     about_tasks = (
         f"Tasks that gain by a LoRA of their own: {', '.join(gaining) or 'none'} (more than {margin:g} nats and "
