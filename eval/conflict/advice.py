@@ -80,7 +80,10 @@ def next_steps(
     if config.adapter["preset"] in ("lora", "random_router"):
         r = max(1, round(plan.rank / 8))
         train.append(f"adapter={{preset: mixlora, num_experts: 8, top_k: 2, r: {r}, lora_alpha: {r * plan.scaling:g}}}")
-    return [_step(f"Train a mixture ({_preset(config)}) beside the LoRA of the configuration's `baseline`", train), compose]
+    return [
+        _step(f"Train a mixture ({_preset(config)}) beside the LoRA of the configuration's `baseline`", train),
+        compose,
+    ]
 
 
 def _preset(config: RunConfig) -> str:
@@ -111,9 +114,7 @@ def _compose(plan: Plan, found: Found, config: RunConfig, folder: Path) -> dict[
             f"(`task_ids`); centroids send only {share:.0%} of the prompts right"
         )
         router = ["--router", "task"]
-    return _step(
-        why, ["moelora", "compose", *loras, *router, "--base", config.model, "-o", str(folder / "composed")]
-    )
+    return _step(why, ["moelora", "compose", *loras, *router, "--base", config.model, "-o", str(folder / "composed")])
 
 
 def _more_rows(more: int, found: Found, config: RunConfig, place: Place, held_out: float) -> dict[str, str]:
@@ -129,4 +130,6 @@ def _more_rows(more: int, found: Found, config: RunConfig, place: Place, held_ou
     if config.dataset.limit is not None:
         limit = config.dataset.limit + of_data
         return _step("Look again with more rows", [*again, f"dataset.limit={limit}", *out])
-    return _step(f"Add about {of_data:,} rows to the data, so that {more:,} more are scored; then look again", again + out)
+    return _step(
+        f"Add about {of_data:,} rows to the data, so that {more:,} more are scored; then look again", again + out
+    )

@@ -11,10 +11,11 @@ from moelora.runs.wording import commit_words, minutes
 
 _HEADER = ("task", "n", "base", "shared", "own", "random", "headroom", "told apart")
 _READING = (
-    "Loss of an answer's token in nats, mean over rows that nobody trained on; lower is better. *shared*: one LoRA on "
-    "all rows. *own*: a LoRA for each task, asked about its own task, which is what a perfect router by task reaches. "
-    "*random*: as many LoRAs on random parts of the rows, each row's loss averaged over them. *headroom*: shared - own, "
-    "± its standard error, paired by rows. *told apart*: share of prompts whose nearest centroid is their own task's."
+    "Loss of an answer's token in nats, mean over rows that nobody trained on; lower is better. *shared*: one LoRA "
+    "on all rows. *own*: a LoRA for each task, asked about its own task, which is what a perfect router by task "
+    "reaches. *random*: as many LoRAs on random parts of the rows, each row's loss averaged over them. *headroom*: "
+    "shared - own, ± its standard error, paired by rows. *told apart*: share of prompts whose nearest centroid is "
+    "their own task's."
 )
 
 
@@ -53,7 +54,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     edge = [arm for arm, each in arms.items() if len(each["selection"]) > 1 and each["factor"] == _largest(each)]
     if edge:
         lines.append(
-            f"The largest learning rate was the best for {', '.join(edge)}: a wider grid (--rates) may move the numbers."
+            f"The largest learning rate was the best for {', '.join(edge)}: a wider grid (--rates) may move the "
+            "numbers."
         )
     if found["rows_dropped"]:
         lines.append(f"{found['rows_dropped']} rows were left out because their prompt is held out.")
@@ -99,9 +101,7 @@ def readme(found: Mapping[str, Any]) -> str:
         "Cosine of the tasks' gradients by the shared LoRA's parameters, before training → after; on the diagonal that "
         "of two halves of one task's rows, which is what noise leaves of 1. Where a training has come to rest, the "
         "gradients of its tasks cancel, so that two tasks then show -1 whatever they are: read the first number too.",
-        _markdown(
-            ["task", *tasks], [[a, *(f"{start[a][b]:+.2f} → {end[a][b]:+.2f}" for b in tasks)] for a in tasks]
-        ),
+        _markdown(["task", *tasks], [[a, *(f"{start[a][b]:+.2f} → {end[a][b]:+.2f}" for b in tasks)] for a in tasks]),
         "![conflict](conflict.png)",
         "## Receipt",
         _bullets(

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.conflict import pictures, plan as planning, report
+from eval.conflict import pictures, report
+from eval.conflict import plan as planning
 from eval.conflict.advice import ROUTER_ROWS, Place, expert_names
 from eval.conflict.arms import CENTROID_ROWS, SCORES, Arms
 from eval.conflict.plan import ARMS, Options, Plan, Timing
@@ -189,5 +190,3 @@ def _write_router_rows(split: Split, root: Path) -> None:
         for row in rows.select(range(min(len(rows), CENTROID_ROWS)))
     ]
     write_atomically(root / ROUTER_ROWS, "\n".join(lines) + "\n")
-
-

@@ -92,7 +92,7 @@ def transfer_share(base: Mapping[str, float], losses: Mapping[str, Mapping[str, 
 
 
 def errors_for_one_of(tasks: int) -> float:
-    """How many standard errors a single task needs, so that chance alone lifts one of them no more often than a mean."""
+    """How many standard errors a single task needs, so that chance lifts one of them no more often than a mean."""
     normal = NormalDist()
     return -normal.inv_cdf(normal.cdf(-ERRORS) / tasks)
 
@@ -107,13 +107,11 @@ def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: flo
     """
     mean = mean_of(list(headroom.values()))
     errors = errors_for_one_of(len(headroom))
-    gaining = [
-        task for task, each in headroom.items() if each.value > margin and each.value > errors * each.stderr
-    ]
+    gaining = [task for task, each in headroom.items() if each.value > margin and each.value > errors * each.stderr]
     moves = transfer is not None and transfer >= TRANSFERS
     about_mean = (
-        f"Headroom, the mean of {len(headroom)} tasks: {mean.value:+.3f} ± {mean.stderr:.3f} nats. {margin:g} nats count "
-        f"as worth having, {ERRORS:g} standard errors as seen."
+        f"Headroom, the mean of {len(headroom)} tasks: {mean.value:+.3f} ± {mean.stderr:.3f} nats. {margin:g} nats "
+        f"count as worth having, {ERRORS:g} standard errors as seen."
     )
     about_tasks = (
         f"Tasks that gain by a LoRA of their own: {', '.join(gaining) or 'none'} (more than {margin:g} nats and "

@@ -1,8 +1,8 @@
 """What a run's folder holds, in the form that the page shows.
 
 The files are those of `python -m train` (`config.yaml`, `<stage>/training.json`), `python -m eval` (`metrics.json`
-and `routing.json`, in the folder itself and in `results/<suite>`) and `moelora diagnose` (`diagnosis.json`); each may be
-missing.
+and `routing.json`, in the folder itself and in `results/<suite>`) and `moelora diagnose` (`diagnosis.json`); each may
+be missing.
 """
 
 from __future__ import annotations

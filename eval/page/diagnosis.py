@@ -57,7 +57,11 @@ def read_diagnosis(content: Json) -> Json | None:
                     )
                     for moment, words, note in (
                         ("start", "before", ""),
-                        ("end", "after", " At rest the tasks' gradients cancel, so that two tasks show -1 in any case."),
+                        (
+                            "end",
+                            "after",
+                            " At rest the tasks' gradients cancel, so that two tasks show -1 anyway.",
+                        ),
                     )
                 ),
             ],

@@ -1,4 +1,4 @@
-"""The command `moelora`: look at adapters and tasks, compose and edit them, write them in other forms, upload and show them."""
+"""The command `moelora`: look at tasks and adapters, compose and edit these, write them in other forms, upload them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from tests.runs.tiny import write_run
 def plan_of(folder: Path, *overrides: str, counts: tuple[int, ...] = (60, 30, 30), **changes: Any) -> Any:
     config = load_config(write_run(folder, **changes), overrides)
     rows = [
-        {"prompt": f"{t} {n}", "completion": "x", "task": f"t{t}"} for t, count in enumerate(counts) for n in range(count)
+        {"prompt": f"{t} {n}", "completion": "x", "task": f"t{t}"}
+        for t, count in enumerate(counts)
+        for n in range(count)
     ]
     return config, make_plan(config, split_rows(Dataset.from_list(rows), 0.3, seed=0), Options())
 

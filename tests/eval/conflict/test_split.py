@@ -13,7 +13,9 @@ from moelora.errors import RunError
 
 def rows(**counts: int) -> list[dict[str, Any]]:
     return [
-        {"prompt": f"{task} {n}", "completion": str(n), "task": task} for task, count in counts.items() for n in range(count)
+        {"prompt": f"{task} {n}", "completion": str(n), "task": task}
+        for task, count in counts.items()
+        for n in range(count)
     ]
 
 
