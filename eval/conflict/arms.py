@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eval.compare.regimes.base import Work
-from eval.conflict.measure import Example, conflict, row_losses, told_apart
+from eval.conflict.measure import BATCH, GRADIENT_BATCHES, Example, conflict, row_losses, told_apart
 from eval.conflict.plan import ARMS, OWN, RANDOM, SHARED, Plan, warmup
 from eval.conflict.split import Split, at_random
 from moelora.compose.tokens import tokenize
@@ -185,13 +185,16 @@ class Arms:
         return {task: row_losses(model, own) for task, own in examples.items()}
 
     def _conflict(self, model: Any) -> dict[str, Any]:
-        return conflict(_placed(model), self._tokenized(self.split.train))
+        return conflict(_placed(model), self._first_of(GRADIENT_BATCHES * BATCH))
 
     def _told_apart(self) -> dict[str, float]:
-        fitted = self._tokenized(
-            {task: own.select(range(min(len(own), CENTROID_ROWS))) for task, own in self.split.train.items()}
+        return told_apart(self._base(), self._first_of(CENTROID_ROWS), self.scored)
+
+    def _first_of(self, count: int) -> dict[str, list[Example]]:
+        """Up to `count` training rows of each task, tokenised; rows come shuffled."""
+        return self._tokenized(
+            {task: own.select(range(min(len(own), count))) for task, own in self.split.train.items()}
         )
-        return told_apart(self._base(), fitted, self.scored)
 
 
 def answered(arm: str, parts: Sequence[Losses], tasks: Sequence[str]) -> Losses:

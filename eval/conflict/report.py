@@ -57,6 +57,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             f"The largest learning rate was the best for {', '.join(edge)}: a wider grid (--rates) may move the "
             "numbers."
         )
+    if found["mean"]["shared"] >= found["mean"]["base"]:
+        lines.append(
+            "The shared LoRA is no better than the base model: it was trained too little or at a wrong learning rate, "
+            "and the verdict is worth little."
+        )
     if found["rows_dropped"]:
         lines.append(f"{found['rows_dropped']} rows were left out because their prompt is held out.")
     return [*lines, "One training run each: the standard errors are those of rows, not of seeds."]

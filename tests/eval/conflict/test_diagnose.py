@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from eval.conflict.__main__ import main as conflict
@@ -45,12 +46,17 @@ def write_tasks(folder: Path) -> Path:
         for number in range(30)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return write_run(
+    file = write_run(
         folder,
         dataset={"files": str(folder / "rows.jsonl"), "chat": False},
         adapter={"preset": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
         training=TRAINING,
     )
+    model = load_model(load_config(file))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # a random head is too weak for any answer to become likely
+    model.save_pretrained(folder / "model")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +206,7 @@ def test_a_second_call_does_nothing_and_another_one_is_refused(
         (["--held-out", "0.4"], "held_out: 0.3 -> 0.4"),
         (["dataset.seed=1"], "rows.sha256"),
     ):
-        assert conflict([words[0], *words[3:], "--rates", "1", *change]) == 1
+        assert conflict([*words, *change]) == 1
         error = capsys.readouterr().err
         assert message in error
         assert "--restart to throw the old one away" in error
