@@ -63,10 +63,10 @@ def split_rows(rows: Any, held_out: float, seed: int) -> Split:
     train = {task: [index for index in own if keys[index] not in held_keys] for task, own in by_task.items()}
     _check_enough(by_task, train, selection, scored, held_out)
     used = sum(len(own) for part in (train, selection, scored) for own in part.values())
-    return Split(
-        *({task: rows.select(own) for task, own in part.items()} for part in (train, selection, scored)),
-        dropped=len(keys) - used,
+    train_rows, selection_rows, scored_rows = (
+        {task: rows.select(own) for task, own in part.items()} for part in (train, selection, scored)
     )
+    return Split(train_rows, selection_rows, scored_rows, dropped=len(keys) - used)
 
 
 def _by_task(rows: Any) -> dict[str, list[int]]:
