@@ -65,7 +65,8 @@ def next_steps(
     recipe = [] if config.recipe == "sft" else ["--recipe", "sft"]
     train = ["python", "-m", "train", *place.config, *recipe]
     if verdict.kind == "lora":
-        return [_step("Train one LoRA on all tasks", [*train, _lora(plan, plan.rank), "baseline=null"])]
+        words = [_lora(plan, plan.rank), "baseline=null", f"output_dir={config.output_dir}-lora"]
+        return [_step("Train one LoRA on all tasks", [*train, *words])]
     if verdict.kind == "undecided":
         return [_more_rows(verdict.more_rows or 0, found, config, place, held_out)]
     compose = _compose(plan, found, config, place.folder)
@@ -75,20 +76,15 @@ def next_steps(
             return [compose]
         order = f"sequential={{order: {json.dumps(plan.tasks)}}}"
         in_turn = ["python", "-m", "train", *place.config, "--recipe", "sequential"]
-        in_turn += [_lora(plan, plan.part_rank), order, "baseline=null"]
+        in_turn += [_lora(plan, plan.part_rank), order, "baseline=null", f"output_dir={config.output_dir}-sequential"]
         return [compose, _step("Where tasks come one after the other, train an expert for each", in_turn)]
-    if config.adapter["preset"] in ("lora", "random_router"):
-        r = max(1, round(plan.rank / 8))
+    preset = config.adapter["preset"]
+    if preset in ("lora", "random_router"):
+        preset, r = "mixlora", max(1, round(plan.rank / 8))
         train.append(f"adapter={{preset: mixlora, num_experts: 8, top_k: 2, r: {r}, lora_alpha: {r * plan.scaling:g}}}")
-    return [
-        _step(f"Train a mixture ({_preset(config)}) beside the LoRA of the configuration's `baseline`", train),
-        compose,
-    ]
-
-
-def _preset(config: RunConfig) -> str:
-    preset: str = config.adapter["preset"]
-    return "mixlora" if preset in ("lora", "random_router") else preset
+        train.append(f"output_dir={config.output_dir}-mixlora")
+    beside = "" if config.baseline is None else ", beside the LoRA of the configuration's section `baseline`"
+    return [_step(f"Train a mixture ({preset}){beside}", train), compose]
 
 
 def _lora(plan: Plan, r: int) -> str:
