@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def gradients(model: nn.Module, given: Iterable[Mapping[str, Tensor]]) -> dict[s
     return {name: gradient / max(rows, 1) for name, gradient in total.items()}
 
 
-def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[str]) -> float:
+def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Collection[str]) -> float:
     """Cosine of two gradients over some parameters; 0 where one of them vanishes."""
     x, y = (torch.cat([each[name].flatten().double() for name in names]) for each in (a, b))
     return float(F.cosine_similarity(x, y, dim=0))

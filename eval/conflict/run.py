@@ -146,7 +146,10 @@ def _open(
     if restart:
         for name in (DIAGNOSIS, SCORES, STAGES, "checkpoints", "probe.json"):
             path = folder.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     elif file.is_file() and (changed := changes(json.loads(file.read_text()), now, _IGNORED)):
         raise RunError(
             f"--out {str(folder.root)!r} holds a diagnosis of another configuration: {'; '.join(changed)}. Give "

@@ -12,7 +12,7 @@ import pytest
 from eval.conflict.advice import Place, next_steps
 from eval.conflict.arms import Found
 from eval.conflict.plan import Plan
-from eval.conflict.verdict import Verdict
+from eval.conflict.verdict import Kind, Verdict
 from moelora.cli import main
 from moelora.runs.config import load_config
 from tests.runs.tiny import write_run
@@ -46,7 +46,8 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     measured = Found(dict.fromkeys(("shared", "own", "random"), "1"), {}, {"gcd": [1.0] * 9}, {}, {}, {"gcd": 1.0})
     place = Place(("run.yaml", "output_dir=runs/next"), OUT)
     config = load_config("run.yaml")
-    for kind in ("lora", "separate", "mixture", "undecided"):
+    kinds: tuple[Kind, ...] = ("lora", "separate", "mixture", "undecided")
+    for kind in kinds:
         steps = next_steps(Verdict(kind, "", [], 5), made, measured, config, place, 0.3)
         if kind == "undecided":
             assert steps[0]["command"].endswith(f"dataset.rows_per_task=38 --out {OUT}-more")
