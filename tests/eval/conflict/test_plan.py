@@ -9,9 +9,12 @@ from peft import get_peft_model
 
 from eval.conflict.advice import expert_names
 from eval.conflict.plan import OWN, RANDOM, SHARED, Options, make_plan, warmup
+from eval.conflict.run import _open as open_folder
 from eval.conflict.split import split_rows
 from moelora.errors import RunError
+from moelora.files import write_atomically
 from moelora.runs.config import load_config
+from moelora.runs.folder import RunDir
 from moelora.runs.models import load_model
 from tests.runs.tiny import write_run
 
@@ -79,6 +82,22 @@ def test_the_warm_up_of_a_part_is_shorter_as_its_training_is(tmp_path: Path) -> 
 def test_options_out_of_range_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         Options(**words)
+
+
+def test_a_restart_throws_away_what_was_made_and_nothing_else(tmp_path: Path) -> None:
+    config, plan = plan_of(tmp_path)
+    folder = RunDir(tmp_path / "out")
+    words = (folder, config, plan, Options(), {"rows": 1, "sha256": "0"})
+    open_folder(*words, restart=False)
+    for name in ("diagnosis.json", "scores/base.json", "stages/own-1x-1/adapter_config.json", "mine.txt"):
+        write_atomically(folder.root / name, "{}")
+    open_folder(*words, restart=False)
+    other = (folder, config, plan, Options(held_out=0.5), {"rows": 2, "sha256": "1"})
+    with pytest.raises(RunError, match=r"held_out: 0.3 -> 0.5; rows.rows: 1 -> 2; .*--restart to throw"):
+        open_folder(*other, restart=False)
+    assert (folder.root / "diagnosis.json").is_file()
+    open_folder(*other, restart=True)
+    assert {path.name for path in folder.root.iterdir()} == {"mine.txt", "plan.json", "config.yaml"}
 
 
 def test_names_of_experts_differ_and_need_no_quotes() -> None:
