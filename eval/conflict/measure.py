@@ -115,7 +115,7 @@ def conflict(model: nn.Module, examples: Mapping[str, Sequence[Example]]) -> dic
         whole[task] = {
             name: (sizes[0] * halves[0][name] + sizes[1] * halves[1][name]) / len(some) for name in halves[0]
         }
-        own[task] = cosine(*halves, halves[0])
+        own[task] = cosine(halves[0], halves[1], halves[0])
     names = list(next(iter(whole.values())))
     layers: dict[str, list[str]] = {}
     for name in names:

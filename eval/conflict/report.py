@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.conflict.arms import ARMS
+from eval.conflict.plan import ARMS
 from moelora.runs.tables import markdown, terminal
 from moelora.runs.wording import commit_words, minutes
 

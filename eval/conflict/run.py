@@ -67,8 +67,9 @@ def diagnose(
     _show(plan, split)
     shared_rows = next(iter(split.train.values()))
     if plan_only:
-        step = Timing(folder.root).read() or planning.seconds_a_step(config, plan, shared_rows, tokenizer)
-        _say_cost(plan, split, step, folder)
+        known = Timing(folder.root).read()
+        cost = planning.seconds_a_step(config, plan, shared_rows, tokenizer) if known is None else known
+        _say_cost(plan, split, cost, folder)
         return None
     _open(folder, config, plan, options, rows_digest(rows), restart=restart)
     file = folder.root / DIAGNOSIS
