@@ -44,6 +44,7 @@ def _conflict(found: Mapping[str, Any]) -> Any:
     lines.axhline(0, color="black", linewidth=0.8)
     lines.set_title("Mean of different tasks, by layer", fontsize=9)
     lines.set_xlabel("layer", fontsize=8)
+    lines.xaxis.get_major_locator().set_params(integer=True)
     lines.tick_params(labelsize=8)
     lines.grid(alpha=0.25)
     lines.legend(fontsize=8)
