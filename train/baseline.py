@@ -25,9 +25,7 @@ def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -
 
     r = baseline.r
     if r == "match":
-        target = count_parameters(load_skeleton(config), adapter).trainable
-        of_rank_one = LoraConfig(r=1, target_modules=baseline.target_modules)
-        unit = count_parameters(load_skeleton(config), of_rank_one).trainable
+        target, unit = sizes_to_match(config, baseline.target_modules, adapter)
         rank = max(1, round(target / unit))
         if not is_equal_size(rank * unit, target):
             raise RunError(
@@ -46,3 +44,18 @@ def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -
         target_modules=baseline.target_modules,
         task_type=adapter.task_type,
     )
+
+
+def sizes_to_match(config: RunConfig, target_modules: str | list[str], adapter: Any) -> tuple[int, int]:
+    """Trainable parameters of an adapter, and of a LoRA of rank one.
+
+    Args:
+        config: The run.
+        target_modules: Of the LoRA, as in PEFT.
+        adapter: The `MoeLoraConfig`.
+    """
+    from peft import LoraConfig
+
+    target = count_parameters(load_skeleton(config), adapter).trainable
+    of_rank_one = LoraConfig(r=1, target_modules=target_modules)
+    return target, count_parameters(load_skeleton(config), of_rank_one).trainable

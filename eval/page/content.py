@@ -1,7 +1,8 @@
 """What a run's folder holds, in the form that the page shows.
 
-The files are those of `python -m train` (`config.yaml`, `<stage>/training.json`) and `python -m eval` (`metrics.json`
-and `routing.json`, in the folder itself and in `results/<suite>`); each may be missing.
+The files are those of `python -m train` (`config.yaml`, `<stage>/training.json`), `python -m eval` (`metrics.json`
+and `routing.json`, in the folder itself and in `results/<suite>`) and `moelora diagnose` (`diagnosis.json`); each may
+be missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from eval.page.diagnosis import read_diagnosis
 from eval.scoring.judging import is_at_floor
 from moelora.errors import ReportError
 from moelora.runs.wording import commit_words
@@ -37,7 +39,7 @@ def read_run(run: Path) -> Json:
         run: Folder of a run or of an adapter.
 
     Returns:
-        `title`, `facts`, `evaluations`, `curves`, `routing`, `receipt` and `missing`, in plain types.
+        `title`, `facts`, `diagnosis`, `evaluations`, `curves`, `routing`, `receipt` and `missing`, in plain types.
 
     Raises:
         ReportError: If the folder is not there or holds neither an adapter nor results.
@@ -53,19 +55,23 @@ def read_run(run: Path) -> Json:
     evaluations = [_evaluation(name, content) for name, content in _found(run, "metrics.json")]
     routing = [_routing(name, content) for name, content in _found(run, "routing.json")]
     training = {name: record for name, record in stages.items() if record}
-    if not (words or evaluations or routing or training):
+    diagnosis = read_diagnosis(_json(run / "diagnosis.json"))
+    if not (words or evaluations or routing or training or diagnosis):
         raise ReportError(
-            f"{str(run)!r} holds nothing to report: no adapter, no training.json, no metrics.json and no routing.json. "
-            "Give the folder of a run that `python -m train` and `python -m eval` have written."
+            f"{str(run)!r} holds nothing to report: no adapter, no training.json, no metrics.json, no routing.json and "
+            "no diagnosis.json. Give the folder of a run that `python -m train` and `python -m eval`, or `moelora "
+            "diagnose`, have written."
         )
+    alone = diagnosis is not None and not (words or evaluations or routing or training)
     return {
-        "title": _title(words, config),
-        "facts": _facts(words, config, training),
+        "title": _title({"preset": "Diagnosis"} if alone else words, config),
+        "facts": [] if alone else _facts(words, config, training),
+        "diagnosis": diagnosis,
         "evaluations": evaluations,
         "curves": _curves(training),
         "routing": routing,
         "receipt": _receipt(run),
-        "missing": _missing(evaluations, training, routing),
+        "missing": [] if alone else _missing(evaluations, training, routing),
     }
 
 
@@ -216,8 +222,8 @@ def _kind(layer: str) -> str:
 
 
 def _receipt(run: Path) -> Json:
-    """Of the first evaluation that has one."""
-    for _, content in _found(run, "metrics.json"):
+    """Of the first evaluation that has one, or of a diagnosis."""
+    for _, content in [*_found(run, "metrics.json"), ("diagnosis", _json(run / "diagnosis.json"))]:
         receipt = content.get("receipt")
         if isinstance(receipt, dict):
             shown = {key: receipt[key] for key in ("command", "finished", "packages", "machine") if key in receipt}

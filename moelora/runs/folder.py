@@ -105,11 +105,8 @@ class RunDir:
         Raises:
             RunError: If a stage is under way or finished with other rows.
         """
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         file = self.root / "rows.json"
-        found = {"rows": len(rows), "sha256": digest.hexdigest()}
+        found = rows_digest(rows)
         if self._has_work() and file.is_file() and (before := json.loads(file.read_text())) != found:
             raise RunError(
                 f"the training rows are not those that {str(self.root)!r} was started with ({before['rows']} then, "
@@ -140,6 +137,14 @@ class RunDir:
                 f"output_dir {str(self.root)!r} holds a run of another configuration: {'; '.join(changed)}. Give "
                 "another output_dir, undo the change, or --restart to throw the old run away."
             )
+
+
+def rows_digest(rows: Any) -> dict[str, Any]:
+    """What tells one list of rows from another: how many, and a hash of their content."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def changes(before: Any, now: Any, ignored: Sequence[str] = ()) -> list[str]:
