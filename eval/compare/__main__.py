@@ -83,6 +83,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     plan.show(board, plan.Timing.of(board))
     started = time.monotonic()
     wanted = options.only or ["*"]
+    done: set[str] = set()
     while True:
         left = [
             cell
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace, command: str) -> None:
             if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
         ]
         ready = [cell for cell in left if not board.waits_for(cell)]
-        if not any(_do(bench, cell) for cell in ready):
+        # one at a time: what is finished meanwhile may let others begin, and choose their learning rates
+        if not any(cell.id not in done and _do(bench, cell, done) for cell in ready):
             break
     if left and not ready:
         waiting = "; ".join(f"{cell.id} waits for {board.waits_for(cell)[0].id}" for cell in left)
@@ -99,8 +101,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {render(board, command) or 'nothing is scored yet'}")
 
 
-def _do(bench: Any, cell: Any) -> bool:
-    """Do one cell, unless another process is at it or has just finished it; whether it was done."""
+def _do(bench: Any, cell: Any, done: set[str]) -> bool:
+    """Do one cell and note it, unless another process is at it or has just finished it; whether it was done."""
     from eval.compare import plan
     from eval.compare.render import render
     from moelora.runs.console import say
@@ -114,6 +116,7 @@ def _do(bench: Any, cell: Any) -> bool:
         say(f"\nCell      {cell.id}" + (f", about {minutes(estimate)}" if estimate else ""))
         began = time.monotonic()
         bench.do(cell)
+        done.add(cell.id)
         say(f"Finished  {cell.id} in {minutes(time.monotonic() - began)}")
     render(board, bench.command)
     return True

@@ -37,7 +37,7 @@ class RoutingMetrics:
     """Sums of the experts' load and of the balance losses since the last log.
 
     Args:
-        mixtures: Number of experts of each mixture of the model: the same on every process, whatever ran there.
+        mixtures: Number of experts of each mixture that is measured: the same on every process, whatever ran there.
         device: Where to sum.
     """
 
@@ -59,7 +59,8 @@ class RoutingMetrics:
     def add(self, step: MicroBatchBalance) -> None:
         """Add one micro-batch."""
         for record in step.records:
-            self._counts[record.mixture] += record.counts_E().to(self.device)
+            if record.mixture in self._counts:
+                self._counts[record.mixture] += record.counts_E().to(self.device)
         for name, value in step.values.items():
             seen = self._values.get(name, torch.zeros((), device=self.device))
             self._values[name] = seen + value.to(self.device) * step.value_weight

@@ -215,6 +215,8 @@ def test_the_baseline_is_one_lora_of_the_same_size_on_the_tasks_in_turn(tmp_path
     assert [each["steps"] for each in records] == [8, 8]
     assert [entry["step"] for entry in records[1]["log"]] == list(range(1, 9))
     assert json.loads((run / "baseline/adapter_config.json").read_text())["r"] == 4
+    # one expert gets all rows of its task: that is no load to balance
+    assert not any(key.startswith("expert_load") for record in records for entry in record["log"] for key in entry)
 
 
 @pytest.mark.parametrize(
