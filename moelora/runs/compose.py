@@ -80,7 +80,10 @@ def _named(given: list[str]) -> Mapping[str, str] | list[str]:
         raise RunError(
             f"some LoRAs have a name and some do not ({' '.join(given)}); allowed: NAME=LORA for all, or none."
         )
-    return {name: source for name, _, source in pairs}
+    named = {name: source for name, _, source in pairs}
+    if len(named) < len(pairs):
+        raise RunError(f"two LoRAs have the same name ({' '.join(given)}); allowed: a name of its own for each.")
+    return named
 
 
 def _router(text: str) -> Any:

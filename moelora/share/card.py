@@ -19,6 +19,7 @@ from moelora.share import export_cards
 from moelora.share.composition import data_names, exports, made_of
 from moelora.share.contents import Contents
 from moelora.share.wording import load_base, origin_link
+from moelora.validation import is_real
 
 # task_type of PEFT: the class that loads the base, and the Hub's name of the task where there is exactly one.
 TASKS: dict[str | None, tuple[str, str | None]] = {
@@ -55,11 +56,37 @@ class Evaluation:
         if metrics is None:
             return None
         scores = metrics.get("scores") if isinstance(metrics, dict) else metrics
-        if isinstance(scores, list) and scores and all(isinstance(r, dict) and r.keys() >= _ROW for r in scores):
-            return cls(scores=scores, receipt=metrics.get("receipt", {}) if isinstance(metrics, dict) else {})
+        receipt = metrics.get("receipt", {}) if isinstance(metrics, dict) else {}
+        if isinstance(scores, list) and scores and all(map(_is_row, scores)) and isinstance(receipt, dict):
+            return cls(scores=scores, receipt=receipt)
         raise HubError(
             f"the metrics hold no scores: expected a list of rows with {', '.join(sorted(_ROW))}, or a mapping with "
             "such a list as 'scores'. Leave metrics out, or remove metrics.json from the adapter's folder."
+        )
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is a score: a task, a metric, and numbers."""
+    if not isinstance(row, dict) or not row.keys() >= _ROW:
+        return False
+    return is_real(row["value"]) and (row.get("stderr") is None or is_real(row["stderr"]))
+
+
+def check_training(training: Any) -> None:
+    """Refuse what is no record of a training.
+
+    Raises:
+        HubError: With what is expected.
+    """
+    if training is None:
+        return
+    whole = isinstance(training, dict) and is_real(training.get("steps")) and is_real(training.get("seconds"))
+    log = training.get("log", []) if isinstance(training, dict) else None
+    losses = isinstance(log, list) and all(isinstance(e, dict) and is_real(e.get("loss", 0.0)) for e in log)
+    if not (whole and losses):
+        raise HubError(
+            "training.json in the adapter's folder is no record of a training: expected a mapping with the numbers "
+            "steps and seconds, and a list log of mappings. Remove the file; nothing was uploaded."
         )
 
 
@@ -160,7 +187,11 @@ def _loading(info: AdapterInfo, repo_id: str, base_model: str | None) -> str:
     if info.is_routed and (config.needs or not ignores_input(config)):
         notes.append("Routing depends on the input, so the adapter cannot be merged into the base weights.")
     if "task_ids" in config.needs:
-        notes.append("Give each sequence its expert: `model(**inputs, task_ids=...)`, numbers from 0 in their order.")
+        base = ", -1 for the base model" if config.scores.kind == "task" else ""
+        notes.append(
+            "Give each sequence its task: `with moelora.batch_facts(task_ids=[0]): model(**inputs)`, or "
+            f"`model.generate(**inputs, task_ids=[0])`; numbers from 0 in their order{base}."
+        )
     return (
         "## How to load it\n\n"
         "```python\n"

@@ -32,7 +32,7 @@ def made_of(adapter: Mapping[str, Any], thresholds: Sequence[float] = (), *, fro
         "license": [_license(member) for member in members],
     }
     if any(member["name"] in of_router for member in members):
-        columns["rows of the router"] = [of_router.get(member["name"], "0") for member in members]
+        columns["rows of the router"] = [of_router.get(member["name"], "not stated") for member in members]
     if thresholds:
         columns["threshold"] = [f"{threshold:.4f}" for threshold in thresholds]
     table = markdown(tuple(columns), list(zip(*columns.values(), strict=True)), numbers=False)
@@ -65,10 +65,10 @@ def _router(recipe: Mapping[str, Any], known: set[str]) -> list[str]:
         words = sorted((name, value) for name, value in recipe.items() if name not in ("kind", "rows", "data"))
         settings = ", ".join(code(f"{name}={value}") for name, value in words)
         facts.append(f"router: {code(kind)}" + (f" with {settings}" if settings else ""))
-    others = {name: count for name, count in recipe.get("rows", {}).items() if name not in known}
     if recipe.get("rows"):
         total = sum(recipe["rows"].values())
-        of = f" of {', '.join(map(code, others))}" if others else ""
+        gone = [name for name in recipe["rows"] if name not in known]
+        of = f", also those of {', '.join(map(code, gone))}, which are not in it any more" if gone else ""
         facts.append(f"the router was made from {total} rows{of}{_data(recipe)}")
     return facts
 

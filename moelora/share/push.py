@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moelora.errors import HubError
 from moelora.hub.client import hub_errors
 from moelora.hub.read import read_json
 from moelora.peft_type import PEFT_TYPE
-from moelora.share.card import Evaluation, render_card
+from moelora.share.card import Evaluation, check_training, render_card
 from moelora.share.contents import read_contents
 
 # What `python -m train` and `python -m eval` leave in an adapter's folder, and the run's configuration above it. The
@@ -24,6 +24,16 @@ from moelora.share.contents import read_contents
 TRAINING_FILE = "training.json"
 RUN_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
+# By these a reader tells what a repository holds.
+_TELLING = {
+    "adapter_config.json",
+    "adapter_model.bin",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "router.json",
+}
 
 
 def push_to_hub(
@@ -81,6 +91,7 @@ def push_to_hub(
                 raise HubError(f"there is no file {str(metrics)!r} to read metrics from.")
             records[METRICS_FILE] = read_json(Path(metrics))
         evaluation = Evaluation.parse(records.get(METRICS_FILE))
+        check_training(records.get(TRAINING_FILE))
         # Whatever can be refused is refused before anything is made on the Hub.
         base_model = _base_on_hub(api, base_model, contents.base_model)
         files = contents.published(base_model)
@@ -104,6 +115,7 @@ def push_to_hub(
             evaluation=evaluation,
         )
         files["README.md"] = card.encode()
+        _check_rest(api, repo_id, revision, files)
         with hub_errors(repo_id, "write"):
             return api.create_commit(
                 repo_id,
@@ -112,6 +124,22 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _check_rest(api: HfApi, repo_id: str, revision: str | None, files: Mapping[str, Any]) -> None:
+    """Refuse to leave files beside ours that say that the repository is something else.
+
+    Raises:
+        HubError: If there are any.
+    """
+    with hub_errors(repo_id, "write"):
+        there = set(api.list_repo_files(repo_id, revision=revision))
+    left = sorted(there & _TELLING - set(files))
+    if left:
+        raise HubError(
+            f"{repo_id!r} holds {', '.join(left)} of something that was uploaded before, which would be read in place "
+            "of this; nothing was uploaded. Take another repository, or delete these files there."
+        )
 
 
 def _folder_of(adapter: Any, adapter_name: str, temporary: Path) -> Path:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from moelora.compose import drop_experts, freeze_experts, measure_routing
+from moelora.compose import drop_experts, freeze_experts, from_loras, measure_routing
 from moelora.errors import ComposeError
 from tests.adapters import ROUTED, outputs
+from tests.compose.loras import three_loras
 from tests.compose.mixtures import loaded, saved, saved_by_sequence, texts, train, weights
+from tests.conftest import tiny_model
 
 # What dropping does to outputs is tested against switching off, in test_switch.py.
 SITES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
@@ -123,3 +125,12 @@ def test_what_a_new_set_frees_is_said(tmp_path: Path) -> None:
     frozen = freeze_experts(saved(tmp_path / "old", "mixlora"), tmp_path / "frozen", [0, 1]).folder
     edit = freeze_experts(frozen, tmp_path / "new", [1])
     assert "1 experts that were frozen are trained again: [0]" in edit.notes
+
+
+def test_a_router_that_is_trained_over_frozen_experts_is_trained_without_some_of_them(tmp_path: Path) -> None:
+    model = from_loras(tiny_model(), three_loras(tmp_path), {"kind": "topk", "top_k": 1})
+    model.save_pretrained(str(tmp_path / "old"))
+    dropped = drop_experts(tmp_path / "old", tmp_path / "new", [2])
+    routers = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert dropped.before.num_trainable == sum(p.numel() for p in routers.values())
+    assert dropped.after.num_trainable * 3 == dropped.before.num_trainable * 2

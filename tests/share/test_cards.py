@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
+import moelora
 from moelora import push_to_hub
 from moelora.cli import main
-from moelora.compose import from_loras
+from moelora.compose import drop_experts, from_loras
 from moelora.runs.wording import code, text
 from moelora.share.wording import origin_link
 from tests.hub_server import HubServer
@@ -23,7 +26,8 @@ REPO = "tester/adapter"
 
 
 def card_of(hub: HubServer, folder: Any, **words: Any) -> ModelCard:
-    """The card of a pushed folder or model."""
+    """The card of a pushed folder or model, in a new repository."""
+    hub.repos.pop(REPO, None)
     push_to_hub(folder, REPO, **words)
     return ModelCard(hub.files(REPO)["README.md"].decode())
 
@@ -203,3 +207,21 @@ def test_code_spans_hold_anything() -> None:
     assert text("<a> [b](c) *d* `e` \\") == "&lt;a&gt; \\[b\\](c) \\*d\\* \\`e\\` \\\\"
     assert origin_link("me/a.b") == "[me/a.b](https://huggingface.co/me/a.b)"
     assert origin_link("me/a](x)") == "`me/a](x)`"
+
+
+def test_the_call_that_the_card_of_a_task_router_gives_works(hub: HubServer, tmp_path: Path) -> None:
+    model = from_loras(base(), {"a": lora(tmp_path / "a", 0), "b": lora(tmp_path / "b", 1)}, "task")
+    words = card_of(hub, model).text
+    (call,) = re.findall(r"`(with moelora\.batch_facts\(task_ids=\[0\]\): model\(\*\*inputs\))`", words)
+    assert "-1 for the base model" in words
+    names = {"moelora": moelora, "model": model, "inputs": {"input_ids": torch.tensor([[5, 6, 7]])}}
+    exec(call.replace(": model", ":\n    found = model"), names)
+    assert names["found"].logits.isfinite().all()
+    (call,) = re.findall(r"`(model\.generate\(\*\*inputs, task_ids=\[0\]\))`", words)
+    exec(f"more = {call}", names)
+
+
+def test_after_an_edit_the_card_says_what_it_knows(hub: HubServer, tmp_path: Path) -> None:
+    composed(tmp_path, "centroids", examples=rows())
+    drop_experts(tmp_path / "composition", tmp_path / "two", ["prose"])
+    assert "6 rows, also those of `prose`, which are not in it any more" in card_of(hub, tmp_path / "two").text

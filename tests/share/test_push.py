@@ -196,3 +196,38 @@ def test_other_models_are_refused(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(MoeLoraError, match="not one that `moelora export --to native-moe` wrote"):
         push_to_hub(tmp_path / "base", "tester/other")
     assert "tester/other" not in hub.repos
+
+
+def test_something_else_is_not_put_beside_what_is_there(hub: HubServer, tmp_path: Path) -> None:
+    base_on_hub(tmp_path / "base")
+    adapter, _ = composition(tmp_path / "a")
+    several, _ = loras(tmp_path / "b")
+    push_to_hub(adapter, "tester/mine")
+    push_to_hub(adapter, "tester/mine")  # the same once more
+    before = hub.files("tester/mine")
+    with pytest.raises(MoeLoraError, match=r"holds adapter_config\.json, adapter_model\.safetensors of something"):
+        push_to_hub(several, "tester/mine")
+    assert hub.files("tester/mine") == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("training.json", {"foo": 1}),
+        ("training.json", {"steps": 1, "seconds": "x"}),
+        ("training.json", {"steps": 1, "seconds": 2, "log": [{"loss": "low"}]}),
+        ("metrics.json", [{"task": "a", "metric": "exact", "value": "x"}]),
+        ("metrics.json", {"scores": [{"task": "a", "metric": "exact", "value": 0.5}], "receipt": []}),
+    ],
+)
+def test_records_that_are_none_are_refused_before_anything_is_made(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: object
+) -> None:
+    base_on_hub(tmp_path / "base")
+    adapter, _ = composition(tmp_path / "a")
+    (adapter / file).write_text(json.dumps(content))
+    assert main(["push", str(adapter), "tester/new"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("training.json" if file == "training.json" else "hold no scores") in error
+    assert "tester/new" not in hub.repos

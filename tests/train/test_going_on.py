@@ -76,6 +76,7 @@ def test_compose_by_centroids_from_a_file(tmp_path: Path, loras: list[str]) -> N
     [
         (["--router", "arrow"], "loras is missing; give LORA"),
         (["{gcd}", "x", "--router", "arrow"], "some LoRAs have a name and some do not"),
+        (["a=x", "a=y", "--router", "arrow"], "two LoRAs have the same name (a=x a=y)"),
         (["{gcd}"], "output_dir is missing; give -o FOLDER"),
         (["{gcd}", "--router", "arow", "-o", "{out}"], "composition is 'arow'; allowed: a kind ("),
         (["{gcd}", "--router", "{{kind: [", "-o", "{out}"], "is no YAML"),

@@ -71,8 +71,14 @@ def drop_experts(
     if old.config.selection.picked([0] * (E - count), E) != old.config.selection:
         notes.append(f"fewer experts than choices are left, so that a token gets {E - count}")
     result = pick(old, kept)
-    still = min(sum(e < old.config.experts.num_frozen for e in ids) for ids in kept.values())
-    config, more = freeze_first(result.config, still)
+
+    def still(frozen: int) -> int:
+        return min(sum(e < frozen for e in ids) for ids in kept.values())
+
+    config, more = freeze_first(result.config, still(old.config.experts.num_frozen))
+    # a router may be trained over experts that are frozen: its rows are frozen only where they were
+    rows = still(getattr(old.config.scores, "num_frozen", old.config.experts.num_frozen))
+    config = replace(config, scores=result.config.scores.frozen(rows))
     return finish(Size.of(old), replace(result, config=config), folder, *notes, *more)
 
 
