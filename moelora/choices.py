@@ -271,7 +271,7 @@ def read(axis: str, value: Any) -> Any:
     if not isinstance(fields, Mapping) or fields.get("kind") not in tuple(known):
         raise ConfigError(
             f"{axis} is {value!r}; allowed: a kind ({', '.join(map(repr, known))}), or a dict of a kind and its "
-            f"fields, such as {write(known[min(known)]()) if known else {}!r}."
+            f"fields, such as {write(next(iter(known.values()))()) if known else {}!r}."
         )
     cls = known[fields["kind"]]
     words = {key: word for key, word in fields.items() if key != "kind"}

@@ -98,7 +98,7 @@ def test_the_methods_have_about_as_many_trainable_parameters() -> None:
     routers = counts["mixlora"] - counts["random_router"]  # frozen in the control
     assert routers > 0
     for name in ("mov", "mixphm"):  # vectors and hypercomplex matrices: few by nature
-        assert counts.pop(name) < 0.1 * counts["mixlora"]
+        assert counts.pop(name) < 0.5 * counts["mixlora"]
     for name, count in counts.items():
         assert abs(count / counts["mixlora"] - 1) < 0.1, (name, counts)
 
