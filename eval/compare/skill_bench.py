@@ -17,6 +17,7 @@ from eval.compare.sizes import source_of
 from eval.compare.work import Bench
 from eval.receipt import make_receipt
 from eval.scoring.generation import answer
+from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
 from eval.scoring.reasoning import TaskResult, make_problems, room, verify
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
@@ -256,6 +257,7 @@ def _check_apart(held_out: Sequence[TaskResult], scored: Sequence[TaskResult]) -
             )
         task.problems = [task.problems[i] for i in kept]
         task.prompts = [task.prompts[i] for i in kept]
+        task.majority = majority_share([problem.answer for problem in task.problems])
 
 
 def _row(problem: Any, data: SkillData) -> dict[str, Any]:
