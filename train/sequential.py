@@ -31,7 +31,7 @@ from moelora.layers.base import MoeLoraLayer
 from moelora.runs.config import BaselineConfig, RunConfig, SequentialConfig, adapter_config, sft_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows
-from moelora.runs.folder import ADAPTER, BASELINE, STAGES, RunDir
+from moelora.runs.folder import ADAPTER, BASELINE, RunDir, task_stage
 from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 from train.baseline import baseline_config
 from train.sft import new_adapter, show_rows, train_stage
@@ -90,7 +90,7 @@ def _train_baseline(
     peft_config = _baseline_config(config, words, lora, len(rows))
     done: list[Path] = []
     for index, (task, own) in enumerate(rows.items()):
-        stage = f"{STAGES}/{BASELINE}-{index + 1}-{task}"
+        stage = task_stage(index + 1, task, BASELINE)
 
         def make_model(before: Path | None = done[-1] if done else None) -> Any:
             if before is None:
@@ -164,7 +164,7 @@ def train_tasks(
     first = first_config(lora, words, order[0])
     done: list[Path] = []
     for index, task in enumerate(order):
-        stage = f"{STAGES}/{index + 1}-{task}"
+        stage = task_stage(index + 1, task)
         args = arguments(stage)
         earlier = [rows[each] for each in order[:index]]
         before = done[-1] if done else None

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from eval.after_training.adapters import rows_of_task
-from eval.scoring.generation import answer
-from eval.scoring.reasoning import TaskResult, make_problems, room, verify
+from eval.scoring.reasoning import TaskResult, make_problems, solved, training_row
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import RunConfig
-from moelora.runs.data import chat_prompt
 from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 
 FIT_ROWS = 8
@@ -125,7 +123,7 @@ class Bench:
             task: tokenize(rows_of_task(config, task, tokenizer).select(range(FIT_ROWS)), tokenizer) for task in loras
         }
         tests = {
-            result.task: tokenize([_row(problem, config, tokenizer) for problem in result.problems], tokenizer)
+            result.task: tokenize([training_row(problem, config, tokenizer) for problem in result.problems], tokenizer)
             for result in problems
         }
         base = load_model(ModelSource(config.model, "float32", config.model_kwargs)).eval()
@@ -175,22 +173,9 @@ class Bench:
         for result in self.problems:
             if tasks is not None and result.task not in tasks:
                 continue
-            words: dict[str, Any] = {"batch_size": len(result.prompts), "max_new_tokens": room(result, self.tokenizer)}
-            if self.config.evaluation.max_new_tokens is not None:
-                words["max_new_tokens"] = self.config.evaluation.max_new_tokens
-            answers, _ = answer(model, self.tokenizer, result.prompts, **words)
-            scores = verify(result, self.config, answers)
-            found[result.task] = sum(score >= 1.0 for score in scores) / len(scores)
+            values = solved(model, self.tokenizer, result, self.config, batch_size=len(result.prompts))
+            found[result.task] = sum(values) / len(values)
         return found
-
-
-def _row(problem: Any, config: RunConfig, tokenizer: Any) -> dict[str, Any]:
-    """A problem in the form of a training row."""
-    chat = tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
-    if not chat:
-        return {"prompt": problem.prompt, "completion": problem.answer}
-    completion = [{"role": "assistant", "content": problem.answer}]
-    return {"prompt": chat_prompt(problem.prompt, config.dataset.system), "completion": completion}
 
 
 @torch.no_grad()

@@ -16,18 +16,17 @@ from eval.compare.schema import SkillData
 from eval.compare.sizes import source_of
 from eval.compare.work import Bench
 from eval.receipt import make_receipt
-from eval.scoring.generation import answer
 from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
-from eval.scoring.reasoning import TaskResult, make_problems, room, verify
+from eval.scoring.reasoning import TaskResult, make_problems, solved, training_row
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig, EvaluationConfig, RunConfig
 from moelora.runs.console import say
-from moelora.runs.data import chat_prompt, load_rows
-from moelora.runs.folder import RunDir
+from moelora.runs.data import load_rows
+from moelora.runs.folder import RunDir, rows_digest
 from moelora.runs.models import load_model, load_tokenizer
 from moelora.runs.parameters import ParameterCount
 from moelora.runs.wording import minutes
@@ -119,15 +118,14 @@ class SkillBench(Bench):
             "seconds": round(sum(each["seconds"] for each in records), 1) or round(time.monotonic() - started, 1),
             "learning_rate": cell.learning_rate,
             "rows": sum(len(rows) for rows in self.rows.values()),
-            "rows_sha256": _digest(self.rows),
+            "rows_sha256": rows_digest([row for task in sorted(self.rows) for row in self.rows[task]])["sha256"],
             "tokens_per_second": None,
             "order": list(work.rows),
         }
         if stages and cell.kind == "final":
             by_task = {each.task: each for each in self.problems}
             found["learned"] = {
-                stage.task: self._values(work.load(stage.adapter), [by_task[stage.task]])[stage.task]
-                for stage in stages
+                task: self._values(work.load(adapter), [by_task[task]])[task] for task, adapter in stages.items()
             }
         return found
 
@@ -143,7 +141,9 @@ class SkillBench(Bench):
                 if result.task in tasks:
                     values = self._values(model, [result])[result.task]
                     exact[result.task] = sum(values) / len(values)
-                    rows = tokenize([_row(each, self.config.data) for each in result.problems], self.tokenizer)
+                    rows = tokenize(
+                        [training_row(each, self.run, self.tokenizer) for each in result.problems], self.tokenizer
+                    )
                     losses[result.task] = mean_loss(model, list(batches(rows, _BATCH, model.device)))
         return {
             "exact": sum(exact.values()) / len(exact),
@@ -180,12 +180,8 @@ class SkillBench(Bench):
 
     def _values(self, model: Any, problems: Sequence[TaskResult]) -> dict[str, list[float]]:
         """1 for each problem that is solved, else 0."""
-        found = {}
-        for task in problems:
-            size, longest = self.config.evaluation.batch_size, room(task, self.tokenizer)
-            answers, _ = answer(model, self.tokenizer, task.prompts, batch_size=size, max_new_tokens=longest)
-            found[task.task] = [float(score >= 1.0) for score in verify(task, self.run, answers)]
-        return found
+        size = self.config.evaluation.batch_size
+        return {task.task: solved(model, self.tokenizer, task, self.run, batch_size=size) for task in problems}
 
     def _scores(
         self, name: str, kind: str, values: Mapping[str, list[float]], seconds: float, size: ParameterCount
@@ -258,17 +254,3 @@ def _check_apart(held_out: Sequence[TaskResult], scored: Sequence[TaskResult]) -
         task.problems = [task.problems[i] for i in kept]
         task.prompts = [task.prompts[i] for i in kept]
         task.majority = majority_share([problem.answer for problem in task.problems])
-
-
-def _row(problem: Any, data: SkillData) -> dict[str, Any]:
-    """A problem in the form of a training row."""
-    completion = [{"role": "assistant", "content": problem.answer}]
-    return {"prompt": chat_prompt(problem.prompt, data.system), "completion": completion}
-
-
-def _digest(rows: Mapping[str, Any]) -> str:
-    found = hashlib.sha256()
-    for task in sorted(rows):
-        for row in rows[task]:
-            found.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return found.hexdigest()

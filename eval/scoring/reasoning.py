@@ -105,13 +105,31 @@ def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
+def _is_chat(config: RunConfig, tokenizer: Any) -> bool:
+    """Whether a run's prompts become chats."""
+    return tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
+
+
 def _encode(tokenizer: Any, question: str, config: RunConfig) -> list[int]:
     """A prompt's tokens, made as TRL made those of the training rows."""
-    chat = tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
-    if not chat:
+    if not _is_chat(config, tokenizer):
         return list(tokenizer(question)["input_ids"])
     messages = chat_prompt(question, config.dataset.system)
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def training_row(problem: Problem, config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """A problem with its answer in the form of a training row.
+
+    Args:
+        problem: The problem.
+        config: The run.
+        tokenizer: Of its model.
+    """
+    if not _is_chat(config, tokenizer):
+        return {"prompt": problem.prompt, "completion": problem.answer}
+    completion = [{"role": "assistant", "content": problem.answer}]
+    return {"prompt": chat_prompt(problem.prompt, config.dataset.system), "completion": completion}
 
 
 def run(
@@ -143,7 +161,7 @@ def run(
                     tokenizer,
                     task.prompts,
                     batch_size=batch_size or config.evaluation.batch_size,
-                    max_new_tokens=config.evaluation.max_new_tokens or room(task, tokenizer),
+                    max_new_tokens=_longest(task, config, tokenizer),
                     shared=shared if routed else None,
                 )
             task.answers[contestant.name] = answers
@@ -175,6 +193,26 @@ def facts_of(model: Any, config: RunConfig, task: str) -> AbstractContextManager
 def room(task: TaskResult, tokenizer: Any) -> int:
     """Tokens for an answer: those of the longest reference, its end, and a little talk that must not cut it off."""
     return max(len(tokenizer(problem.answer)["input_ids"]) for problem in task.problems) + 4
+
+
+def _longest(task: TaskResult, config: RunConfig, tokenizer: Any) -> int:
+    """The longest answer, in tokens."""
+    return config.evaluation.max_new_tokens or room(task, tokenizer)
+
+
+def solved(model: Any, tokenizer: Any, task: TaskResult, config: RunConfig, *, batch_size: int) -> list[float]:
+    """1 for each problem that a model's greedy answer solves, else 0.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        task: The problems.
+        config: The run that they are of.
+        batch_size: Problems at once.
+    """
+    longest = _longest(task, config, tokenizer)
+    answers, _ = answer(model, tokenizer, task.prompts, batch_size=batch_size, max_new_tokens=longest)
+    return [float(score >= 1.0) for score in verify(task, config, answers)]
 
 
 def verify(task: TaskResult, config: RunConfig, answers: Sequence[str]) -> list[float]:

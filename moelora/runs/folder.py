@@ -40,6 +40,17 @@ HARMLESS = (
 )
 
 
+def task_stage(number: int, task: str, of: str = "") -> str:
+    """The stage after a task, where tasks come one after the other.
+
+    Args:
+        number: The task's number, from 1.
+        task: Its name.
+        of: What is trained, if it is not the run's adapter.
+    """
+    return f"{STAGES}/{f'{of}-' if of else ''}{number}-{task}"
+
+
 class RunDir:
     """The folder of a run.
 

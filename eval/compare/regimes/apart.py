@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Stage, Work
+from eval.compare.regimes.base import Regime, Work
 from moelora.runs.folder import STAGES
 
 
@@ -16,16 +16,13 @@ class Apart(Regime):
     """Each task has an adapter of its own, and whoever asks says the task: the oracle of a router by task."""
 
     kind: ClassVar[str] = "apart"
+    is_per_task: ClassVar[bool] = True
 
-    def size(self, one: int, tasks: int) -> int:
-        """That of all of them."""
-        return one * tasks
-
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """One training for each task, none of which knows of the others."""
         for task, rows in work.rows.items():
             work.train(f"{STAGES}/{task}", work.new_adapter, rows)
-        return []
+        return {}
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """Each answers its own task."""

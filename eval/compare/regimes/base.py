@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moelora.runs.folder import RunDir
+from moelora.runs.folder import RunDir, task_stage
 from moelora.runs.models import ModelSource, load_adapter, load_model
 
 
@@ -73,19 +73,6 @@ class Work:
         return load_adapter(load_model(self.source), str(adapter), is_trainable=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What is there after a task.
-
-    Args:
-        task: The task.
-        adapter: Folder of the adapter.
-    """
-
-    task: str
-    adapter: Path
-
-
 @dataclass(kw_only=True)
 class Regime:
     """How a method sees the tasks.
@@ -95,6 +82,8 @@ class Regime:
     """
 
     kind: ClassVar[str]
+    is_per_task: ClassVar[bool] = False
+    """Whether each task has an adapter of the given size."""
 
     @property
     def made_of(self) -> str | None:
@@ -108,12 +97,32 @@ class Regime:
             one: Those of one adapter.
             tasks: Number of tasks.
         """
-        return one
+        return one * tasks if self.is_per_task else one
 
-    def train(self, work: Work) -> list[Stage]:
-        """Train, or resume; what was there after each task, empty where tasks do not come one after the other."""
+    def train(self, work: Work) -> dict[str, Path]:
+        """Train, or resume.
+
+        Returns:
+            The folder of what was there after each task, by task; empty where tasks do not come one after the other.
+        """
         raise NotImplementedError
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """The models to be scored in the end, each with the tasks that it answers."""
         raise NotImplementedError
+
+
+class OneAfterTheOther(Regime):
+    """Base of those that see one task after the other and leave an adapter after each."""
+
+    def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
+        """The last adapter answers everything."""
+        yield list(tasks), work.load(work.folder.stage(task_stage(len(work.rows), list(work.rows)[-1])))
+
+
+def save_only(model: Any, adapter: str, folder: Path) -> None:
+    """Save one of a model's LoRAs as if it were the only one; PEFT puts all but "default" into a folder of the name."""
+    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    for file in list((folder / adapter).iterdir()):
+        file.rename(folder / file.name)
+    (folder / adapter).rmdir()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Stage, Work
+from eval.compare.regimes.base import Regime, Work, save_only
 from moelora.compose import from_loras
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
@@ -32,6 +32,7 @@ class Composed(Regime):
     """
 
     kind: ClassVar[str] = "composed"
+    is_per_task: ClassVar[bool] = True
 
     of: str
     router: Any = None
@@ -52,14 +53,10 @@ class Composed(Regime):
         """The method of the LoRAs."""
         return self.of
 
-    def size(self, one: int, tasks: int) -> int:
-        """That of all LoRAs; what a router adds is in the table."""
-        return one * tasks
-
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """Make the composition, and train its router where that is asked for."""
         if self.arrow:
-            return []
+            return {}
         name = _MADE if self.tune is not None else ADAPTER
         if not work.folder.is_finished(name):
             self._make(work, work.folder.stage(name))
@@ -68,7 +65,7 @@ class Composed(Regime):
 
             rows = concatenate_datasets(list(work.fit_rows.values()))
             work.train(ADAPTER, lambda: work.continued(work.folder.stage(name)), rows, **self.tune)
-        return []
+        return {}
 
     def _make(self, work: Work, folder: Path) -> None:
         loras = {task: str(path) for task, path in (work.parts or {}).items()}
@@ -83,10 +80,7 @@ class Composed(Regime):
         weight = float(words.pop("weight", 1.0))
         model.add_weighted_adapter(list(loras), [weight] * len(loras), "merged", **words)
         with new_folder(folder) as ready:
-            model.save_pretrained(str(ready), selected_adapters=["merged"])
-            for file in list((ready / "merged").iterdir()):
-                file.rename(ready / file.name)
-            (ready / "merged").rmdir()
+            save_only(model, "merged", ready)
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """One model answers everything."""

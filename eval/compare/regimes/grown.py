@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Stage, Work
-from eval.compare.regimes.in_turn import stage_name
+from eval.compare.regimes.base import OneAfterTheOther, Work
 from moelora.runs.config import SequentialConfig
 from moelora.runs.schema import build
 
 
 @dataclass(kw_only=True)
-class Grown(Regime):
+class Grown(OneAfterTheOther):
     """Each task trains an expert of its own beside the frozen ones before it.
 
     Args:
@@ -21,17 +20,14 @@ class Grown(Regime):
     """
 
     kind: ClassVar[str] = "grown"
+    is_per_task: ClassVar[bool] = True
 
     sequential: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         build(SequentialConfig, self.sequential, "regime.sequential")
 
-    def size(self, one: int, tasks: int) -> int:
-        """That of all experts."""
-        return one * tasks
-
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """One training for each task, by the recipe itself."""
         from train import sequential
 
@@ -46,9 +42,4 @@ class Grown(Regime):
             work.arguments,
             work.adapter_dtype,
         )
-        return [Stage(task=task, adapter=adapter) for task, adapter in zip(work.rows, adapters, strict=True)]
-
-    def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
-        """The last mixture answers everything."""
-        last = len(work.rows) - 1
-        yield list(tasks), work.load(work.folder.stage(stage_name(last, list(work.rows)[last])))
+        return dict(zip(work.rows, adapters, strict=True))

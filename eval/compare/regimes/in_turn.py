@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Stage, Work
+from eval.compare.regimes.base import OneAfterTheOther, Work
 from moelora.errors import RunError
-from moelora.runs.folder import STAGES
-
-
-def stage_name(index: int, task: str) -> str:
-    """Folder of the adapter after a task."""
-    return f"{STAGES}/{index + 1}-{task}"
+from moelora.runs.folder import task_stage
 
 
 @dataclass(kw_only=True)
-class InTurn(Regime):
+class InTurn(OneAfterTheOther):
     """The same adapter learns one task after the other; old rows are gone, but for a share that is kept.
 
     Args:
@@ -34,14 +30,14 @@ class InTurn(Regime):
         if not 0 <= self.replay <= 1:
             raise RunError(f"replay is {self.replay}; allowed: a share, 0 to 1.")
 
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """One training for each task, each with a schedule of its own."""
-        stages: list[Stage] = []
+        done: dict[str, Path] = {}
+        make: Callable[[], Any] = work.new_adapter
         for index, (task, rows) in enumerate(work.rows.items()):
-            make = partial(work.continued, stages[-1].adapter) if stages else work.new_adapter
-            name = stage_name(index, task)
-            stages.append(Stage(task=task, adapter=work.train(name, make, self._with_replay(work, index, rows))))
-        return stages
+            done[task] = work.train(task_stage(index + 1, task), make, self._with_replay(work, index, rows))
+            make = partial(work.continued, done[task])
+        return done
 
     def _with_replay(self, work: Work, index: int, rows: Any) -> Any:
         from datasets import concatenate_datasets
@@ -52,8 +48,3 @@ class InTurn(Regime):
             chosen = random.Random(f"kept {work.seed} {task}").sample(range(len(old)), round(self.replay * len(old)))
             kept.append(old.select(sorted(chosen)))
         return concatenate_datasets([rows, *(each for each in kept if len(each))])
-
-    def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
-        """The last adapter answers everything."""
-        last = len(work.rows) - 1
-        yield list(tasks), work.load(work.folder.stage(stage_name(last, list(work.rows)[last])))

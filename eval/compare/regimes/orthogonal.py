@@ -5,7 +5,6 @@ Shape suffixes: R rank, D features in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from eval.compare.regimes.base import Regime, Stage, Work
-from eval.compare.regimes.in_turn import stage_name
+from eval.compare.regimes.base import OneAfterTheOther, Work, save_only
 from moelora.errors import RunError
 from moelora.files import new_folder
+from moelora.runs.folder import task_stage
 from moelora.runs.models import load_model
 
 _OLD, _NEW = "old", "default"
 
 
 @dataclass(kw_only=True)
-class Orthogonal(Regime):
+class Orthogonal(OneAfterTheOther):
     """Like O-LoRA (Wang et al. 2023): all LoRAs add up, the old ones are frozen, and the loss of a new one has
 
         weight * sum over the linears of sum |A_old A_new^T|
@@ -35,6 +34,7 @@ class Orthogonal(Regime):
     """
 
     kind: ClassVar[str] = "orthogonal"
+    is_per_task: ClassVar[bool] = True
 
     weight: float = 0.5
 
@@ -42,26 +42,20 @@ class Orthogonal(Regime):
         if self.weight < 0:
             raise RunError(f"weight is {self.weight}; allowed: a number of at least 0.")
 
-    def size(self, one: int, tasks: int) -> int:
-        """That of all LoRAs."""
-        return one * tasks
-
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """One training for each task; one that was stopped starts anew, since the trainer resumes single adapters."""
-        stages: list[Stage] = []
+        done: dict[str, Path] = {}
+        before: Path | None = None
         for index, (task, rows) in enumerate(work.rows.items()):
-            own = f"own/{index + 1}-{task}"
-            before = stages[-1].adapter if stages else None
+            own, stage = f"own/{index + 1}-{task}", task_stage(index + 1, task)
             if before is None:
                 adapter = work.train(own, work.new_adapter, rows)
             else:
-                make = partial(_beside, work, before)
-                adapter = self._train_beside(work, own, make, rows)
-            whole = work.folder.stage(stage_name(index, task))
-            if not work.folder.is_finished(stage_name(index, task)):
-                _sum(work, before, adapter, whole)
-            stages.append(Stage(task=task, adapter=whole))
-        return stages
+                adapter = self._train_beside(work, own, partial(_beside, work, before), rows)
+            if not work.folder.is_finished(stage):
+                _sum(work, before, adapter, work.folder.stage(stage))
+            before = done[task] = work.folder.stage(stage)
+        return done
 
     def _train_beside(self, work: Work, stage: str, make: Any, rows: Any) -> Path:
         from train.sft import RunTrainer, train_stage
@@ -80,11 +74,6 @@ class Orthogonal(Regime):
         label = f"{work.label} {stage}"
         train_stage(stage, make, arguments, work.folder, work.tokenizer, rows, label=label, trainer_class=Trainer)
         return work.folder.stage(stage)
-
-    def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
-        """The sum of all LoRAs answers everything."""
-        last = len(work.rows) - 1
-        yield list(tasks), work.load(work.folder.stage(stage_name(last, list(work.rows)[last])))
 
 
 def overlap(model: Any) -> Tensor:
@@ -129,7 +118,4 @@ def _sum(work: Work, before: Path | None, own: Path, whole: Path) -> None:
         model = PeftModel.from_pretrained(base, str(before), adapter_name=_OLD, autocast_adapter_dtype=False)
         model.load_adapter(str(own), adapter_name=_NEW, autocast_adapter_dtype=False)
         model.add_weighted_adapter([_OLD, _NEW], [1.0, 1.0], "sum", combination_type="cat")
-        model.save_pretrained(str(ready), selected_adapters=["sum"])
-        for file in list((ready / "sum").iterdir()):
-            file.rename(ready / file.name)
-        (ready / "sum").rmdir()
+        save_only(model, "sum", ready)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Stage, Work
+from eval.compare.regimes.base import Regime, Work
 from moelora.runs.folder import ADAPTER
 
 
@@ -16,14 +17,14 @@ class Together(Regime):
 
     kind: ClassVar[str] = "together"
 
-    def train(self, work: Work) -> list[Stage]:
+    def train(self, work: Work) -> dict[str, Path]:
         """One training."""
         from datasets import concatenate_datasets
 
         # by name, so that the order in which tasks come changes nothing here
         rows = concatenate_datasets([work.rows[task] for task in sorted(work.rows)])
         work.train(ADAPTER, work.new_adapter, rows)
-        return []
+        return {}
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """It answers everything."""
