@@ -5,6 +5,7 @@ Shape suffixes: R rank, D features in.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,13 +107,12 @@ def _beside(work: Work, before: Path) -> Any:
 
 def _sum(work: Work, before: Path | None, own: Path, whole: Path) -> None:
     """Write the sum of LoRAs as one of their total rank."""
-    import shutil
-
     from peft import PeftModel
 
     with new_folder(whole) as ready:
         if before is None:
-            shutil.copytree(own, ready, dirs_exist_ok=True)
+            # what its training took is noted there already
+            shutil.copytree(own, ready, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json"))
             return
         base = load_model(work.source)
         model = PeftModel.from_pretrained(base, str(before), adapter_name=_OLD, autocast_adapter_dtype=False)
