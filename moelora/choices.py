@@ -114,17 +114,10 @@ class Param:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """What a choice may know of the place it declares tensors for.
+class Place:
+    """What a plan finds out about a place, and hands on to the choices.
 
     Attributes:
-        name: Name of the wrapped module in the base model.
-        linears: (in_features, out_features) of the linears that get experts, by role: "" of a single linear; "gate",
-            "up" and "down" of a feed-forward block.
-        num_experts: E; 1 at a site without a router.
-        routed: Whether the site has a router.
-        router_features: Features of the router's input.
-        owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
         index: Its number among the sites that share its router.
         num_sharing: How many these are.
         base_experts: Number of experts of the block's own router, at a mixture of experts of the base; else 0.
@@ -138,12 +131,6 @@ class Site:
         num_members: How many these are.
     """
 
-    name: str
-    linears: Mapping[str, tuple[int, int]]
-    num_experts: int
-    routed: bool
-    router_features: int
-    owns_router: bool = True
     index: int = 0
     num_sharing: int = 1
     base_experts: int = 0
@@ -154,6 +141,28 @@ class Site:
     family: str = ""
     member: int = 0
     num_members: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Place):
+    """What a choice may know of the place it declares tensors for.
+
+    Attributes:
+        name: Name of the wrapped module in the base model.
+        linears: (in_features, out_features) of the linears that get experts, by role: "" of a single linear; "gate",
+            "up" and "down" of a feed-forward block.
+        num_experts: E; 1 at a site without a router.
+        routed: Whether the site has a router.
+        router_features: Features of the router's input.
+        owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
+    """
+
+    name: str
+    linears: Mapping[str, tuple[int, int]]
+    num_experts: int
+    routed: bool
+    router_features: int
+    owns_router: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +218,11 @@ class Choice:
             num_experts: E before.
         """
         return self.picked([group[0] for group in groups], num_experts)
+
+    @property
+    def num_frozen(self) -> int:
+        """How many of the first experts are kept from training, where a choice can do that."""
+        return 0
 
     def frozen(self, num_experts: int) -> Self:
         """The same choice with what belongs to the first so many experts kept from training.

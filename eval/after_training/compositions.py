@@ -17,7 +17,7 @@ from peft import PeftModel
 from eval.after_training.bench import PROBE_ROWS, Bench, Row, exact_limit, furthest, size_of, timed
 from eval.scoring.routing import chosen_experts
 from moelora.compose import from_loras
-from moelora.compose.tokens import prompt_of
+from moelora.routing.prompts import prompt_of
 from moelora.routing.run import batch_facts
 
 RIGHT = 0.9

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moelora.compose import fit_centroid
-from moelora.compose.tokens import batches, prompt_of
+from moelora.compose.tokens import batches
 from moelora.errors import RunError
+from moelora.routing.prompts import prompt_of
 from moelora.scores.centroids import cosines
 
 Example = Mapping[str, Sequence[int]]

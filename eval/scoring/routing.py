@@ -56,7 +56,7 @@ def has_routers(model: Any) -> bool:
 def routes_by_sequence(model: Any) -> bool:
     """Whether a model's adapter decides once for a whole text, by what its prompt is."""
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    return isinstance(config, MoeLoraConfig) and config.selection.kind == "nearest"
+    return isinstance(config, MoeLoraConfig) and config.selection.is_by_sequence
 
 
 def chosen_by_task(model: Any, texts: Texts) -> dict[str, dict[str, int]]:

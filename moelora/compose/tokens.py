@@ -109,14 +109,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def prompt_of(example: Mapping[str, Sequence[int]]) -> list[int]:
-    """The tokens before an example's answer."""
-    labels = example.get("labels")
-    ids = list(example["input_ids"])
-    prompt = ids if labels is None else [token for token, label in zip(ids, labels, strict=True) if label == -100]
-    return prompt or ids
-
-
 def batches(examples: Sequence[Mapping[str, Sequence[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
     """Examples in padded batches: `input_ids`, `attention_mask` and `labels`.
 

@@ -93,6 +93,15 @@ class Experts(Choice):
         return False
 
     @property
+    def lora_dropout(self) -> float:
+        """The probability that an input of the experts is dropped in training."""
+        return 0.0
+
+    def dropouts(self) -> dict[str, float]:
+        """Of the experts' input."""
+        return {"lora_dropout": self.lora_dropout}
+
+    @property
     def scaling(self) -> float:
         """The factor of what an expert adds."""
         return 1.0

@@ -55,10 +55,6 @@ class GridExperts(Experts):
         check(self.num_experts == E, "experts.num_experts", self.num_experts, f"the number of pairs, {E}")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of A."""
-        return {"lora_dropout": self.lora_dropout}
-
     def check(self, config: Any) -> None:
         """Refuse anything but a router at each linear.
 

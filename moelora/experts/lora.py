@@ -107,10 +107,6 @@ class LoraExperts(Experts):
         """See `Choice.frozen`."""
         return replace(self, num_frozen=num_experts)
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of A."""
-        return {"lora_dropout": self.lora_dropout}
-
     def params(self, site: Site) -> list[Param]:
         """A [E, R, D] and B [E, O, R] of each linear."""
         init, zeros, frozen = Init(self.init, self.init_std), Init("zeros"), self.num_frozen

@@ -60,10 +60,6 @@ class PhmExperts(Experts):
         """`scale`."""
         return self.scale
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of Down."""
-        return {"lora_dropout": self.lora_dropout}
-
     def check(self, config: Any) -> None:
         """Refuse scores of each token: the experts' matrices are mixed before they meet one.
 

@@ -72,10 +72,6 @@ class ResidualTreeExperts(Experts):
         """The factor of `W_proj x_L`."""
         return 1.0 if self.alpha is None else self.alpha / self.r
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of all A."""
-        return {"lora_dropout": self.lora_dropout}
-
     def check(self, config: Any) -> None:
         """Refuse routing that is not down the same tree, and sites without a router.
 

@@ -74,10 +74,6 @@ class ShardExperts(Experts):
         """The factor of `B A x`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of A."""
-        return {"lora_dropout": self.lora_dropout}
-
     def check(self, config: Any) -> None:
         """Refuse a router: the shards are fixed.
 

@@ -52,10 +52,6 @@ class SlotExperts(Experts):
         check(whole, "experts.num_experts", self.num_experts, f"a multiple of the slots of one adapter ({self.slots})")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
 
-    def dropouts(self) -> dict[str, float]:
-        """Of the input of Down."""
-        return {"lora_dropout": self.lora_dropout}
-
     def check(self, config: Any) -> None:
         """Refuse a causal language model, and anything but a dense softmax beside a block.
 

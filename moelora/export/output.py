@@ -114,7 +114,7 @@ def write_lora(folder: Path, loras: Mapping[str, Lora], adapter: OpenAdapter) ->
     config = LoraConfig(
         **words,
         target_modules=sorted(adapter.shortest_targets(kept)),
-        lora_dropout=experts.dropouts().get("lora_dropout", 0.0),
+        lora_dropout=experts.lora_dropout,
         task_type=adapter.config.task_type,
         base_model_name_or_path=adapter.base_name,
         inference_mode=True,

@@ -99,7 +99,7 @@ def adapter_words(config: MoeLoraConfig) -> dict[str, Any]:
         "preset": config.preset,
         "axes": axes,
         "members": members,
-        "frozen": getattr(experts, "num_frozen", 0),
+        "frozen": experts.num_frozen,
         "recipe": getattr(experts, "recipe", {}),
     }
 

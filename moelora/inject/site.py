@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from moelora.choices import Site
+from moelora.choices import Place, Site
 from moelora.config import MoeLoraConfig
 from moelora.layers.modules import FeedForwardForm, linear_size
 
 
 @dataclass(frozen=True)
-class PlannedSite:
+class PlannedSite(Place):
     """One module to wrap.
 
     Attributes:
@@ -24,12 +24,8 @@ class PlannedSite:
         form: The form of the block; None for a single linear.
         split: Whether the block's `down` is in a sibling of the module.
         router: Name of the site that holds the router it uses; None is the site itself.
-        index: Its number among the sites that share its router.
-        num_sharing: How many these are.
         width: Features of a block that is wrapped whole, without regard to its linears; 0 if it is not.
         base_router: Name of the router of such a block.
-        base_experts: Number of experts that it has rows for; 0 if it does not tell.
-        part, head_features, causal, model_features, family, member, num_members: See `Site`.
     """
 
     name: str
@@ -39,18 +35,8 @@ class PlannedSite:
     form: FeedForwardForm | None = None
     split: bool = False
     router: str | None = None
-    index: int = 0
-    num_sharing: int = 1
     width: int = 0
     base_router: str | None = None
-    base_experts: int = 0
-    part: str = ""
-    head_features: int = 0
-    causal: bool | None = None
-    model_features: int = 0
-    family: str = ""
-    member: int = 0
-    num_members: int = 1
 
     def sizes(self, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) by role: of all linears, or of the block that is wrapped whole."""
@@ -72,15 +58,6 @@ class PlannedSite:
             routed=self.routed,
             router_features=sizes["" if self.form is None else "up"][0],
             owns_router=self.router is None,
-            index=self.index,
-            num_sharing=self.num_sharing,
-            base_experts=self.base_experts,
-            part=self.part,
-            head_features=self.head_features,
-            causal=self.causal,
-            model_features=self.model_features,
-            family=self.family,
-            member=self.member,
-            num_members=self.num_members,
+            **{field.name: getattr(self, field.name) for field in fields(Place)},
         )
         return replace(site, router_features=config.experts.router_features(site))

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -123,7 +123,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.sites[adapter_name] = site
         self.scaling[adapter_name] = config.experts.scaling
-        self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.dropouts().get("lora_dropout", 0.0))
+        self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.lora_dropout)
         declared = config.expert_params(site)
         parts: dict[str, AdapterTensors] = {}
         for first in dict.fromkeys(param.name.partition(".")[0] for param in declared):
@@ -277,9 +277,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             y = self.report_routing(adapter, routing, there, y)
         return y
 
-    def sum_of_changes(self, x: Tensor, here: Here | None) -> Tensor:
-        """The output with the active adapter; with several the base's and the sum of what each changes."""
-        adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
+    def sum_of_changes(self, adapters: Sequence[str], x: Tensor, here: Here | None) -> Tensor:
+        """The output with an adapter; with several the base's and the sum of what each changes."""
         outputs = [self.forward_one(adapter, x, here) for adapter in adapters]
         if len(outputs) == 1:
             return outputs[0]

@@ -40,7 +40,7 @@ class MixtureFeedForward(MoeLoraLayer):
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of the active adapter; of several, the base and the sum of their changes."""
-        return self.sum_of_changes(x, here)
+        return self.sum_of_changes([a for a in self.active_adapters if self.has_adapter(a)], x, here)
 
     def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of one adapter."""

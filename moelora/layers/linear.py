@@ -30,13 +30,13 @@ class MixtureLinear(MoeLoraLayer):
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The base output and the sum of the active adapters' deltas."""
-        if not all(self.is_low_rank(adapter) for adapter in self.active_adapters if self.has_adapter(adapter)):
-            return self.sum_of_changes(x, here)
+        adapters = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
+        if not all(map(self.is_low_rank, adapters)):
+            return self.sum_of_changes(adapters, x, here)
         result = self._base(x)
         dtype = result.dtype
-        for adapter in self.active_adapters:
-            if self.has_adapter(adapter):
-                result = self._add(adapter, x, here, result)
+        for adapter in adapters:
+            result = self._add(adapter, x, here, result)
         return result.to(dtype)
 
     def forward_one(self, adapter: str, x: Tensor, here: Here | None) -> Tensor:

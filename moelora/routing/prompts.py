@@ -8,7 +8,7 @@ Shape suffixes: B rows of the batch, S tokens of a row, D features, T = B * S to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,18 @@ def _check_whole_call(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             "continues a KV cache; allowed: `generate` of the PEFT model, which runs without one, or a call without "
             "past_key_values."
         )
+
+
+def prompt_of(example: Mapping[str, Sequence[int]]) -> list[int]:
+    """The tokens before an example's answer.
+
+    Args:
+        example: `input_ids`, and `labels` (-100 for the prompt) where there is an answer.
+    """
+    labels = example.get("labels")
+    ids = list(example["input_ids"])
+    prompt = ids if labels is None else [token for token, label in zip(ids, labels, strict=True) if label == -100]
+    return prompt or ids
 
 
 def mean_of_prompts(states_BSD: Tensor, batch: Batch, labels: Any = None) -> Tensor:

@@ -13,6 +13,7 @@ from moelora.choices import register
 from moelora.errors import ConfigError
 from moelora.routing.batch import Tokens
 from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.validation import check, is_count
 
 BASE = -1
 """The task id of a sequence that stays with the base model."""
@@ -39,9 +40,54 @@ def task_numbers(tokens: Tokens, least: int, most: int, allowed: str) -> Tensor:
     return ids_N
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoresOfTasks(Scores):
+    """Base of the scores that look at a sequence's task alone; the ids are the fact `task_ids` of a batch."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The task ids."""
+        return frozenset({"task_ids"})
+
+    @property
+    def ignores_input(self) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedScoresOfTasks(ScoresOfTasks):
+    """Base of those that are learned for each task.
+
+    Args:
+        num_tasks: Number of tasks.
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    num_tasks: int = 8
+
+    def __post_init__(self) -> None:
+        check(is_count(self.num_tasks), "num_tasks", self.num_tasks, "an integer of at least 1")
+
+    @property
+    def is_trained(self) -> bool:
+        """Always."""
+        return True
+
+    def tasks_N(self, tokens: Tokens) -> Tensor:
+        """The task of each sequence.
+
+        Raises:
+            ConfigError: If the batch has no task ids, or one that is no task's.
+        """
+        return task_numbers(tokens, 0, self.num_tasks - 1, f"0 to {self.num_tasks - 1}, the tasks")
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
-class TaskScores(Scores):
+class TaskScores(ScoresOfTasks):
     """1 for the expert whose number is the sequence's task id, 0 for the others; an id of -1 stays with the base.
 
     The ids are the fact `task_ids` of a batch, one for each sequence.
@@ -50,19 +96,9 @@ class TaskScores(Scores):
     kind: ClassVar[str] = "task"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The task ids."""
-        return frozenset({"task_ids"})
-
-    @property
     def is_trained(self) -> bool:
         """Never."""
         return False
-
-    @property
-    def ignores_input(self) -> bool:
-        """Always."""
-        return True
 
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`.

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moelora.choices import Init, Param, Site, register
-from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.scores.base import RouterInput, Scored
 from moelora.scores.linear import router_logits
-from moelora.scores.task import task_numbers
+from moelora.scores.task import LearnedScoresOfTasks
 from moelora.validation import check, is_count
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TaskEmbeddingScores(Scores):
+class TaskEmbeddingScores(LearnedScoresOfTasks):
     """`p = softmax(W_g t)` with t the embedding of the sequence's task (MOELoRA, arXiv 2310.18339).
 
     The ids are the fact `task_ids` of a batch.
@@ -32,11 +32,10 @@ class TaskEmbeddingScores(Scores):
 
     kind: ClassVar[str] = "task_embedding"
 
-    num_tasks: int = 8
     features: int = 64
 
     def __post_init__(self) -> None:
-        check(is_count(self.num_tasks), "num_tasks", self.num_tasks, "an integer of at least 1")
+        super().__post_init__()
         check(is_count(self.features), "task_features", self.features, "an integer of at least 1")
 
     def check(self, config: Any) -> None:
@@ -54,22 +53,7 @@ class TaskEmbeddingScores(Scores):
         )
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The task ids."""
-        return frozenset({"task_ids"})
-
-    @property
-    def is_trained(self) -> bool:
-        """Always."""
-        return True
-
-    @property
     def is_distribution(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def ignores_input(self) -> bool:
         """Always."""
         return True
 
@@ -86,7 +70,7 @@ class TaskEmbeddingScores(Scores):
         Raises:
             ConfigError: For an id that is no task's.
         """
-        ids_N = task_numbers(given.tokens, 0, self.num_tasks - 1, f"0 to {self.num_tasks - 1}, the tasks")
+        ids_N = self.tasks_N(given.tokens)
         logits_NE = router_logits(given.tensors["embedding"][ids_N], given.tensors["weight"])
         logits_TE = logits_NE[given.tokens.sequence_T()]
         scores_TE = logits_TE.softmax(-1)

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from torch.distributions import RelaxedBernoulli
 
 from moelora.choices import Init, Param, Site, register
-from moelora.scores.base import RouterInput, Scored, Scores
-from moelora.scores.task import task_numbers
+from moelora.scores.base import RouterInput, Scored
+from moelora.scores.task import LearnedScoresOfTasks
 from moelora.validation import check, is_count
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TaskTableScores(Scores):
+class TaskTableScores(LearnedScoresOfTasks):
     """A row of numbers for each task, at each site, which divide a weight of 1 among the experts of a group.
 
         z_t = sigmoid(Z_t),   w_te = z_te / (sum over its group of z_t + 1e-12)
@@ -36,11 +36,10 @@ class TaskTableScores(Scores):
 
     kind: ClassVar[str] = "task_table"
 
-    num_tasks: int = 8
     groups: int = 1
 
     def __post_init__(self) -> None:
-        check(is_count(self.num_tasks), "num_tasks", self.num_tasks, "an integer of at least 1")
+        super().__post_init__()
         check(is_count(self.groups), "scores.groups", self.groups, "an integer of at least 1")
 
     def check(self, config: Any) -> None:
@@ -51,21 +50,6 @@ class TaskTableScores(Scores):
         """
         E = config.experts.num_experts
         check(E % self.groups == 0 == config.experts.fewest - E, "scores.groups", self.groups, f"a divisor of {E}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The task ids."""
-        return frozenset({"task_ids"})
-
-    @property
-    def is_trained(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def ignores_input(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def differs_by_site(self) -> bool:
@@ -82,7 +66,7 @@ class TaskTableScores(Scores):
         Raises:
             ConfigError: For an id that is no task's.
         """
-        ids_N = task_numbers(given.tokens, 0, self.num_tasks - 1, f"0 to {self.num_tasks - 1}, the tasks")
+        ids_N = self.tasks_N(given.tokens)
         logits_NE = given.tensors["weight"].float()[ids_N]
         if given.training:
             draws = RelaxedBernoulli(logits_NE.new_ones(()), logits=logits_NE, validate_args=False)

@@ -44,6 +44,11 @@ class Selection(Choice):
         """Whether it decides by the scores alone, without draws."""
         return False
 
+    @property
+    def is_by_sequence(self) -> bool:
+        """Whether one expert, or none, takes a whole sequence, by what its prompt is: the load is then the data's."""
+        return False
+
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """Decide for each token.
 

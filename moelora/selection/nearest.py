@@ -63,6 +63,11 @@ class Nearest(Selection):
         """Always."""
         return True
 
+    @property
+    def is_by_sequence(self) -> bool:
+        """Always."""
+        return True
+
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
         best_T1, ids_T1 = scored.scores_TE.max(-1, keepdim=True)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moelora.errors import ConfigError
 from moelora.layers.base import MoeLoraLayer
+from moelora.routing.prompts import prompt_of
 from moelora.routing.run import find_hooks
 
 
@@ -97,9 +98,7 @@ def _embed(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], fact: st
     assert hooks is not None
     found = []
     for example in examples:
-        ids, labels = list(example["input_ids"]), example.get("labels")
-        prompt = ids if labels is None else [t for t, label in zip(ids, labels, strict=True) if label == -100]
-        inputs = {"input_ids": torch.tensor([prompt or ids], device=model.device)}
+        inputs = {"input_ids": torch.tensor([prompt_of(example)], device=model.device)}
         found.append(hooks.facts_of_prompts(base, inputs)[fact].cpu())
     return torch.cat(found) if found else torch.zeros(0, 1)
 

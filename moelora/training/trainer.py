@@ -94,8 +94,8 @@ class MoeLoraTrainerMixin(_Base):
         if hooks is None or config is None:
             return super().training_step(model, inputs, *args, **kwargs)
         mixtures = hooks.mixtures()
-        # where a prompt's kind decides, the load is the data's: an expert of another task is not dead
-        measured = {} if config.selection.kind == "nearest" else mixtures
+        # an expert of another task is not dead
+        measured = {} if config.selection.is_by_sequence else mixtures
         if self._moelora_metrics is None or self._moelora_metrics.mixtures != measured:
             self._moelora_metrics = RoutingMetrics(measured, self.args.device)
             self._require_input_grads()

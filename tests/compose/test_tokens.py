@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from moelora.compose.tokens import batches, prompt_of, tokenize
+from moelora.compose.tokens import batches, tokenize
 from moelora.errors import ComposeError
+from moelora.routing.prompts import prompt_of
 from tests.runs.tiny import tiny_tokenizer
 
 IDS = tiny_tokenizer()

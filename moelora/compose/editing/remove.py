@@ -77,8 +77,7 @@ def drop_experts(
 
     config, more = freeze_first(result.config, still(old.config.experts.num_frozen))
     # a router may be trained over experts that are frozen: its rows are frozen only where they were
-    rows = still(getattr(old.config.scores, "num_frozen", old.config.experts.num_frozen))
-    config = replace(config, scores=result.config.scores.frozen(rows))
+    config = replace(config, scores=result.config.scores.frozen(still(old.config.scores.num_frozen)))
     return finish(Size.of(old), replace(result, config=config), folder, *notes, *more)
 
 

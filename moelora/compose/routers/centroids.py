@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moelora.choices import register
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
-from moelora.compose.tokens import batches, prompt_of
+from moelora.compose.tokens import batches
 from moelora.errors import ComposeError
+from moelora.routing.prompts import prompt_of
 from moelora.routing.run import find_hooks
 from moelora.scores.centroids import CentroidScores, cosines
 from moelora.validation import check, check_bool, check_choice, is_real
