@@ -47,12 +47,13 @@ class Cell:
 
 
 def selection_cells(config: BenchmarkConfig) -> list[Cell]:
-    """A trial for each method that is trained and learning rate."""
+    """A trial for each method that is trained and learning rate; none where there is nothing to choose."""
+    rates = config.selection.learning_rates
     return [
         Cell("select", key, config.selection.seed, rate)
         for key, method in config.methods.items()
-        if method.regime.made_of is None
-        for rate in config.selection.learning_rates
+        if method.regime.made_of is None and method.learning_rate is None and len(rates) > 1
+        for rate in rates
     ]
 
 
@@ -193,8 +194,8 @@ class Board:
         """
         trained = self.config.methods[method].regime.made_of or method
         trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
-        if len(trials) == 1:
-            return trials[0].learning_rate
+        if not trials:
+            return self.config.methods[trained].learning_rate or self.config.selection.learning_rates[0]
         if not all(self.is_finished(cell) for cell in trials):
             return None
         found = {cell: self.read_json(cell) for cell in trials}
@@ -202,9 +203,8 @@ class Board:
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""
-        trials = selection_cells(self.config) if len(self.config.selection.learning_rates) > 1 else []
         finals = [self.final(cell.method, cell.seed) for cell in final_cells(self.config)]
-        return [Cell("base"), *trials, *finals]
+        return [Cell("base"), *selection_cells(self.config), *finals]
 
     def final(self, method: str, seed: int) -> Cell:
         """The training of a method and seed, with its learning rate if that is chosen."""

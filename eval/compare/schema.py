@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.compare.regimes import read_regime
+from eval.compare.regimes import Apart, Grouped, read_regime
 from eval.suites.registry import COMMONSENSE, PROTOCOLS
 from moelora.errors import RunError
 from moelora.runs.schema import build
@@ -101,20 +101,18 @@ class SelectionConfig:
     tasks of reasoning-gym by the most exact answers.
 
     Args:
-        learning_rates: The grid, the same for every method.
+        learning_rates: The grid, the same for every method that has no learning rate of its own.
         steps: Optimizer steps of each trial, with a schedule of that length; on tasks of reasoning-gym a trial is a
             whole training.
         seed: Seed of the trials.
     """
 
-    learning_rates: list[float]
+    learning_rates: list[float] = field(default_factory=list)
     steps: int = 75
     seed: int = 1000
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "selection", "steps")
-        if not self.learning_rates:
-            raise RunError("selection.learning_rates is empty; give at least one.")
 
 
 @dataclass(kw_only=True)
@@ -145,7 +143,9 @@ class MethodConfig:
             and "grown" it is what each task gets; with "composed" there is none.
         regime: How it sees the tasks, `kind` and the words of `eval.compare.regimes`; None trains on all at once.
         seeds: Seeds of initialisation, dropout and the order of the rows.
-        equal: Which size of the reference its trainable parameters must be equal to.
+        learning_rate: Given where it was chosen in another comparison; None chooses it from `selection`.
+        equal: Which size of the reference its trainable parameters must be equal to. With "with_router" they count
+            together with those of a router that is not trained: a control has the shape of what it controls for.
         against: Key of the method that tables compare it with; None for the plain LoRA that is trained on all at once.
     """
 
@@ -153,7 +153,8 @@ class MethodConfig:
     adapter: dict[str, Any] | None = None
     regime: Any = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    equal: Literal["trainable", "active"] = "trainable"
+    learning_rate: float | None = None
+    equal: Literal["trainable", "active", "with_router"] = "trainable"
     against: str | None = None
 
     def __post_init__(self) -> None:
@@ -162,6 +163,11 @@ class MethodConfig:
             raise RunError(
                 f"{self.title!r} has {'no' if self.adapter is None else 'an'} adapter with regime "
                 f"{self.regime.kind!r}; allowed: an adapter for what is trained, none for what is composed."
+            )
+        if self.learning_rate is not None and (self.adapter is None or self.learning_rate <= 0):
+            raise RunError(
+                f"the learning_rate of {self.title!r} is {self.learning_rate}; allowed: a number above 0 for what is "
+                "trained, none for what is composed."
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise RunError(f"the seeds of {self.title!r} are {self.seeds}; give at least one, and none twice.")
@@ -215,7 +221,7 @@ class BenchmarkConfig:
     results_dir: str
     methods: dict[str, Any]
     reference: str
-    selection: SelectionConfig
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     protocol: str = PROTOCOLS[0]
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -251,6 +257,10 @@ class BenchmarkConfig:
     def _check_regimes(self) -> None:
         for key, method in self.methods.items():
             regime = method.regime
+            if not self.selection.learning_rates and method.adapter is not None and method.learning_rate is None:
+                raise RunError(
+                    f"selection.learning_rates is empty and methods.{key} has no learning_rate; give either."
+                )
             if method.against is not None:
                 check_keys(f"methods.{key}.against", [method.against], self.methods)
             if regime.kind != "together" and not self.has_skills:
@@ -258,10 +268,17 @@ class BenchmarkConfig:
                     f"methods.{key} has regime {regime.kind!r} with tasks of the suite commonsense; allowed: "
                     "'together', or `data.tasks` as a mapping of reasoning-gym tasks."
                 )
+            if isinstance(regime, Grouped) and sorted(t for its in regime.groups.values() for t in its) != sorted(
+                self.data.tasks
+            ):
+                raise RunError(
+                    f"methods.{key}.regime.groups holds {regime.groups}; allowed: each of {', '.join(self.data.tasks)} "
+                    "in exactly one group."
+                )
             of = regime.made_of
             if of is None:
                 continue
-            apart = [each for each, other in self.methods.items() if other.regime.kind == "apart"]
+            apart = [each for each, other in self.methods.items() if isinstance(other.regime, Apart)]
             check_keys(f"methods.{key}.regime.of", [of], apart)
             missing = set(method.seeds) - set(self.methods[of].seeds)
             if missing:

@@ -8,7 +8,7 @@ from typing import Any
 from eval.compare.schema import BenchmarkConfig
 from moelora.errors import RunError
 from moelora.runs.models import ModelSource, load_skeleton
-from moelora.runs.parameters import TOLERANCE, ParameterCount, count_parameters, is_equal_size
+from moelora.runs.parameters import TOLERANCE, ParameterCount, count_parameters, is_equal_size, router_weights
 
 
 def source_of(config: BenchmarkConfig) -> ModelSource:
@@ -24,17 +24,21 @@ def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
             its active ones where the method says so.
     """
     sizes: dict[str, ParameterCount] = {}
+    frozen: dict[str, int] = {}
     for key, method in sorted(config.methods.items(), key=lambda item: item[1].regime.made_of is not None):
         if method.regime.made_of is not None:
             sizes[key] = sizes[method.regime.made_of]
             continue
-        one = count_parameters(load_skeleton(source_of(config)), method.peft_config())
+        skeleton = load_skeleton(source_of(config))
+        one = count_parameters(skeleton, method.peft_config())
         sizes[key] = replace(one, trainable=method.regime.size(one.trainable, len(config.data.tasks)))
+        if method.equal == "with_router":
+            frozen[key] = sum(tensor.numel() for _, tensor in router_weights(skeleton) if not tensor.requires_grad)
     reference = sizes[config.reference]
     wrong = []
     for key, method in config.methods.items():
-        wanted = reference.trainable if method.equal == "trainable" else reference.active
-        found = sizes[key].trainable
+        wanted = reference.active if method.equal == "active" else reference.trainable
+        found = sizes[key].trainable + frozen.get(key, 0)
         if not is_equal_size(found, wanted):
             wrong.append(
                 f"{key} has {found:,} ({found / wanted - 1:+.1%} of {wanted:,}{_advice(method, found, wanted)})"

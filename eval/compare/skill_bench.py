@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.compare.cells import Board, Cell
-from eval.compare.regimes.apart import adapters
-from eval.compare.regimes.base import Regime, Work
+from eval.compare.regimes.apart import Apart
+from eval.compare.regimes.base import Regime, Work, joined
 from eval.compare.schema import SkillData
 from eval.compare.sizes import source_of
 from eval.compare.work import Bench
@@ -20,6 +20,7 @@ from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
 from eval.scoring.reasoning import TaskResult, make_problems, solved, training_row
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
+from eval.suites.rules import register
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
@@ -57,6 +58,7 @@ class SkillBench(Bench):
     @classmethod
     def open(cls, board: Board, sizes: dict[str, ParameterCount], command: str) -> SkillBench:
         """Make all rows and problems."""
+        register()
         config = board.config
         data: SkillData = config.data
         tokenizer = load_tokenizer(source_of(config))
@@ -84,20 +86,20 @@ class SkillBench(Bench):
         parts = None
         if parent is not None:
             of = self.board.final(parent, cell.seed)
-            root = self.board.folder(of)
-            parts = adapters(root, list(self.rows))
+            parts = self.config.methods[parent].regime.adapters(self.board.folder(of), list(self.rows))
             missing = [str(path) for path in parts.values() if not (path / "adapter_config.json").is_file()]
             if missing:
                 raise RunError(
                     f"{cell.id} is made of LoRAs that are not there any more: {', '.join(missing)}. Remove "
                     f"{str(self.board.file(of))!r} to have them trained again."
                 )
+        first = {task: rows.select(range(self.config.data.fit_rows)) for task, rows in self.rows.items()}
         return Work(
             source=source_of(self.config),
             tokenizer=self.tokenizer,
             folder=folder,
             rows={task: self.rows[task] for task in order},
-            fit_rows={task: rows.select(range(self.config.data.fit_rows)) for task, rows in self.rows.items()},
+            fit_rows={part: joined(first, its) for part, its in self._parts(cell).items()},
             seed=cell.seed,
             make_config=method.peft_config,
             adapter_dtype=self.config.adapter_dtype,
@@ -105,6 +107,13 @@ class SkillBench(Bench):
             label=cell.id,
             parts=parts,
         )
+
+    def _parts(self, cell: Cell) -> dict[str, list[str]]:
+        """What has an adapter or an expert of its own, and the tasks that it is for."""
+        regime = self._regime(cell)
+        if regime.made_of is not None:
+            regime = self.config.methods[regime.made_of].regime
+        return regime.parts(list(self.rows)) if isinstance(regime, Apart) else {task: [task] for task in self.rows}
 
     def train(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
         """Train as the method's regime says; scores right after each task, where they come one after the other."""
@@ -170,7 +179,7 @@ class SkillBench(Bench):
         for tasks, model in self._regime(cell).models(self._work(cell, folder), list(self.rows)):
             values |= self._values(model, [each for each in self.problems if each.task in tasks])
             if routes_by_sequence(model):
-                extra["chosen"] = self._chosen(model)
+                extra["chosen"] = self._chosen(model, self._parts(cell))
         method = self.config.methods[cell.method]
         values = {task: values[task] for task in self.rows}
         scores = self._scores(
@@ -215,15 +224,17 @@ class SkillBench(Bench):
             ),
         )
 
-    def _chosen(self, model: Any) -> dict[str, Any]:
+    def _chosen(self, model: Any, parts: dict[str, list[str]]) -> dict[str, Any]:
         """Where a router that decides once for a sequence sends prompts: to the expert of their task, to none."""
         texts = {each.task: each.prompts for each in self.selection}
-        own = {task: counts[task] / sum(counts.values()) for task, counts in chosen_by_task(model, texts).items()}
-        found: dict[str, Any] = {"own": own}
+        part_of = {task: part for part, tasks in parts.items() for task in tasks}
+        found = chosen_by_task(model, texts)
+        own = {task: counts[part_of[task]] / sum(counts.values()) for task, counts in found.items()}
+        shares: dict[str, Any] = {"own": own}
         if self.foreign:
             chosen = chosen_experts(model, self.foreign)
-            found["foreign_at_base"] = sum(expert < 0 for expert in chosen) / len(chosen)
-        return found
+            shares["foreign_at_base"] = sum(expert < 0 for expert in chosen) / len(chosen)
+        return shares
 
 
 def _run(config: Any, tasks: dict[str, Any], seed: int) -> RunConfig:

@@ -121,18 +121,23 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def peak_memory(build: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> int | None:
+def peak_memory(
+    build: Callable[[], Any],
+    inputs: Mapping[str, torch.Tensor],
+    work: Callable[[Mapping[str, torch.Tensor]], Work] = step,
+) -> int | None:
     """Bytes by which two training steps raise a fresh process' peak above its loaded model; None where unknown.
 
     Args:
         build: Makes the model; a function that a new process can import.
         inputs: The batch.
+        work: Makes the step of the batch; a function that a new process can import.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_of_steps, args=(build, dict(inputs), sender))
+    process = context.Process(target=_peak_of_steps, args=(build, dict(inputs), work, sender))
     process.start()
     sender.close()
     try:
@@ -143,11 +148,11 @@ def peak_memory(build: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) ->
     return grown
 
 
-def _peak_of_steps(build: Callable[[], Any], inputs: dict[str, torch.Tensor], sender: Any) -> None:
+def _peak_of_steps(build: Callable[[], Any], inputs: dict[str, torch.Tensor], make_work: Any, sender: Any) -> None:
     model = build().train()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
-    work = step(inputs)
+    work = make_work(inputs)
     work(model)
     work(model)
     sender.send(_status("VmHWM") - before)

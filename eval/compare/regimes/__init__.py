@@ -7,6 +7,7 @@ from typing import Any
 from eval.compare.regimes.apart import Apart
 from eval.compare.regimes.base import Regime
 from eval.compare.regimes.composed import Composed
+from eval.compare.regimes.grouped import Grouped
 from eval.compare.regimes.grown import Grown
 from eval.compare.regimes.in_turn import InTurn
 from eval.compare.regimes.orthogonal import Orthogonal
@@ -14,7 +15,9 @@ from eval.compare.regimes.together import Together
 from moelora.errors import RunError
 from moelora.runs.schema import build
 
-REGIMES: dict[str, type[Regime]] = {each.kind: each for each in (Together, InTurn, Orthogonal, Apart, Grown, Composed)}
+REGIMES: dict[str, type[Regime]] = {
+    each.kind: each for each in (Together, InTurn, Orthogonal, Apart, Grouped, Grown, Composed)
+}
 
 
 def read_regime(words: Any, where: str) -> Regime:

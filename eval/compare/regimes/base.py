@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,6 +118,13 @@ class OneAfterTheOther(Regime):
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """The last adapter answers everything."""
         yield list(tasks), work.load(work.folder.stage(task_stage(len(work.rows), list(work.rows)[-1])))
+
+
+def joined(rows: Mapping[str, Any], tasks: Sequence[str]) -> Any:
+    """The rows of some tasks as one set."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([rows[task] for task in tasks])
 
 
 def save_only(model: Any, adapter: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Work, save_only
+from eval.compare.regimes.base import Regime, Work, joined, save_only
 from moelora.compose import from_loras
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
@@ -61,9 +61,7 @@ class Composed(Regime):
         if not work.folder.is_finished(name):
             self._make(work, work.folder.stage(name))
         if self.tune is not None:
-            from datasets import concatenate_datasets
-
-            rows = concatenate_datasets(list(work.fit_rows.values()))
+            rows = joined(work.fit_rows, list(work.fit_rows))
             work.train(ADAPTER, lambda: work.continued(work.folder.stage(name)), rows, **self.tune)
         return {}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.compare.regimes.base import Regime, Work
+from eval.compare.regimes.base import Regime, Work, joined
 from moelora.runs.folder import ADAPTER
 
 
@@ -19,11 +19,8 @@ class Together(Regime):
 
     def train(self, work: Work) -> dict[str, Path]:
         """One training."""
-        from datasets import concatenate_datasets
-
         # by name, so that the order in which tasks come changes nothing here
-        rows = concatenate_datasets([work.rows[task] for task in sorted(work.rows)])
-        work.train(ADAPTER, work.new_adapter, rows)
+        work.train(ADAPTER, work.new_adapter, joined(work.rows, sorted(work.rows)))
         return {}
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:

@@ -289,7 +289,10 @@ def test_a_composition_waits_for_its_loras(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("methods.joint.regime=upside_down", "allowed kinds: together, in_turn, orthogonal, apart, grown, composed"),
+        (
+            "methods.joint.regime=upside_down",
+            "allowed kinds: together, in_turn, orthogonal, apart, grouped, grown, composed",
+        ),
         ("methods.joint.regime={kind: in_turn, replay: 2}", "replay is 2.0; allowed: a share"),
         ("methods.joint.regime={kind: in_turn, of: loras}", "unknown key 'of'"),
         ("methods.uniform.adapter={peft: lora, r: 2}", "has an adapter with regime 'composed'"),
@@ -306,3 +309,44 @@ def test_a_composition_waits_for_its_loras(tmp_path: Path, capsys: pytest.Captur
 def test_what_cannot_be_meant_is_refused(finished: Path, override: str, message: str) -> None:
     with pytest.raises(MoeLoraError, match=message):
         load_benchmark(finished / "benchmark.yaml", [override])
+
+
+def test_groups_of_tasks_share_an_adapter(tmp_path: Path) -> None:
+    groups = {"both": ["gcd", "letter_counting"], "last": ["spell_backward"]}
+    methods = {
+        "joint": {"title": "joint", "adapter": LORA, "seeds": [SEED]},
+        "oracle": {
+            "title": "by group",
+            "adapter": PART,
+            "regime": {"kind": "grouped", "groups": groups},
+            "seeds": [SEED],
+        },
+        "centroids": {
+            "title": "centroids",
+            "regime": {"kind": "composed", "of": "oracle", "router": "centroids"},
+            "seeds": [SEED],
+        },
+    }
+    tasks = {**CHANGES["data"]["tasks"], "spell_backward": {}}
+    assert main([str(write(tmp_path, methods=methods, data={**CHANGES["data"], "tasks": tasks}))]) == 0
+    root = folder_of(tmp_path, "oracle") / "stages"
+    assert sorted(each.name for each in root.iterdir()) == ["both", "last"]
+    oracle = read(tmp_path, "oracle")
+    # twelve steps would be a LoRA for each task alone: 16 rows in batches of four, and 8
+    assert oracle.extra["training"]["steps"] == 6
+    assert oracle.parameters["trainable"] == read(tmp_path, "joint").parameters["trainable"]
+    assert set(read(tmp_path, "centroids").extra["chosen"]["own"]) == set(tasks)
+    words = json.loads((folder_of(tmp_path, "centroids") / "adapter" / "adapter_config.json").read_text())
+    assert words["experts"]["names"] == ["both", "last"]
+
+
+@pytest.mark.parametrize(
+    "groups", [{"a": ["gcd"]}, {"a": ["gcd", "letter_counting"], "b": ["gcd"]}, {"a": ["x", "gcd"]}]
+)
+def test_groups_that_are_no_partition(tmp_path: Path, groups: dict[str, list[str]]) -> None:
+    methods = {
+        "joint": {"title": "joint", "adapter": LORA},
+        "oracle": {"title": "by group", "adapter": LORA, "regime": {"kind": "grouped", "groups": groups}},
+    }
+    with pytest.raises(MoeLoraError, match="exactly one group"):
+        load_benchmark(write(tmp_path, methods=methods))

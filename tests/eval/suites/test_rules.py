@@ -1,0 +1,49 @@
+"""Tasks that contradict each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from eval.suites.rules import FORMS, RULES, register
+from moelora.runs.tasks import fresh_problems, task_data_set
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_question_has_three_answers(form: str) -> None:
+    register()
+    register()  # a second time changes nothing
+    found = [fresh_problems(f"{form}_{rule}", {}, seed=7, size=60, seen=())[0] for rule in RULES]
+    for rule, problems in zip(RULES, found, strict=True):
+        assert len(problems) == 60
+        assert all(problem.prompt.startswith(f"{rule}: ") for problem in problems)
+    alike = list(zip(*found, strict=True))
+    assert all(len({problem.prompt.split(": ")[1] for problem in three}) == 1 for three in alike)
+    different = [three for three in alike if len({problem.answer for problem in three}) == 3]
+    assert len(different) > 0.8 * len(alike)
+
+
+def test_answers_by_hand() -> None:
+    register()
+    expected = {
+        "numbers": ([31, 84, 57], "31 84 57", ("84", "31", "57")),
+        "words": (["lamp", "tiger", "stone"], "lamp tiger stone", ("lamp", "tiger", "stone")),
+        "letters": (list("caxb"), "c a x b", ("a b c x", "x c b a", "b x a c")),
+        "sums": ([4, 19], "4 and 19", ("23", "15", "19")),
+        "more": ([40, 38], "is 40 more than 38", ("yes", "no", "left")),
+        "spelling": (["stone"], "stone", ("STONE", "Stone", "s")),
+        "ends": (["stone"], "letter of stone", ("e", "s", "t")),
+        "pairs": ([1, 2, 3, 4], "12 34", ("34 12", "21 43", "1 4")),
+    }
+    assert set(expected) == set(FORMS)
+    for name, (parts, question, answers) in expected.items():
+        assert FORMS[name].ask(parts) == question
+        assert tuple(answer(parts) for answer in FORMS[name].answers) == answers
+
+
+def test_the_verifier_wants_the_whole_answer() -> None:
+    register()
+    data = task_data_set("numbers_red", {}, seed=3, size=2)
+    entry = data[0]
+    assert data.score_answer(entry["answer"], entry) == 1.0
+    assert data.score_answer(f"It is {entry['answer']}", entry) < 1.0
+    assert data.score_answer("", entry) == 0.0
