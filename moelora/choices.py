@@ -24,7 +24,7 @@ from moelora.validation import check_keys
 
 AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
 
-InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform"]
+InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform", "base"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Init:
 
     Args:
         kind: "zeros"; "ones"; "unit", U(0, 1); "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the
-            last dimension; "normal", N(0, scale); or "uniform", U(-scale, scale).
+            last dimension; "normal", N(0, scale); "uniform", U(-scale, scale); or "base", 0 until the experts fill it
+            with what they make of the base (`Experts.start`).
         scale: See `kind`.
     """
 

@@ -107,6 +107,7 @@ KEPT = {
     "lora": {"per_layer"},
     "lora_composed": {"per_layer"},
     "lora_shared_a": {"per_layer"},
+    "dora": {"per_layer"},
     "top_k": {"capacity"},
     "block": {"unrouted_modules"},
     "parts": {"unrouted_modules"},
@@ -129,7 +130,7 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            "vector",
+            *("vector", "dora"),
         },
         "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
         "scores": {

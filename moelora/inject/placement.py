@@ -166,8 +166,8 @@ class FeedForwardPlacement(Placement):
 
     def phrase(self) -> str:
         """See `Placement.phrase`."""
-        rest = "plain LoRA on the other linears" if self.unrouted_modules == "rest" else "and the other linears"
-        return f"whole feed-forward blocks; {rest}"
+        plain = self.unrouted_modules == "rest"
+        return f"whole feed-forward blocks; {'one unrouted expert on' if plain else 'and'} the other linears"
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""

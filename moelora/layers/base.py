@@ -17,6 +17,7 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, MoeLoraError
 from moelora.experts.base import ExpertInput
 from moelora.ops.factors import Factors
+from moelora.ops.feed_forward_parts import Dense, FrozenFeedForward
 from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
 from moelora.routing.prompts import BASE_HIDDEN
@@ -100,6 +101,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """(in_features, out_features) of each linear by its role; "" for a layer of one linear."""
         raise NotImplementedError
 
+    def dense(self) -> Dense:
+        """Weight and bias of each frozen linear by its role, as in `linear_sizes`."""
+        raise NotImplementedError
+
+    def frozen_block(self) -> FrozenFeedForward | None:
+        """The parts of a feed-forward block; None for any other module."""
+        return None
+
     def update_layer(
         self,
         adapter_name: str,
@@ -146,6 +155,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         for module in (*parts.values(), self.moelora_dropout[adapter_name]):
             module.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        config.experts.start(parts, self.dense)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forget(self, adapter_name: str) -> None:
@@ -268,11 +278,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             return heard[-1][0]
 
         tokens = _NO_BATCH.tokens(x) if here is None else here.tokens
-        dropout = self.moelora_dropout[adapter]
-        given = ExpertInput(
-            x, base, route, self.parts[adapter], self.scaling[adapter], self.sites[adapter], tokens, dropout
-        )
-        y: Tensor = self.configs[adapter].experts.apply(given)
+        config, dropout = self.configs[adapter], self.moelora_dropout[adapter]
+        at_site = self.parts[adapter], self.scaling[adapter], self.sites[adapter]
+        given = ExpertInput(x, base, route, *at_site, tokens, dropout, config.compute, self.dense, self.frozen_block())
+        y: Tensor = config.experts.apply(given)
         for routing, there in heard:
             y = self.report_routing(adapter, routing, there, y)
         return y

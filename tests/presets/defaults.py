@@ -9,6 +9,7 @@ from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
+from moelora.experts.dora import DoraExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
 from moelora.experts.phm import PhmExperts
@@ -51,6 +52,13 @@ ACROSS_BLOCKS: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mixlora": {
         "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "mixdora": {
+        "experts": DoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
         "placement": FeedForwardPlacement(unrouted_modules="rest"),
         "scores": LinearScores(activation="softmax", init_std=0.02),
         "selection": TopK(k=2, renormalize=True),

@@ -46,6 +46,9 @@ NOT_THE_BASE_AT_FIRST: dict[str, str] = {
 }
 """Presets that do not start at the base model, with the reason."""
 
+ROUNDED_IN_NF4: dict[str, float] = {"mixdora": 0.1}
+"""What may differ in evaluation on a CPU that repacks 4-bit weights: the norms are then those of rounded weights."""
+
 every_preset = pytest.mark.parametrize("preset", FAMILY)
 every_decoder = pytest.mark.parametrize("preset", [preset for preset in FAMILY if base_of(preset) != "bert"])
 
@@ -305,7 +308,7 @@ def test_nf4(preset: str, quantised: Callable[[str], Any], caplog: pytest.LogCap
     with model.disable_adapter():
         expected = logits(loaded, preset)
     if preset not in NOT_THE_BASE_AT_FIRST:
-        torch.testing.assert_close(logits(model, preset), expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(logits(model, preset), expected, atol=ROUNDED_IN_NF4.get(preset, 2e-2), rtol=2e-2)
 
 
 @every_preset

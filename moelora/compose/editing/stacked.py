@@ -203,7 +203,7 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
             "Only `moelora expert split` takes a LoRA."
         )
     config: MoeLoraConfig = MoeLoraConfig.from_pretrained(str(folder))
-    if not config.experts.has_stacks:
+    if not (config.experts.has_stacks and config.experts.is_low_rank):
         raise ComposeError(
             f"{str(folder)!r} has {config.experts.kind!r} experts; allowed: experts that are LoRAs. Others cannot be "
             "edited one by one."
