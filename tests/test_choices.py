@@ -89,6 +89,8 @@ OTHER: dict[str, Any] = {
     "capacity": None,  # there is a factor already
     "per_layer": None,  # of one of the layers
     "recipe": {"kind": "uniform"},
+    "delta": 0.3,
+    "first_tasks": [0, 2],
 }
 # Where a name means something else.
 OTHER_OF: dict[str, dict[str, Any]] = {
@@ -140,7 +142,7 @@ def test_the_kinds() -> None:
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized"},
         "compute": {"fast", "compiled", "reference"},
     }
 

@@ -13,6 +13,7 @@ from moelora.inject.blocks import find_form, looks_like_feed_forward
 from moelora.inject.split_blocks import SplitBlock, check_split_block
 from moelora.layers.modules import unwrapped
 
+_OF_BLOCK = ("gate", "up", "down")
 _OF_ATTENTION = {"key": re.compile(r"(k|key)(_proj|_lin)?"), "value": re.compile(r"(v|value)(_proj|_lin)?")}
 _FUSED = re.compile(r"(w_?)?qkv(_proj|_lin)?|query_key_value|c_attn|in_proj", re.IGNORECASE)
 
@@ -26,7 +27,7 @@ def part_of(
         modules: The modules of the base model by name.
         splits: Its split blocks (`find_split_blocks`).
         name: The linear.
-        wanted: "key", "value", "down".
+        wanted: "key", "value", "gate", "up", "down".
 
     Raises:
         TargetError: If keys or values are wanted, and the linear computes them together with queries; or if its
@@ -43,15 +44,18 @@ def part_of(
             f"outputs of their own; allowed: separate projections. Leave it out with exclude_modules={[last]!r}: the "
             "other parts are adapted then."
         )
-    if "down" not in wanted or not parent:
+    of_block = [part for part in wanted if part in _OF_BLOCK]
+    if not of_block or not parent:
         return None
     if name in splits:
         check_split_block(modules, splits[name])
-        return "down" if splits[name].linears["down"] == name else None
-    block = unwrapped(modules[parent])
-    if not looks_like_feed_forward(block):
-        return None
-    return "down" if find_form(block, parent).down == last else None
+        linears = splits[name].linears
+    else:
+        block = unwrapped(modules[parent])
+        if not looks_like_feed_forward(block):
+            return None
+        linears = {role: f"{parent}.{child}" for role, child in find_form(block, parent).linears.items()}
+    return next((role for role in of_block if linears.get(role) == name), None)
 
 
 def features_of(model: nn.Module) -> tuple[int, int]:

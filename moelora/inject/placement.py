@@ -20,7 +20,7 @@ from moelora.layers.modules import unwrapped
 from moelora.validation import check, check_choice, check_pattern
 
 Routers = Literal["per_site", "per_model"]
-Part = Literal["key", "value", "down"]
+Part = Literal["key", "value", "gate", "up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +240,9 @@ class PartsPlacement(Placement):
     """Of the targeted linears those that play a part, each with a mixture and a router of its own.
 
     Args:
-        parts: Which parts: "key" and "value", the projections of attention, known by their names; "down", the linear
-            behind the activation of a feed-forward block, known by the block's structure.
+        parts: Which parts: "key" and "value", the projections of attention, known by their names; "gate", "up" and
+            "down", the linears of a feed-forward block, known by its structure. A block without a gate has "up" and
+            "down", and a linear that is gate and up in one is "up".
 
     Raises:
         ConfigError: For another part.
@@ -249,7 +250,7 @@ class PartsPlacement(Placement):
 
     kind: ClassVar[str] = "parts"
 
-    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
+    parts: list[Part] = field(default_factory=lambda: ["key", "value", "down"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,12 +263,16 @@ class PartsPlacement(Placement):
 
     def phrase(self) -> str:
         """See `Placement.phrase`."""
-        names = {
+        names: dict[str, str] = {
             "key": "key projections",
             "value": "value projections",
+            "gate": "the gates of feed-forward blocks",
+            "up": "the first linears of feed-forward blocks",
             "down": "the last linears of feed-forward blocks",
         }
-        return ", ".join(names[part] for part in self.parts)
+        whole = {"gate", "up", "down"} <= set(self.parts)
+        rest = [names[part] for part in self.parts if not (whole and part in ("gate", "up", "down"))]
+        return ", ".join([*rest, *(["the linears of feed-forward blocks"] if whole else [])])
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
@@ -280,7 +285,7 @@ class PartsPlacement(Placement):
         if not sites:
             raise TargetError(
                 f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "
-                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears "
+                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the linears "
                 "of feed-forward blocks. Add them to target_modules, or leave target_modules out."
             )
         return sites

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moelora.balance.bias_update import BiasUpdate
+from moelora.balance.localized import LocalizedBalance
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
@@ -112,6 +113,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=None),
         "selection": Dense(),
         "balance": [],
+    },
+    "loramoe": {
+        "experts": LoraExperts(num_experts=8, r=4, lora_alpha=32, lora_dropout=0.05),
+        "placement": PartsPlacement(parts=["gate", "up", "down"]),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": Dense(),
+        "balance": [LocalizedBalance(coef=0.1, delta=0.1, first_tasks=[1])],
     },
     "mov": {
         "experts": VectorExperts(num_experts=10, per_head=True),

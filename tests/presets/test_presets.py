@@ -20,7 +20,13 @@ from tests.adapters import FAMILY, PRESETS
 from tests.presets.defaults import DEFAULTS
 
 # The kind of the load-balancing loss where it is not "switch".
-LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral", "smore": "tree_switch"}
+LOSSES = {
+    "loramoe": "localized",
+    "adamole": "threshold",
+    "mixlora_dynamic": "mixtral",
+    "perft_r": "mixtral",
+    "smore": "tree_switch",
+}
 LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
 PEFT_WORDS = {
     "target_modules",
@@ -114,7 +120,8 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         found[axis] = dataclasses.replace(found[axis], **{field: value})
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
-    if field != "bias_update" and config.preset != "smore":  # the two losses of other presets come together
+    come_together = config.preset not in ("smore", "loramoe")
+    if field != "bias_update" and come_together:
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -129,6 +136,9 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 
 # Words that are more than one field; tests of the presets themselves say what they do.
 SEVERAL_FIELDS = {
+    ("loramoe", "delta"),
+    ("loramoe", "first_tasks"),
+    ("loramoe", "z_loss_coef"),
     ("mola", "num_experts"),
     ("moelora_task", "lora_alpha"),
     ("moelora_task", "num_experts"),
