@@ -127,6 +127,7 @@ class Place:
         head_features: Features of one attention head of the model; 0 if it does not say.
         causal: Whether it is in a layer whose attention looks back only, as far as that can be told; else None.
         model_features: Features of the model's hidden states; 0 if it does not say.
+        by_linear: Whether the experts of a feed-forward block are mixed at each of its linears, not as whole blocks.
         family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
         member: Its number among these.
         num_members: How many these are.
@@ -139,6 +140,7 @@ class Place:
     head_features: int = 0
     causal: bool | None = None
     model_features: int = 0
+    by_linear: bool = False
     family: str = ""
     member: int = 0
     num_members: int = 1

@@ -89,6 +89,7 @@ OTHER: dict[str, Any] = {
     "capacity": None,  # there is a factor already
     "per_layer": None,  # of one of the layers
     "recipe": {"kind": "uniform"},
+    "multiply_by_gate": False,
     "delta": 0.3,
     "first_tasks": [0, 2],
 }
@@ -134,7 +135,7 @@ def test_the_kinds() -> None:
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
             *("vector", "dora"),
         },
-        "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
+        "placement": {"linear", "feed_forward", "feed_forward_linears", "block", "parts", "moe_block"},
         "scores": {
             *("linear", "constant", "task", "prototypes", "centroids", "glider", "classifier", "base_router"),
             *("intuition", "task_embedding", "task_table", "tree_keys"),
@@ -268,6 +269,8 @@ def test_json_round_trip_of_a_config(axis: str, kind: str, tmp_path: Path) -> No
     rest: dict[str, Any] = {}
     if axis == "placement":
         rest = {"scores": "constant", "selection": "dense"}
+    elif kind == "top_k":
+        rest = {"balance": {"kind": "switch", "coef": 0.1}}
     elif kind == "constant":
         rest = {"experts": {"kind": "lora", "num_experts": 2}}
     words: dict[str, Any] = {**rest, axis: filled(axis, kind)}

@@ -194,7 +194,7 @@ class FeedForwardPlacement(Placement):
                 raise TargetError(
                     f"placement.unrouted_modules={self.unrouted_modules!r} match {name!r}, which is in the "
                     f"feed-forward block {block!r}; allowed: linears outside the blocks. With the placement "
-                    "'feed_forward' a block is routed as a whole; leave the linear out with exclude_modules, or use "
+                    f"{self.kind!r} a block is routed as a whole; leave the linear out with exclude_modules, or use "
                     "the placement 'linear'."
                 )
             site = blocks[block]
@@ -202,7 +202,7 @@ class FeedForwardPlacement(Placement):
             sites[block] = blocks[block] = replace(site, roles=tuple(sorted((*site.roles, role))))
         if not blocks:
             raise TargetError(
-                "the placement is 'feed_forward', but none of the targeted linears is in a feed-forward block, a "
+                f"the placement is {self.kind!r}, but none of the targeted linears is in a feed-forward block, a "
                 f"module with two or three linears and an activation of its own (targets: {', '.join(targeted[:8])}, "
                 "...). Add the feed-forward linears to target_modules, or use a preset with a mixture on each linear "
                 "(most have)."
@@ -232,6 +232,42 @@ class BlockPlacement(FeedForwardPlacement):
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
         return {name: site for name, site in super().plan(modules, targeted).items() if site.form is not None}
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardLinearsPlacement(FeedForwardPlacement):
+    """A mixture on each targeted linear of a feed-forward block, with one router that looks at the block's input.
+
+    The decision of a token holds for all linears of the block: `y = W x + scaling * sum_e g_e B_e A_e x` at each of
+    them, whose inputs differ. A targeted linear outside the blocks is as with the placement "feed_forward".
+    """
+
+    kind: ClassVar[str] = "feed_forward_linears"
+
+    def check(self, config: Any) -> None:
+        """Refuse experts that are more than what they add to a linear.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        super().check(config)
+        check(
+            config.experts.is_low_rank,
+            "experts",
+            config.experts.kind,
+            "LoRAs with the placement 'feed_forward_linears'",
+            "What they add to each linear is mixed there.",
+        )
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        return super().phrase().replace("whole feed-forward blocks", "feed-forward linears, one router for a block")
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        sites = super().plan(modules, targeted)
+        return {name: replace(site, by_linear=site.form is not None) for name, site in sites.items()}
 
 
 @register

@@ -55,7 +55,8 @@ class MixtureFeedForward(MoeLoraLayer):
         assert here is not None
         routing = self.route(adapter, x, here)
         compute = self.configs[adapter].compute
-        y_TD = compute.feed_forward(x.reshape(-1, x.shape[-1]), routing, self.frozen_block(), self._experts(adapter))
+        operation = compute.feed_forward_linears if self.sites[adapter].by_linear else compute.feed_forward
+        y_TD = operation(x.reshape(-1, x.shape[-1]), routing, self.frozen_block(), self._experts(adapter))
         y_TD = self.report_routing(adapter, routing, here, y_TD)
         return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
 

@@ -22,6 +22,7 @@ from moelora.experts.slots import SlotExperts
 from moelora.experts.vectors import VectorExperts
 from moelora.inject.placement import (
     BlockPlacement,
+    FeedForwardLinearsPlacement,
     FeedForwardPlacement,
     LinearPlacement,
     MoeBlockPlacement,
@@ -113,6 +114,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=None),
         "selection": Dense(),
         "balance": [],
+    },
+    "llava_mole": {
+        "experts": LoraExperts(num_experts=3, r=32, lora_alpha=64, lora_dropout=0.05),
+        "placement": FeedForwardLinearsPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": TopK(k=1, renormalize=False, multiply_by_gate=False),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
     },
     "loramoe": {
         "experts": LoraExperts(num_experts=8, r=4, lora_alpha=32, lora_dropout=0.05),

@@ -78,6 +78,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "top_k": (3, "selection.k"),
     "top_p": (0.5, "selection.p"),
     "capacity": (7, "selection.capacity"),
+    "multiply_by_gate": (True, "selection.multiply_by_gate"),
     "threshold": (0.3, "selection.threshold"),
     "num_tasks": (5, "scores.num_tasks"),
     "task_features": (7, "scores.features"),
@@ -187,7 +188,9 @@ def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) ->
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
     words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
-    config = MoeLoraConfig.from_preset(name, **dict.fromkeys(words, 0.0))
+    # without a gate nothing but the loss trains the router
+    gate: dict[str, Any] = {"multiply_by_gate": True} if name == "llava_mole" else {}
+    config = MoeLoraConfig.from_preset(name, **gate, **dict.fromkeys(words, 0.0))
     assert config.balance == []
     assert not config.has_balance_loss
     assert not getattr(config.scores, "bias", False)
