@@ -13,13 +13,13 @@ from moelora.choices import Choice, register
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
 from moelora.inject.moe_blocks import find_moe_blocks
-from moelora.inject.parts import features_of, part_of
+from moelora.inject.parts import features_of, inputs_of, part_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
 from moelora.validation import check, check_choice, check_pattern
 
-Routers = Literal["per_site", "per_model"]
+Routers = Literal["per_site", "per_input", "per_model"]
 Part = Literal["key", "value", "gate", "up", "down"]
 
 
@@ -30,7 +30,10 @@ class Placement(Choice):
     Args:
         unrouted_modules: Targeted linears that get one ordinary LoRA instead of a mixture: a regex, a list of name
             endings as in `target_modules`, "rest" where the choice knows what that is, or None.
-        routers: "per_site", or "per_model": one router for all sites, held by the first of them.
+        routers: "per_site"; "per_model", one router for all sites, held by the first of them; or "per_input", one for
+            queries, keys and values of an attention (in cross-attention for keys and values), and one for gate and up
+            of a feed-forward block, which decides once for the input that they have in common. A draw, as of expert
+            dropout, is then common, too. It is there for speed: routers are felt on small models.
 
     Raises:
         ConfigError: If it is none of these.
@@ -64,11 +67,14 @@ class Placement(Choice):
         raise NotImplementedError
 
     def check(self, config: Any) -> None:
-        """Refuse one router for all sites if its scores look at each site's own input.
+        """Refuse a router for several sites that could not serve them all.
 
         Raises:
             ConfigError: With the reason.
         """
+        if self.routers == "per_input":
+            self._check_per_input(config)
+            return
         check(
             self.routers == "per_site" or (config.scores.ignores_input and config.selection.ignores_input),
             "placement.routers",
@@ -77,14 +83,28 @@ class Placement(Choice):
             "They look at the input of each site, whose size and meaning differ.",
         )
 
+    def _check_per_input(self, config: Any) -> None:
+        one_size = config.experts.fewest == config.experts.num_experts
+        for name, value, good, allowed in (
+            ("placement", self.kind, self.kind == "linear", "'linear'"),
+            ("scores", config.scores.kind, config.scores.kind == "linear", "'linear'"),
+            ("experts", config.experts.kind, config.experts.is_low_rank, "LoRAs"),
+            ("experts", config.experts.describe(), one_size, "as many experts in every layer"),
+        ):
+            check(good, name, value, f"{allowed} with placement.routers='per_input'", "One router could not serve the others.")
+
     def share_routers(self, sites: Mapping[str, PlannedSite]) -> dict[str, PlannedSite]:
         """The sites, each with the name of the one that holds its router, and its number among those that share it."""
         if self.routers == "per_site":
             return dict(sites)
-        routed = [name for name, site in sites.items() if site.routed]
+        groups: dict[str, list[str]] = {}
+        for name, site in sites.items():
+            if site.routed:
+                groups.setdefault("" if self.routers == "per_model" else site.input_of or name, []).append(name)
         shared = {
-            name: replace(sites[name], router=routed[0] if index else None, index=index, num_sharing=len(routed))
-            for index, name in enumerate(routed)
+            name: replace(sites[name], router=names[0] if index else None, index=index, num_sharing=len(names))
+            for names in groups.values()
+            for index, name in enumerate(names)
         }
         return {**sites, **shared}
 
@@ -148,7 +168,11 @@ class LinearPlacement(Placement):
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
-        return {name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name)) for name in targeted}
+        inputs = inputs_of(modules, targeted) if self.routers == "per_input" else {}
+        return {
+            name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name), input_of=inputs.get(name, ""))
+            for name in targeted
+        }
 
 
 @register

@@ -78,6 +78,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "top_k": (3, "selection.k"),
     "top_p": (0.5, "selection.p"),
     "capacity": (7, "selection.capacity"),
+    "routers": ("per_input", "placement.routers"),
     "multiply_by_gate": (True, "selection.multiply_by_gate"),
     "threshold": (0.3, "selection.threshold"),
     "num_tasks": (5, "scores.num_tasks"),

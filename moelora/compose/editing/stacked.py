@@ -104,7 +104,7 @@ class StackedAdapter:
     def shares_experts(self) -> bool:
         """Whether expert number e is one and the same at all sites: it has a name, or sites have no own routers."""
         owners = sum(site.owns_router for site in self.mixtures().values())
-        return bool(self.names) or owners == 0 or self.config.placement.routers == "per_model"
+        return bool(self.names) or owners == 0 or self.config.placement.routers != "per_site"
 
     @property
     def names(self) -> list[str]:
