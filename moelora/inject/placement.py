@@ -91,7 +91,13 @@ class Placement(Choice):
             ("experts", config.experts.kind, config.experts.is_low_rank, "LoRAs"),
             ("experts", config.experts.describe(), one_size, "as many experts in every layer"),
         ):
-            check(good, name, value, f"{allowed} with placement.routers='per_input'", "One router could not serve the others.")
+            check(
+                good,
+                name,
+                value,
+                f"{allowed} with placement.routers='per_input'",
+                "One router could not serve the others.",
+            )
 
     def share_routers(self, sites: Mapping[str, PlannedSite]) -> dict[str, PlannedSite]:
         """The sites, each with the name of the one that holds its router, and its number among those that share it."""

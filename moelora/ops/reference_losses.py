@@ -21,11 +21,13 @@ def localized_balance_loss(
         delta: See `LocalizedBalance`.
     """
     E = probs_TE.shape[1]
-    values = []
+    zero = probs_TE.new_zeros(())
+    values: list[Tensor] = []
     for n in range(len(first_N)):
         tokens = [t for t in range(len(valid_T)) if valid_T[t] and sequence_T[t] == n]
         for e in range(E):
             importance = 1 + delta if bool(first_N[n]) == (e < E / 2) else 1 - delta
-            values += [importance * sum(probs_TE[t, e] for t in tokens)] if tokens else []
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / (mean**2 + 1e-10)
+            values += [importance * sum((probs_TE[t, e] for t in tokens), start=zero)] if tokens else []
+    mean = sum(values, start=zero) / len(values)
+    squares = [(value - mean) ** 2 for value in values]
+    return sum(squares, start=zero) / (len(values) - 1) / (mean**2 + 1e-10)

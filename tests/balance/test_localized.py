@@ -137,4 +137,4 @@ def test_what_it_refuses() -> None:
         MoeLoraConfig(balance="localized", selection="dense", scores={"kind": "linear", "activation": "sigmoid"})
     for words in ({"delta": 1.0}, {"delta": -0.1}, {"first_tasks": [-1]}, {"first_tasks": 1}):
         with pytest.raises(ConfigError, match=r"balance\.(delta|first_tasks) is"):
-            LocalizedBalance(coef=0.1, **words)  # type: ignore[arg-type]
+            LocalizedBalance(coef=0.1, **words)

@@ -48,7 +48,7 @@ def experts_of(layer: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
 @pytest.mark.parametrize("compute", ["fast", "reference"])
 def test_a_block_equals_the_reference(name: str, gate: bool, compute: str) -> None:
     """Forward and the gradient of the input, the experts and the router."""
-    words = {"multiply_by_gate": gate, "compute": compute, "top_k": 2 if gate else 1}
+    words: dict[str, Any] = {"multiply_by_gate": gate, "compute": compute, "top_k": 2 if gate else 1}
     model = adapted("llava_mole", name, **words)
     _, layer = block_of(model)
     weight = layer.routers["default"].get_parameter("weight")
@@ -57,7 +57,7 @@ def test_a_block_equals_the_reference(name: str, gate: bool, compute: str) -> No
     assert set(loras) == set(layer.form.linears)
     x = torch.randn(2, 5, 36).requires_grad_()
     leaves = {"x": x, "weight": weight}
-    leaves |= {f"{role} {i}": loras[role][i] for role in loras for i in (0, 1)}  # type: ignore[misc]
+    leaves |= {f"{role} {i}": loras[role][i] for role in loras for i in (0, 1)}
     activation: Any = layer.base_layer.get_submodule(layer.form.activation)
 
     def naive() -> Tensor:
@@ -109,6 +109,7 @@ def test_the_decision_is_the_blocks_and_holds_for_its_linears() -> None:
     weight = layer.moelora_router["default"].get_parameter("weight")
     expected = (seen["x"].flatten(0, 1) @ weight.t()).argmax(-1)
     routing = recorder.records[1].routing
+    assert routing.ids_TK is not None
     assert torch.equal(routing.ids_TK[:, 0], expected)
     assert torch.equal(routing.weights_TK, torch.ones_like(routing.weights_TK))
     assert len(set(expected.tolist())) > 1

@@ -92,7 +92,7 @@ def test_magnitudes_start_at_pefts(name: str) -> None:
 
 def test_dropout_is_pefts_with_the_same_draw() -> None:
     """On single linears, where both draw alike: W, too, sees what dropout leaves."""
-    words = {"placement": {"kind": "linear", "unrouted_modules": ".*"}, "task_type": "CAUSAL_LM"}
+    words: dict[str, Any] = {"placement": {"kind": "linear", "unrouted_modules": ".*"}, "task_type": "CAUSAL_LM"}
     model = get_peft_model(tiny_model(), MoeLoraConfig(experts={"kind": "dora", "r": 3, "lora_alpha": 5}, **words))
     shake(model)
     dora = as_peft_dora(model, tiny_model())
@@ -110,7 +110,8 @@ def test_dropout_is_pefts_with_the_same_draw() -> None:
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3"])
 @pytest.mark.parametrize("placement", ["feed_forward", "linear"])
 def test_a_model_equals_the_references(name: str, placement: str) -> None:
-    words = {"experts": {"kind": "dora", "r": 3, "num_experts": 4}, "placement": placement, "task_type": "CAUSAL_LM"}
+    experts = {"kind": "dora", "r": 3, "num_experts": 4}
+    words: dict[str, Any] = {"experts": experts, "placement": placement, "task_type": "CAUSAL_LM"}
     found = []
     for compute in ("fast", "reference"):
         model = get_peft_model(tiny_model(name), MoeLoraConfig(**words, compute=compute)).eval()
@@ -146,7 +147,8 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
     """A tiny Llama in nf4."""
     pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    sizes["num_key_value_heads"] = 2
     tiny_model(**sizes).save_pretrained(folder)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32).eval()

@@ -35,6 +35,7 @@ from tests.conftest import tiny_batch, tiny_model
 from tests.training.runs import assert_same_step, checkpointing_words, toy_rows, train
 
 PRESETS = ("sira", "molora", "smora")
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
@@ -156,7 +157,7 @@ def test_another_input_is_another_decision(preset: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing(preset: str, name: str, reentrant: bool) -> None:
     words: dict[str, Any] = {"expert_dropout": 0.0} if preset == "sira" else {}
-    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if name == "bert" else {}
+    calm: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.0) if name == "bert" else {}
     found = []
     for checkpointing in (False, True):
         model = get_peft_model(tiny_model(name, **calm), small_config(preset, name, routers="per_input", **words))
@@ -171,7 +172,7 @@ def test_gradient_checkpointing(preset: str, name: str, reentrant: bool) -> None
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 def test_a_trainers_step_with_a_balance_loss(reentrant: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = {"balance_coef": 1.0, "expert_dropout": 0.0, "lora_alpha": 0.3}
+    words: dict[str, Any] = {"balance_coef": 1.0, "expert_dropout": 0.0, "lora_alpha": 0.3}
     run = train(shared("sira", **words), toy_rows(), batch=2, accumulate=2, **checkpointing_words(reentrant))
     ask_each_by_itself(monkeypatch)
     assert_same_step(run, train(shared("sira", **words), toy_rows()))
@@ -198,6 +199,7 @@ def test_a_bias_moves_once_for_all_its_sites() -> None:
     for name, bias in router_biases(model).items():
         layer = name.removeprefix("base_model.model.").partition(".moelora_router")[0]
         record = records[layer]
+        assert record.routing.ids_TK is not None
         expected = reference.bias_update(before[name], record.routing.ids_TK[record.valid_T], 0.1)
         torch.testing.assert_close(bias, expected)
 
