@@ -24,7 +24,7 @@ from moelora.validation import check_keys
 
 AXES = ("experts", "placement", "scores", "selection", "balance", "compute")
 
-InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform"]
+InitKind = Literal["zeros", "ones", "unit", "kaiming", "normal", "uniform", "base"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Init:
 
     Args:
         kind: "zeros"; "ones"; "unit", U(0, 1); "kaiming", `nn.Linear`'s default U(-1/sqrt(n), 1/sqrt(n)) with n the
-            last dimension; "normal", N(0, scale); or "uniform", U(-scale, scale).
+            last dimension; "normal", N(0, scale); "uniform", U(-scale, scale); or "base", 0 until the experts fill it
+            with what they make of the base (`Experts.start`).
         scale: See `kind`.
     """
 
@@ -126,6 +127,7 @@ class Place:
         head_features: Features of one attention head of the model; 0 if it does not say.
         causal: Whether it is in a layer whose attention looks back only, as far as that can be told; else None.
         model_features: Features of the model's hidden states; 0 if it does not say.
+        by_linear: Whether the experts of a feed-forward block are mixed at each of its linears, not as whole blocks.
         family: The sites of the adapter that are of one sort: the name with "*" for its numbers, and the sizes.
         member: Its number among these.
         num_members: How many these are.
@@ -138,6 +140,7 @@ class Place:
     head_features: int = 0
     causal: bool | None = None
     model_features: int = 0
+    by_linear: bool = False
     family: str = ""
     member: int = 0
     num_members: int = 1

@@ -223,8 +223,8 @@ class MoeLoraConfig(PeftConfig):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Facts of a batch that routing cannot do without."""
-        return frozenset().union(*(choice.needs for choice in self.choices()))
+        """Facts of a batch that routing cannot do without; training may need more, for the balance."""
+        return frozenset().union(*(getattr(self, axis).needs for axis in _DEFAULTS))
 
     def expert_params(self, site: Site) -> list[Param]:
         """The tensors of the experts at a site."""

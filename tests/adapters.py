@@ -29,6 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
 # What is not on all tiny models alike: experts by layer, or that are no low-rank factors.
 SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "moelora_task": {"r": 8, "num_experts": 4, "num_tasks": 3, "task_features": 5, "lora_dropout": 0.0},
+    "mixdora": {"r": 3, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
+    "llava_mole": {"r": 3, "lora_alpha": 6, "num_experts": 4, "lora_dropout": 0.0},
+    "loramoe": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "poly": {"r": 3, "num_experts": 4, "num_tasks": 3},
     "mhr": {"r": 3, "num_experts": 3, "num_tasks": 3, "num_splits": 2},
     "mola": {"r": 3, "num_experts": [2, 4], "lora_dropout": 0.0},

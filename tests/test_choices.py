@@ -89,6 +89,9 @@ OTHER: dict[str, Any] = {
     "capacity": None,  # there is a factor already
     "per_layer": None,  # of one of the layers
     "recipe": {"kind": "uniform"},
+    "multiply_by_gate": False,
+    "delta": 0.3,
+    "first_tasks": [0, 2],
 }
 # Where a name means something else.
 OTHER_OF: dict[str, dict[str, Any]] = {
@@ -107,6 +110,7 @@ KEPT = {
     "lora": {"per_layer"},
     "lora_composed": {"per_layer"},
     "lora_shared_a": {"per_layer"},
+    "dora": {"per_layer"},
     "top_k": {"capacity"},
     "block": {"unrouted_modules"},
     "parts": {"unrouted_modules"},
@@ -129,9 +133,9 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            "vector",
+            *("vector", "dora"),
         },
-        "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
+        "placement": {"linear", "feed_forward", "feed_forward_linears", "block", "parts", "moe_block"},
         "scores": {
             *("linear", "constant", "task", "prototypes", "centroids", "glider", "classifier", "base_router"),
             *("intuition", "task_embedding", "task_table", "tree_keys"),
@@ -139,7 +143,7 @@ def test_the_kinds() -> None:
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized"},
         "compute": {"fast", "compiled", "reference"},
     }
 
@@ -265,6 +269,8 @@ def test_json_round_trip_of_a_config(axis: str, kind: str, tmp_path: Path) -> No
     rest: dict[str, Any] = {}
     if axis == "placement":
         rest = {"scores": "constant", "selection": "dense"}
+    elif kind == "top_k":
+        rest = {"balance": {"kind": "switch", "coef": 0.1}}
     elif kind == "constant":
         rest = {"experts": {"kind": "lora", "num_experts": 2}}
     words: dict[str, Any] = {**rest, axis: filled(axis, kind)}

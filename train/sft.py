@@ -53,7 +53,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     show_rows(rows, config)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
-    if isinstance(adapter, MoeLoraConfig) and hasattr(adapter.scores, "num_tasks"):
+    if isinstance(adapter, MoeLoraConfig) and _reads_tasks(adapter):
         rows = with_task_ids(rows, config.dataset)
     stages = {ADAPTER: (adapter, dict[str, Any]())}
     if config.baseline is not None:
@@ -62,6 +62,11 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         args = sft_config(config, folder.checkpoints(stage), changes)
         train_stage(stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows)
     say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+
+
+def _reads_tasks(adapter: MoeLoraConfig) -> bool:
+    """Whether its routing has a table of tasks, or its balance goes by the task."""
+    return hasattr(adapter.scores, "num_tasks") or any("task_ids" in choice.needs for choice in adapter.balance)
 
 
 def _make_model(config: RunConfig, peft_config: Any) -> Any:

@@ -195,7 +195,7 @@ def _words(config: Any) -> dict[str, Any]:
     top_k = selection if isinstance(selection, TopK) else None
     plain = selection.kind == "dense" and not selection.renormalize
     if top_k is not None:
-        plain = top_k.expert_dropout == 0 and not top_k.has_capacity
+        plain = top_k.expert_dropout == 0 and not top_k.has_capacity and top_k.multiply_by_gate
         plain = plain and not (top_k.renormalize and (not scores.softmax or scores.temperature != 1))
     if not plain:
         raise ComposeError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
 from moelora.choices import Choice, Site
+from moelora.ops.compute import Compute
 from moelora.ops.factors import Factors
+from moelora.ops.feed_forward_parts import Dense, FrozenFeedForward
 from moelora.routing.batch import Tokens
 from moelora.routing.decision import Routing
 from moelora.tensors import AdapterTensors
@@ -40,6 +42,9 @@ class ExpertInput:
         site: What was known of the place when the tensors were declared.
         tokens: What the batch says of the tokens.
         dropout: The dropout "lora_dropout" of the choice.
+        compute: The choice of compute.
+        dense: Gives weight and bias of each frozen linear, by its role.
+        block: The parts of a feed-forward block; None of a linear.
     """
 
     x: Tensor
@@ -50,6 +55,9 @@ class ExpertInput:
     site: Site
     tokens: Tokens
     dropout: Any
+    compute: Compute
+    dense: Callable[[], Dense]
+    block: FrozenFeedForward | None
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the experts by the name it was declared under."""
@@ -69,7 +77,8 @@ class Experts(Choice):
     is_low_rank: ClassVar[bool] = False
     """Whether `factors` says all there is to say, and the fast operations do the rest; else `apply` does."""
     has_stacks: ClassVar[bool] = False
-    """Whether each expert is a slice of A and of B, or of B alone, so that experts can be told apart and edited."""
+    """Whether each expert is a slice of A and of B, or of B alone, so that experts can be told apart; if they are low
+    rank, too, they can be edited."""
 
     num_experts: int = 8
 
@@ -138,6 +147,14 @@ class Experts(Choice):
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
         """See `Choice.picked`."""
         return replace(self.frozen(0), num_experts=len(experts))
+
+    def start(self, parts: Mapping[str, AdapterTensors], dense: Callable[[], Dense]) -> None:
+        """Fill the tensors that start at values of the base, those declared with `Init("base")`.
+
+        Args:
+            parts: See `factors`.
+            dense: Gives weight [O, D] and bias of each frozen linear, by its role.
+        """
 
     def factors(
         self, parts: Mapping[str, AdapterTensors], role: str, scaling: float, site: Site | None = None

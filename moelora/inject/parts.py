@@ -11,8 +11,11 @@ from torch import nn
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
 from moelora.inject.split_blocks import SplitBlock, check_split_block
-from moelora.layers.modules import unwrapped
+from moelora.layers.modules import linear_size, unwrapped
 
+_OF_BLOCK = ("gate", "up", "down")
+_QUERY = re.compile(r"(q|query)(_proj|_lin)?")
+_CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
 _OF_ATTENTION = {"key": re.compile(r"(k|key)(_proj|_lin)?"), "value": re.compile(r"(v|value)(_proj|_lin)?")}
 _FUSED = re.compile(r"(w_?)?qkv(_proj|_lin)?|query_key_value|c_attn|in_proj", re.IGNORECASE)
 
@@ -26,7 +29,7 @@ def part_of(
         modules: The modules of the base model by name.
         splits: Its split blocks (`find_split_blocks`).
         name: The linear.
-        wanted: "key", "value", "down".
+        wanted: "key", "value", "gate", "up", "down".
 
     Raises:
         TargetError: If keys or values are wanted, and the linear computes them together with queries; or if its
@@ -43,15 +46,41 @@ def part_of(
             f"outputs of their own; allowed: separate projections. Leave it out with exclude_modules={[last]!r}: the "
             "other parts are adapted then."
         )
-    if "down" not in wanted or not parent:
+    of_block = [part for part in wanted if part in _OF_BLOCK]
+    if not of_block or not parent:
         return None
     if name in splits:
         check_split_block(modules, splits[name])
-        return "down" if splits[name].linears["down"] == name else None
-    block = unwrapped(modules[parent])
-    if not looks_like_feed_forward(block):
-        return None
-    return "down" if find_form(block, parent).down == last else None
+        linears = splits[name].linears
+    else:
+        block = unwrapped(modules[parent])
+        if not looks_like_feed_forward(block):
+            return None
+        linears = {role: f"{parent}.{child}" for role, child in find_form(block, parent).linears.items()}
+    return next((role for role in of_block if linears.get(role) == name), None)
+
+
+def inputs_of(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
+    """A key for each linear that may have the input of others: the same for all of them.
+
+    They are the projections to queries, keys and values of one attention (in cross-attention keys and values) that have
+    as many features, known by their names, and gate and up of one feed-forward block, known by its structure.
+
+    Args:
+        modules: The modules of the base model by name.
+        names: The linears.
+    """
+    found = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        parts = [*_OF_ATTENTION.values(), *([] if _CROSS.search(parent) else [_QUERY])]
+        if any(part.fullmatch(last) for part in parts):
+            found[name] = f"{parent} {linear_size(modules[name])[0]}"
+        elif parent and looks_like_feed_forward(block := unwrapped(modules[parent])):
+            form = find_form(block, parent)
+            if last in (form.gate, form.up):
+                found[name] = parent
+    return found
 
 
 def features_of(model: nn.Module) -> tuple[int, int]:

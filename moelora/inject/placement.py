@@ -13,14 +13,14 @@ from moelora.choices import Choice, register
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
 from moelora.inject.moe_blocks import find_moe_blocks
-from moelora.inject.parts import features_of, part_of
+from moelora.inject.parts import features_of, inputs_of, part_of
 from moelora.inject.site import PlannedSite
 from moelora.inject.split_blocks import check_split_block, find_split_blocks
 from moelora.layers.modules import unwrapped
 from moelora.validation import check, check_choice, check_pattern
 
-Routers = Literal["per_site", "per_model"]
-Part = Literal["key", "value", "down"]
+Routers = Literal["per_site", "per_input", "per_model"]
+Part = Literal["key", "value", "gate", "up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,10 @@ class Placement(Choice):
     Args:
         unrouted_modules: Targeted linears that get one ordinary LoRA instead of a mixture: a regex, a list of name
             endings as in `target_modules`, "rest" where the choice knows what that is, or None.
-        routers: "per_site", or "per_model": one router for all sites, held by the first of them.
+        routers: "per_site"; "per_model", one router for all sites, held by the first of them; or "per_input", one for
+            queries, keys and values of an attention (in cross-attention for keys and values), and one for gate and up
+            of a feed-forward block, which decides once for the input that they have in common. A draw, as of expert
+            dropout, is then common, too. It is there for speed: routers are felt on small models.
 
     Raises:
         ConfigError: If it is none of these.
@@ -64,11 +67,14 @@ class Placement(Choice):
         raise NotImplementedError
 
     def check(self, config: Any) -> None:
-        """Refuse one router for all sites if its scores look at each site's own input.
+        """Refuse a router for several sites that could not serve them all.
 
         Raises:
             ConfigError: With the reason.
         """
+        if self.routers == "per_input":
+            self._check_per_input(config)
+            return
         check(
             self.routers == "per_site" or (config.scores.ignores_input and config.selection.ignores_input),
             "placement.routers",
@@ -77,14 +83,34 @@ class Placement(Choice):
             "They look at the input of each site, whose size and meaning differ.",
         )
 
+    def _check_per_input(self, config: Any) -> None:
+        one_size = config.experts.fewest == config.experts.num_experts
+        for name, value, good, allowed in (
+            ("placement", self.kind, self.kind == "linear", "'linear'"),
+            ("scores", config.scores.kind, config.scores.kind == "linear", "'linear'"),
+            ("experts", config.experts.kind, config.experts.is_low_rank, "LoRAs"),
+            ("experts", config.experts.describe(), one_size, "as many experts in every layer"),
+        ):
+            check(
+                good,
+                name,
+                value,
+                f"{allowed} with placement.routers='per_input'",
+                "One router could not serve the others.",
+            )
+
     def share_routers(self, sites: Mapping[str, PlannedSite]) -> dict[str, PlannedSite]:
         """The sites, each with the name of the one that holds its router, and its number among those that share it."""
         if self.routers == "per_site":
             return dict(sites)
-        routed = [name for name, site in sites.items() if site.routed]
+        groups: dict[str, list[str]] = {}
+        for name, site in sites.items():
+            if site.routed:
+                groups.setdefault("" if self.routers == "per_model" else site.input_of or name, []).append(name)
         shared = {
-            name: replace(sites[name], router=routed[0] if index else None, index=index, num_sharing=len(routed))
-            for index, name in enumerate(routed)
+            name: replace(sites[name], router=names[0] if index else None, index=index, num_sharing=len(names))
+            for names in groups.values()
+            for index, name in enumerate(names)
         }
         return {**sites, **shared}
 
@@ -148,7 +174,11 @@ class LinearPlacement(Placement):
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
-        return {name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name)) for name in targeted}
+        inputs = inputs_of(modules, targeted) if self.routers == "per_input" else {}
+        return {
+            name: PlannedSite(name, ("",), {"": name}, self.routes_linear(name), input_of=inputs.get(name, ""))
+            for name in targeted
+        }
 
 
 @register
@@ -166,8 +196,8 @@ class FeedForwardPlacement(Placement):
 
     def phrase(self) -> str:
         """See `Placement.phrase`."""
-        rest = "plain LoRA on the other linears" if self.unrouted_modules == "rest" else "and the other linears"
-        return f"whole feed-forward blocks; {rest}"
+        plain = self.unrouted_modules == "rest"
+        return f"whole feed-forward blocks; {'one unrouted expert on' if plain else 'and'} the other linears"
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
@@ -194,7 +224,7 @@ class FeedForwardPlacement(Placement):
                 raise TargetError(
                     f"placement.unrouted_modules={self.unrouted_modules!r} match {name!r}, which is in the "
                     f"feed-forward block {block!r}; allowed: linears outside the blocks. With the placement "
-                    "'feed_forward' a block is routed as a whole; leave the linear out with exclude_modules, or use "
+                    f"{self.kind!r} a block is routed as a whole; leave the linear out with exclude_modules, or use "
                     "the placement 'linear'."
                 )
             site = blocks[block]
@@ -202,7 +232,7 @@ class FeedForwardPlacement(Placement):
             sites[block] = blocks[block] = replace(site, roles=tuple(sorted((*site.roles, role))))
         if not blocks:
             raise TargetError(
-                "the placement is 'feed_forward', but none of the targeted linears is in a feed-forward block, a "
+                f"the placement is {self.kind!r}, but none of the targeted linears is in a feed-forward block, a "
                 f"module with two or three linears and an activation of its own (targets: {', '.join(targeted[:8])}, "
                 "...). Add the feed-forward linears to target_modules, or use a preset with a mixture on each linear "
                 "(most have)."
@@ -236,12 +266,49 @@ class BlockPlacement(FeedForwardPlacement):
 
 @register
 @dataclass(frozen=True, kw_only=True)
+class FeedForwardLinearsPlacement(FeedForwardPlacement):
+    """A mixture on each targeted linear of a feed-forward block, with one router that looks at the block's input.
+
+    The decision of a token holds for all linears of the block: `y = W x + scaling * sum_e g_e B_e A_e x` at each of
+    them, whose inputs differ. A targeted linear outside the blocks is as with the placement "feed_forward".
+    """
+
+    kind: ClassVar[str] = "feed_forward_linears"
+
+    def check(self, config: Any) -> None:
+        """Refuse experts that are more than what they add to a linear.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        super().check(config)
+        check(
+            config.experts.is_low_rank,
+            "experts",
+            config.experts.kind,
+            "LoRAs with the placement 'feed_forward_linears'",
+            "What they add to each linear is mixed there.",
+        )
+
+    def phrase(self) -> str:
+        """See `Placement.phrase`."""
+        return super().phrase().replace("whole feed-forward blocks", "feed-forward linears, one router for a block")
+
+    def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
+        """See `Placement.plan`."""
+        sites = super().plan(modules, targeted)
+        return {name: replace(site, by_linear=site.form is not None) for name, site in sites.items()}
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
 class PartsPlacement(Placement):
     """Of the targeted linears those that play a part, each with a mixture and a router of its own.
 
     Args:
-        parts: Which parts: "key" and "value", the projections of attention, known by their names; "down", the linear
-            behind the activation of a feed-forward block, known by the block's structure.
+        parts: Which parts: "key" and "value", the projections of attention, known by their names; "gate", "up" and
+            "down", the linears of a feed-forward block, known by its structure. A block without a gate has "up" and
+            "down", and a linear that is gate and up in one is "up".
 
     Raises:
         ConfigError: For another part.
@@ -249,7 +316,7 @@ class PartsPlacement(Placement):
 
     kind: ClassVar[str] = "parts"
 
-    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
+    parts: list[Part] = field(default_factory=lambda: ["key", "value", "down"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,12 +329,16 @@ class PartsPlacement(Placement):
 
     def phrase(self) -> str:
         """See `Placement.phrase`."""
-        names = {
+        names: dict[str, str] = {
             "key": "key projections",
             "value": "value projections",
+            "gate": "the gates of feed-forward blocks",
+            "up": "the first linears of feed-forward blocks",
             "down": "the last linears of feed-forward blocks",
         }
-        return ", ".join(names[part] for part in self.parts)
+        whole = {"gate", "up", "down"} <= set(self.parts)
+        rest = [names[part] for part in self.parts if not (whole and part in ("gate", "up", "down"))]
+        return ", ".join([*rest, *(["the linears of feed-forward blocks"] if whole else [])])
 
     def plan(self, modules: Mapping[str, nn.Module], targeted: list[str]) -> dict[str, PlannedSite]:
         """See `Placement.plan`."""
@@ -280,7 +351,7 @@ class PartsPlacement(Placement):
         if not sites:
             raise TargetError(
                 f"none of the targeted linears ({', '.join(targeted[:8])}, ...) plays one of the parts "
-                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the last linears "
+                f"{', '.join(self.parts)}; allowed: the key and value projections of attention, and the linears "
                 "of feed-forward blocks. Add them to target_modules, or leave target_modules out."
             )
         return sites

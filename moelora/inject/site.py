@@ -26,6 +26,7 @@ class PlannedSite(Place):
         router: Name of the site that holds the router it uses; None is the site itself.
         width: Features of a block that is wrapped whole, without regard to its linears; 0 if it is not.
         base_router: Name of the router of such a block.
+        input_of: A key that it shares with the sites that may have the same input; "" without any.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PlannedSite(Place):
     router: str | None = None
     width: int = 0
     base_router: str | None = None
+    input_of: str = ""
 
     def sizes(self, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) by role: of all linears, or of the block that is wrapped whole."""

@@ -16,7 +16,9 @@ from moelora.choices import Param, Site
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, MoeLoraError
 from moelora.experts.base import ExpertInput
+from moelora.layers.repeated import not_reentrant, not_repeatable
 from moelora.ops.factors import Factors
+from moelora.ops.feed_forward_parts import Dense, FrozenFeedForward
 from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
 from moelora.routing.prompts import BASE_HIDDEN
@@ -100,6 +102,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """(in_features, out_features) of each linear by its role; "" for a layer of one linear."""
         raise NotImplementedError
 
+    def dense(self) -> Dense:
+        """Weight and bias of each frozen linear by its role, as in `linear_sizes`."""
+        raise NotImplementedError
+
+    def frozen_block(self) -> FrozenFeedForward | None:
+        """The parts of a feed-forward block; None for any other module."""
+        return None
+
     def update_layer(
         self,
         adapter_name: str,
@@ -146,6 +156,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         for module in (*parts.values(), self.moelora_dropout[adapter_name]):
             module.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        config.experts.start(parts, self.dense)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forget(self, adapter_name: str) -> None:
@@ -206,6 +217,18 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         return any(config.has_balance_loss and not config.inference_mode for config in configs)
 
     def route(self, adapter: str, x: Tensor, here: Here) -> Routing:
+        """Decide for the T tokens of `x` [..., D]; once for sites of one input that share a router.
+
+        Raises:
+            MoeLoraError: See `_decide`.
+        """
+        place, shares = here.place, self.configs[adapter].placement.routers == "per_input"
+        # rows of a batch by themselves are another tensor each time, and a graph must not depend on which tensor it is
+        if place is None or not shares or here.key is None or torch.compiler.is_compiling():
+            return self._decide(adapter, x, here)
+        return place.run.once(adapter, self.routers[adapter], place, x, lambda: self._decide(adapter, x, here))
+
+    def _decide(self, adapter: str, x: Tensor, here: Here) -> Routing:
         """Decide for the T tokens of `x` [..., D].
 
         Raises:
@@ -217,7 +240,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         place, replaced = here.place, None
         bias = router.tensor("bias") if router.has_moving_bias else None
         if place is None and (router.reads_batch or bias is not None) and in_backward():
-            raise MoeLoraError(self._not_repeatable())
+            raise MoeLoraError(not_repeatable(self.name))
         if place is not None and bias is not None and place.run.grad_enabled:  # else nothing is ever repeated
             biases = place.run.biases
             if not place.repeated:
@@ -225,14 +248,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             elif (self.name, adapter) in biases:
                 replaced = {"bias": biases[self.name, adapter]}
             elif self.training and self._moves_bias(adapter):
-                raise MoeLoraError(self._not_repeatable())
+                raise MoeLoraError(not_repeatable(self.name))
         prepared_T = self.prepared_T(adapter, x, here)
         at_entry = bool(here.tokens.prepared)
         loses_gradient = (
             at_entry and prepared_T is not None and prepared_T.requires_grad and not torch.is_grad_enabled()
         )
         if loses_gradient and place is not None and place.run.grad_enabled:
-            raise MoeLoraError(self._not_reentrant())
+            raise MoeLoraError(not_reentrant(self.name))
         # what looks at the batch alone is the same in every layer of a run; but where a router trains, a layer that
         # checkpointing runs again needs a decision with a gradient
         trains = place is not None and place.run.grad_enabled and self.configs[adapter].scores.is_trained
@@ -268,11 +291,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             return heard[-1][0]
 
         tokens = _NO_BATCH.tokens(x) if here is None else here.tokens
-        dropout = self.moelora_dropout[adapter]
-        given = ExpertInput(
-            x, base, route, self.parts[adapter], self.scaling[adapter], self.sites[adapter], tokens, dropout
-        )
-        y: Tensor = self.configs[adapter].experts.apply(given)
+        config, dropout = self.configs[adapter], self.moelora_dropout[adapter]
+        at_site = self.parts[adapter], self.scaling[adapter], self.sites[adapter]
+        given = ExpertInput(x, base, route, *at_site, tokens, dropout, config.compute, self.dense, self.frozen_block())
+        y: Tensor = config.experts.apply(given)
         for routing, there in heard:
             y = self.report_routing(adapter, routing, there, y)
         return y
@@ -288,20 +310,6 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def prepared_T(self, adapter: str, x: Tensor, here: Here) -> Tensor | None:
         """What is made of each token before its router runs, [T, ...]; None if nothing is."""
         return here.tokens.prepared_T(adapter) if here.tokens.prepared else None
-
-    def _not_repeatable(self) -> str:
-        return (
-            f"{self.name!r} is run again in the backward pass by other means than transformers' gradient "
-            "checkpointing, and its routing depends on the first run (a capacity, a bias that moves, given facts); "
-            "allowed: model.gradient_checkpointing_enable(), or none."
-        )
-
-    def _not_reentrant(self) -> str:
-        return (
-            f"{self.name!r} runs without gradients in a forward that has them, as under reentrant gradient "
-            "checkpointing, and its router decides before the layers run, so that its gradient would be lost; allowed: "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, or none."
-        )
 
     def report_routing(self, adapter: str, routing: Routing, here: Here, output: Tensor) -> Tensor:
         """Let those who listen know of a decision.
@@ -322,8 +330,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         return output
 
     def _moves_bias(self, adapter: str) -> bool:
-        """Whether an adapter's bias moves in training: not that of a frozen adapter."""
-        moves = any(choice.moves_bias for choice in self.configs[adapter].balance)
+        """Whether an adapter's bias moves in training, by this layer: not that of a frozen adapter."""
+        moves = any(choice.moves_bias for choice in self.configs[adapter].balance) and self.sites[adapter].owns_router
         return moves and any(part.is_trained() for part in self.parts[adapter].values())
 
     def moving_biases(self) -> dict[Mixture, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moelora.layers.base import Here, MoeLoraLayer
 from moelora.layers.modules import FeedForwardForm, dense_weight, linear_size
-from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
+from moelora.ops.feed_forward_parts import Dense, FeedForwardExperts, FrozenFeedForward
 
 
 class MixtureFeedForward(MoeLoraLayer):
@@ -38,6 +38,10 @@ class MixtureFeedForward(MoeLoraLayer):
         """Sizes of "up", "down" and, in a gated block, "gate"."""
         return {role: linear_size(self.linear(role)) for role in self.form.linears}
 
+    def dense(self) -> Dense:
+        """See `MoeLoraLayer.dense`."""
+        return {role: dense_weight(self.linear(role)) for role in self.form.linears}
+
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The mixture of the active adapter; of several, the base and the sum of their changes."""
         return self.sum_of_changes([a for a in self.active_adapters if self.has_adapter(a)], x, here)
@@ -51,11 +55,13 @@ class MixtureFeedForward(MoeLoraLayer):
         assert here is not None
         routing = self.route(adapter, x, here)
         compute = self.configs[adapter].compute
-        y_TD = compute.feed_forward(x.reshape(-1, x.shape[-1]), routing, self._frozen(), self._experts(adapter))
+        operation = compute.feed_forward_linears if self.sites[adapter].by_linear else compute.feed_forward
+        y_TD = operation(x.reshape(-1, x.shape[-1]), routing, self.frozen_block(), self._experts(adapter))
         y_TD = self.report_routing(adapter, routing, here, y_TD)
         return y_TD.view(*x.shape[:-1], y_TD.shape[-1])
 
-    def _frozen(self) -> FrozenFeedForward:
+    def frozen_block(self) -> FrozenFeedForward:
+        """See `MoeLoraLayer.frozen_block`."""
         form, block = self.form, self.base_layer
         down = self.linear("down")
 
@@ -71,7 +77,7 @@ class MixtureFeedForward(MoeLoraLayer):
             down_bias=getattr(down, "bias", None),
             hidden_dropout=_if_active(child(form.hidden_dropout)),
             output_dropout=_if_active(child(form.output_dropout)),
-            dense=lambda: {role: dense_weight(self.linear(role)) for role in form.linears},
+            dense=self.dense,
         )
 
     def _experts(self, adapter: str) -> FeedForwardExperts:

@@ -8,7 +8,8 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from moelora.layers.base import Here, MoeLoraLayer
-from moelora.layers.modules import linear_size, quantization_backend
+from moelora.layers.modules import dense_weight, linear_size, quantization_backend
+from moelora.ops.feed_forward_parts import Dense
 
 
 class MixtureLinear(MoeLoraLayer):
@@ -27,6 +28,10 @@ class MixtureLinear(MoeLoraLayer):
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """The one linear."""
         return {"": (self.in_features, self.out_features)}
+
+    def dense(self) -> Dense:
+        """See `MoeLoraLayer.dense`."""
+        return {"": dense_weight(self.get_base_layer())}
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The base output and the sum of the active adapters' deltas."""

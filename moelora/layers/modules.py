@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from moelora.errors import TargetError
@@ -109,7 +110,11 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
     bias: Tensor | None = getattr(linear, "bias", None)
     if quantization_backend(linear) is not None:
-        # by its effect, since 4-bit weights may be packed for a kernel in a way that cannot be dequantised
+        given: Any = linear.weight if hasattr(linear, "weight") else None
+        packed = getattr(getattr(given, "quant_state", None), "packing_format_for_cpu", False)
+        if type(given).__name__ == "Params4bit" and not packed:
+            return dequantize_module_weight(linear).detach(), bias
+        # by its effect, since weights may be packed for a kernel in a way that cannot be dequantised
         with torch.no_grad():
             columns: Tensor = linear(torch.eye(linear_size(linear)[0], device=next(linear.parameters()).device))
         return (columns if bias is None else columns - bias).t(), bias

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D input features, O output features, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +38,26 @@ class Compute(Choice):
     ) -> Tensor:
         """A mixture of feed-forward blocks; see `moelora.ops.mixture_feed_forward`."""
         raise NotImplementedError
+
+    def feed_forward_linears(
+        self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
+    ) -> Tensor:
+        """A block with a mixture on each of its linears, all by one decision."""
+        gates_TE = routing.gates_TE()
+
+        def linear(frozen: Callable[[Tensor], Tensor], factors: Factors | None, x: Tensor) -> Tensor:
+            y = frozen(x)
+            if factors is None:
+                return y
+            seen = x.to(factors.a_ERD.dtype)
+            seen = seen if experts.dropout is None else experts.dropout(seen)
+            return self.linear(seen, factors, gates_TE, y, routing.separate).to(y.dtype)
+
+        up = linear(block.up, experts.up, x_TD)
+        hidden = block.activate(up, None if block.gate is None else linear(block.gate, experts.gate, x_TD))
+        hidden = hidden if block.hidden_dropout is None else block.hidden_dropout(hidden)
+        y_TD = linear(block.down, experts.down, hidden)
+        return y_TD if block.output_dropout is None else block.output_dropout(y_TD)
 
 
 @register

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moelora.ops.factors import Factors
 
+Dense = dict[str, tuple[Tensor, Tensor | None]]
+"""Weight [out, in] and bias of linears, by their roles."""
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenFeedForward:
@@ -37,7 +40,7 @@ class FrozenFeedForward:
     down_bias: Tensor | None = None
     hidden_dropout: Callable[[Tensor], Tensor] | None = None
     output_dropout: Callable[[Tensor], Tensor] | None = None
-    dense: Callable[[], dict[str, tuple[Tensor, Tensor | None]]] | None = None
+    dense: Callable[[], Dense] | None = None
 
     def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """The hidden units of pre-activations; a fused `up` holds those of the gate in its first half."""

@@ -50,6 +50,45 @@ def mixture_linear(x_TD: Tensor, a_ERD: Tensor, b_EOR: Tensor, gates_TE: Tensor 
     return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, b_EOR.shape[1])
 
 
+def dora(x_D: Tensor, weight_OD: Tensor, a_RD: Tensor, b_OR: Tensor, magnitude_O: Tensor, scaling: float) -> Tensor:
+    """One DoRA on one token (arXiv 2402.09353): `m V x / ||V||`, `V = W + scaling B A`; no gradient by the norms."""
+    v_OD = _high(weight_OD) + scaling * _high(b_OR) @ _high(a_RD)
+    norms_O = torch.stack([row_D.detach().square().sum().sqrt() for row_D in v_OD])
+    return _high(magnitude_O) / norms_O * (v_OD @ _high(x_D))
+
+
+def dora_linear(
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    a_ERD: Tensor,
+    b_EOR: Tensor,
+    magnitude_EO: Tensor,
+    gates_TE: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """What a mixture of DoRAs on one linear adds to it: `sum_e g_te (DoRA_e(x_t) - W x_t)`.
+
+    Args:
+        x_TD: Tokens.
+        weight_OD: The frozen W.
+        a_ERD, b_EOR, magnitude_EO: The experts.
+        gates_TE: Weights of the experts; None for one without a router.
+        scaling: LoRA's scaling.
+
+    Returns:
+        delta_TO, fp32.
+    """
+    rows = []
+    for t, x_D in enumerate(x_TD):
+        row_O = _high(x_TD).new_zeros(b_EOR.shape[1])
+        for e in range(len(b_EOR)):
+            gate = 1.0 if gates_TE is None else _high(gates_TE)[t, e]
+            y_O = dora(x_D, weight_OD, a_ERD[e], b_EOR[e], magnitude_EO[e], scaling)
+            row_O = row_O + gate * (y_O - _high(weight_OD) @ _high(x_D))
+        rows.append(row_O)
+    return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, b_EOR.shape[1])
+
+
 def mixture_of_vectors(a_TF: Tensor, vectors_EF: Tensor, weight_EH: Tensor) -> Tensor:
     """MoV's activation (arXiv 2309.05444): `a * sum_e p_e l_e` at each head of H features, `p = softmax(W_r a)`.
 
@@ -139,6 +178,7 @@ def feed_forward_expert(
     loras: Mapping[str, tuple[Tensor, Tensor, float]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """One whole feed-forward expert on one token (MixLoRA, arXiv 2404.15159, Eq. 5-6).
 
@@ -149,6 +189,7 @@ def feed_forward_expert(
         loras: (A [E, R, in] or [1, R, in], B [E, out, R], LoRA's scaling) of those linears that have experts.
         kind: "gated": `down(act(gate x) * up x)`; "plain": `down(act(up x))`; "fused": up gives gate and up halves.
         activation: act.
+        magnitudes: Of experts that are DoRAs, m [E, out] of the linears in `loras`.
 
     Returns:
         y_D, fp32.
@@ -157,12 +198,14 @@ def feed_forward_expert(
     def linear(role: str, x: Tensor) -> Tensor:
         weight, bias = linears[role]
         y = _high(weight) @ _high(x)
-        if bias is not None:
-            y = y + _high(bias)
         if role in loras:
             a, b, scaling = loras[role]
-            y = y + lora(x, a.expand(b.shape[0], -1, -1)[expert], b[expert], scaling)
-        return y
+            a_RD, b_OR = a.expand(b.shape[0], -1, -1)[expert], b[expert]
+            if magnitudes is None:
+                y = y + lora(x, a_RD, b_OR, scaling)
+            else:
+                y = dora(x, weight, a_RD, b_OR, magnitudes[role][expert], scaling)
+        return y if bias is None else y + _high(bias)
 
     if kind == "gated":
         hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
@@ -181,13 +224,14 @@ def mixture_feed_forward(
     loras: Mapping[str, tuple[Tensor, Tensor, float]],
     kind: str,
     activation: Callable[[Tensor], Tensor],
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """A mixture of whole feed-forward experts: `sum_e g_te E_e(x_t)`, evaluated where the gate is not 0.
 
     Args:
         x_TD: Tokens.
         gates_TE: Weights of the experts; 0 where an expert was not chosen.
-        linears, loras, kind, activation: As in `feed_forward_expert`.
+        linears, loras, kind, activation, magnitudes: As in `feed_forward_expert`.
 
     Returns:
         y_TD, fp32.
@@ -197,7 +241,7 @@ def mixture_feed_forward(
         row_D = _high(x_TD).new_zeros(linears["down"][0].shape[0])
         for e in range(gates_TE.shape[1]):
             if gates_TE[t, e] != 0:
-                y_D = feed_forward_expert(x_TD[t], e, linears, loras, kind, activation)
+                y_D = feed_forward_expert(x_TD[t], e, linears, loras, kind, activation, magnitudes)
                 row_D = row_D + _high(gates_TE)[t, e] * y_D
         rows.append(row_D)
     return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, linears["down"][0].shape[0])

@@ -20,6 +20,7 @@ def molora(
     balance_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     router_init_std: float = 0.02,
+    routers: str = "per_site",
     **peft_words: Any,
 ) -> MoeLoraConfig:
     """MoLoRA (arXiv 2309.05444): dense soft routing over LoRA experts on every linear.
@@ -27,10 +28,12 @@ def molora(
         p = softmax(W_r x),   y = W0 x + (alpha / r) sum_e p_e B_e A_e x
 
     A and W_r start at N(0, 0.02), B at 0, as in the authors' T5X code; no auxiliary loss. The paper targets q, k, v, o,
-    wi and wo of T5, which is every linear but the head.
+    wi and wo of T5, which is every linear but the head. `routers="per_input"`, one router for linears of one input, is
+    an option of ours for speed.
     """
     return MoeLoraConfig(
         experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts, init="normal"),
+        placement={"kind": "linear", "routers": routers},
         scores={"kind": "linear", "init_std": router_init_std},
         selection="dense",
         balance=balance_of(balance_coef, z_loss_coef),

@@ -26,6 +26,7 @@ def sira(
     z_loss_coef: float = 0.0,
     balance_loss: str = "switch",
     router_init_std: float | None = None,
+    routers: str = "per_site",
     **peft_words: Any,
 ) -> MoeLoraConfig:
     """SiRA (arXiv 2311.09179): sparse LoRA experts on every linear, with expert dropout and a capacity limit.
@@ -39,10 +40,12 @@ def sira(
 
     Deviations: GShard's auxiliary loss `(1/E) sum_e (c_e/S) m_e` differs from ours by a constant (k / E^2 at balance
     against 1). The capacity holds per sequence and in training only (`capacity_in_eval`): a global capacity would let
-    the sequences of a batch influence each other.
+    the sequences of a batch influence each other. `routers="per_input"`, one router for linears of one input, is an
+    option of ours for speed.
     """
     return MoeLoraConfig(
         experts=lora_experts(r, lora_alpha, lora_dropout, use_rslora, num_experts=num_experts),
+        placement={"kind": "linear", "routers": routers},
         scores={"kind": "linear", "init_std": router_init_std},
         selection={
             "kind": "top_k",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moelora.routing.batch import Tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -29,6 +31,8 @@ class Routing:
             expert, is scaled by their sum.
         separate: Whether each expert is computed by itself, in products whose shapes do not depend on the others: then
             an expert that is added or dropped changes no bit of what goes to another one.
+        tokens: What the batch says of the tokens, for a balance that goes by their sequences; None where no balance
+            does.
     """
 
     logits_TE: Tensor
@@ -38,6 +42,7 @@ class Routing:
     assigned_TK: Tensor | None = None
     sums_to_one: bool = False
     separate: bool = False
+    tokens: Tokens | None = None
 
     @property
     def num_experts(self) -> int:

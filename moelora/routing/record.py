@@ -84,6 +84,23 @@ class RoutingListener:
         self.records.clear()
 
 
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What a router that serves sites of one input has decided last, and for what.
+
+    Attributes:
+        router: The router.
+        place: Where it was: another one each time that a layer is run again.
+        x: The input, and the number of changes in place that it had seen.
+        routing: The decision.
+    """
+
+    router: Any
+    place: Any
+    x: tuple[Tensor, int]
+    routing: Routing
+
+
 @dataclass(eq=False)
 class ModelRun:
     """One forward of a model, from its outermost entry to its end, and its repetition by gradient checkpointing.
@@ -97,6 +114,7 @@ class ModelRun:
         losses: Losses whose gradient a repeated layer has to add; see `attach_later`.
         scale: The factor of those losses.
         decisions: Those that every layer of the run shares, since they look at the batch alone.
+        latest: The last decision of each adapter whose routers serve sites of one input.
     """
 
     owner: Any
@@ -107,6 +125,17 @@ class ModelRun:
     losses: dict[Mixture, LayerLoss] = field(default_factory=dict)
     scale: Tensor | None = None
     decisions: dict[Any, Routing] = field(default_factory=dict)
+    latest: dict[str, Decided] = field(default_factory=dict)
+
+    def once(self, adapter: str, router: Any, place: Any, x: Tensor, decide: Callable[[], Routing]) -> Routing:
+        """The router's decision if its last one was for this very input, at this place; else a new one."""
+        last, version = self.latest.get(adapter), 0 if x.is_inference() else x._version
+        known = last is not None and last.router is router and last.place is place and last.x[0] is x
+        if last is not None and known and last.x[1] == version:
+            return last.routing
+        routing = decide()
+        self.latest[adapter] = Decided(router, place, (x, version), routing)
+        return routing
 
     def record(self, layer: str, adapter: str, routing: Routing, valid_T: Tensor) -> None:
         """Hand a decision to the listeners."""

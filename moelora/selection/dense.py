@@ -41,4 +41,11 @@ class Dense(Selection):
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
         weights_TK = renormalize(scored.scores_TE) if self.renormalize else scored.scores_TE
-        return Routing(scored.logits_TE, scored.probs_TE, weights_TK, ids_TK=None, sums_to_one=self.renormalize)
+        return Routing(
+            scored.logits_TE,
+            scored.probs_TE,
+            weights_TK,
+            ids_TK=None,
+            sums_to_one=self.renormalize,
+            tokens=given.tokens,
+        )

@@ -33,6 +33,8 @@ class TopK(Selection):
         capacity_factor: An expert takes at most `ceil(capacity_factor * k * S / E)` choices of a sequence of S valid
             tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
         capacity: The same limit as a number of choices, for a sequence of any length; not with a `capacity_factor`.
+        multiply_by_gate: Whether a chosen expert is weighted by its score at all. If not each weight is 1, so that the
+            router learns from the balance loss alone, which a trained router must have then.
         capacity_in_eval: Whether the capacity holds outside training too. It makes an output depend on later tokens
             of the sequence, so generation with and without a KV cache can then differ.
 
@@ -48,11 +50,20 @@ class TopK(Selection):
     capacity_factor: float | None = None
     capacity_in_eval: bool = False
     capacity: int | None = None
+    multiply_by_gate: bool = True
 
     def __post_init__(self) -> None:
         check(is_count(self.k), "top_k", self.k, "an integer of at least 1")
         check_bool("selection.renormalize", self.renormalize)
         check_bool("selection.capacity_in_eval", self.capacity_in_eval)
+        check_bool("multiply_by_gate", self.multiply_by_gate)
+        check(
+            self.multiply_by_gate or not self.renormalize,
+            "selection.renormalize",
+            self.renormalize,
+            "False with multiply_by_gate=False",
+            "There is nothing to divide where each weight is 1.",
+        )
         check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
         factor = self.capacity_factor
         check(
@@ -78,7 +89,7 @@ class TopK(Selection):
         return self.capacity_factor is not None or self.capacity is not None
 
     def check(self, config: Any) -> None:
-        """Refuse more choices than experts, and a renormalised top-1 under a trained router.
+        """Refuse more choices than experts, and weights that leave a trained router without a gradient.
 
         Raises:
             ConfigError: With the reason.
@@ -98,6 +109,13 @@ class TopK(Selection):
                 "top_k is 1 with renormalize=True: each weight is w / w = 1, so the task gives the router no gradient; "
                 "allowed: renormalize=False (the raw weight, as in Switch), top_k of at least 2, or a router that is "
                 "not trained."
+            )
+        learns = self.multiply_by_gate or any(choice.has_loss for choice in config.balance)
+        if num_experts > 1 and trains_router and not learns:
+            raise ConfigError(
+                "multiply_by_gate is False: each weight is 1, so the task gives the router no gradient, and there is "
+                "no balance loss that would; allowed: a balance loss (balance_coef above 0), multiply_by_gate=True, or "
+                "a router that is not trained."
             )
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
@@ -134,6 +152,9 @@ class TopK(Selection):
             assigned_TK = kept_TE.gather(-1, ids_TK) > 0
         if self.renormalize:
             weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None)
+        if not self.multiply_by_gate:
+            # times 0, so that the router has a gradient of 0 rather than none, as data-parallel wrappers need
+            weights_TK = weights_TK * 0 + (1 if assigned_TK is None else assigned_TK.to(weights_TK.dtype))
         limited = self.has_capacity and (given.training or self.capacity_in_eval)
         if limited:
             weights_TK = weights_TK * within_capacity(
@@ -145,5 +166,7 @@ class TopK(Selection):
             weights_TK,
             ids_TK,
             assigned_TK,
-            sums_to_one=self.renormalize and kept_TE is None and not limited,
+            sums_to_one=(self.renormalize or (self.k == 1 and not self.multiply_by_gate))
+            and kept_TE is None
+            and not limited,
         )

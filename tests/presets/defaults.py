@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from moelora.balance.bias_update import BiasUpdate
+from moelora.balance.localized import LocalizedBalance
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
+from moelora.experts.dora import DoraExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
 from moelora.experts.phm import PhmExperts
@@ -20,6 +22,7 @@ from moelora.experts.slots import SlotExperts
 from moelora.experts.vectors import VectorExperts
 from moelora.inject.placement import (
     BlockPlacement,
+    FeedForwardLinearsPlacement,
     FeedForwardPlacement,
     LinearPlacement,
     MoeBlockPlacement,
@@ -51,6 +54,13 @@ ACROSS_BLOCKS: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mixlora": {
         "experts": LoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "mixdora": {
+        "experts": DoraExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05),
         "placement": FeedForwardPlacement(unrouted_modules="rest"),
         "scores": LinearScores(activation="softmax", init_std=0.02),
         "selection": TopK(k=2, renormalize=True),
@@ -104,6 +114,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=None),
         "selection": Dense(),
         "balance": [],
+    },
+    "llava_mole": {
+        "experts": LoraExperts(num_experts=3, r=32, lora_alpha=64, lora_dropout=0.05),
+        "placement": FeedForwardLinearsPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": TopK(k=1, renormalize=False, multiply_by_gate=False),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "loramoe": {
+        "experts": LoraExperts(num_experts=8, r=4, lora_alpha=32, lora_dropout=0.05),
+        "placement": PartsPlacement(parts=["gate", "up", "down"]),
+        "scores": LinearScores(activation="softmax", init_std=None),
+        "selection": Dense(),
+        "balance": [LocalizedBalance(coef=0.1, delta=0.1, first_tasks=[1])],
     },
     "mov": {
         "experts": VectorExperts(num_experts=10, per_head=True),

@@ -20,7 +20,13 @@ from tests.adapters import FAMILY, PRESETS
 from tests.presets.defaults import DEFAULTS
 
 # The kind of the load-balancing loss where it is not "switch".
-LOSSES = {"adamole": "threshold", "mixlora_dynamic": "mixtral", "perft_r": "mixtral", "smore": "tree_switch"}
+LOSSES = {
+    "loramoe": "localized",
+    "adamole": "threshold",
+    "mixlora_dynamic": "mixtral",
+    "perft_r": "mixtral",
+    "smore": "tree_switch",
+}
 LORA_WORDS = {"r", "lora_alpha", "lora_dropout"}
 PEFT_WORDS = {
     "target_modules",
@@ -72,6 +78,8 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "top_k": (3, "selection.k"),
     "top_p": (0.5, "selection.p"),
     "capacity": (7, "selection.capacity"),
+    "routers": ("per_input", "placement.routers"),
+    "multiply_by_gate": (True, "selection.multiply_by_gate"),
     "threshold": (0.3, "selection.threshold"),
     "num_tasks": (5, "scores.num_tasks"),
     "task_features": (7, "scores.features"),
@@ -114,7 +122,8 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         found[axis] = dataclasses.replace(found[axis], **{field: value})
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
-    if field != "bias_update" and config.preset != "smore":  # the two losses of other presets come together
+    come_together = config.preset not in ("smore", "loramoe")
+    if field != "bias_update" and come_together:
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -129,6 +138,9 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 
 # Words that are more than one field; tests of the presets themselves say what they do.
 SEVERAL_FIELDS = {
+    ("loramoe", "delta"),
+    ("loramoe", "first_tasks"),
+    ("loramoe", "z_loss_coef"),
     ("mola", "num_experts"),
     ("moelora_task", "lora_alpha"),
     ("moelora_task", "num_experts"),
@@ -177,7 +189,9 @@ def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) ->
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
     words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
-    config = MoeLoraConfig.from_preset(name, **dict.fromkeys(words, 0.0))
+    # without a gate nothing but the loss trains the router
+    gate: dict[str, Any] = {"multiply_by_gate": True} if name == "llava_mole" else {}
+    config = MoeLoraConfig.from_preset(name, **gate, **dict.fromkeys(words, 0.0))
     assert config.balance == []
     assert not config.has_balance_loss
     assert not getattr(config.scores, "bias", False)

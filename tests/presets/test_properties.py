@@ -46,6 +46,11 @@ NOT_THE_BASE_AT_FIRST: dict[str, str] = {
 }
 """Presets that do not start at the base model, with the reason."""
 
+TRAINED_BY_THE_BALANCE: dict[str, str] = {"llava_mole": ".moelora_router."}
+"""Tensors that the task gives a gradient of 0: what part of their names is."""
+ROUNDED_IN_NF4: dict[str, float] = {"mixdora": 0.1}
+"""What may differ in evaluation on a CPU that repacks 4-bit weights: the norms are then those of rounded weights."""
+
 every_preset = pytest.mark.parametrize("preset", FAMILY)
 every_decoder = pytest.mark.parametrize("preset", [preset for preset in FAMILY if base_of(preset) != "bert"])
 
@@ -106,7 +111,9 @@ def test_its_parameters_are_counted_and_all_have_gradients(preset: str) -> None:
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert config.num_trainable_parameters(base(preset)) == whole
     found = gradients(model, *(tiny_batch(base_of(preset), seed=seed) for seed in range(6)))
-    assert all(name in found and found[name].abs().max() > 0 for name in trained)
+    without = {name for name in trained if TRAINED_BY_THE_BALANCE.get(preset, "nothing") in name}
+    assert bool(without) is (preset in TRAINED_BY_THE_BALANCE)
+    assert all(name in found and bool(found[name].abs().max() > 0) is (name not in without) for name in trained)
     assert all("moelora_" in name for name in trained)
 
 
@@ -305,7 +312,7 @@ def test_nf4(preset: str, quantised: Callable[[str], Any], caplog: pytest.LogCap
     with model.disable_adapter():
         expected = logits(loaded, preset)
     if preset not in NOT_THE_BASE_AT_FIRST:
-        torch.testing.assert_close(logits(model, preset), expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(logits(model, preset), expected, atol=ROUNDED_IN_NF4.get(preset, 2e-2), rtol=2e-2)
 
 
 @every_preset

@@ -48,6 +48,7 @@ MOLE_WEIGHTS_TE = torch.tensor(
     [[1.0, 0.0, 0.0, 0.0], [0.0, 0.377541, 0.622459, 0.0], [0.0, 0.0, 0.0, 1.0]]
 )  # the threshold 1/4
 ADAMOLE_AUX = 1.010853
+LOCALIZED = {0: 0.0473905, 1: 0.0358209}  # LoRAMoE's by the type of the task, delta 0.1
 
 ALL_VALID_T = torch.ones(3, dtype=torch.bool)
 

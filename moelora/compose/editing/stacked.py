@@ -104,7 +104,7 @@ class StackedAdapter:
     def shares_experts(self) -> bool:
         """Whether expert number e is one and the same at all sites: it has a name, or sites have no own routers."""
         owners = sum(site.owns_router for site in self.mixtures().values())
-        return bool(self.names) or owners == 0 or self.config.placement.routers == "per_model"
+        return bool(self.names) or owners == 0 or self.config.placement.routers != "per_site"
 
     @property
     def names(self) -> list[str]:
@@ -203,7 +203,7 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
             "Only `moelora expert split` takes a LoRA."
         )
     config: MoeLoraConfig = MoeLoraConfig.from_pretrained(str(folder))
-    if not config.experts.has_stacks:
+    if not (config.experts.has_stacks and config.experts.is_low_rank):
         raise ComposeError(
             f"{str(folder)!r} has {config.experts.kind!r} experts; allowed: experts that are LoRAs. Others cannot be "
             "edited one by one."

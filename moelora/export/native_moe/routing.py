@@ -81,6 +81,8 @@ def check_choices(config: MoeLoraConfig) -> None:
     if selection.kind != "top_k":
         reason = _SELECTIONS.get(selection.kind, "the K highest scores are chosen there")
         raise _refusal("selection", selection.kind, "'top_k'", reason)
+    if not selection.multiply_by_gate:
+        raise _refusal("selection with multiply_by_gate", False, "True", "an expert is weighted by its score there")
     if selection.capacity_in_eval:
         raise _refusal("selection with capacity_in_eval", True, "False", "experts have no capacity there")
 
