@@ -36,6 +36,7 @@ SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "soft_moa": {"num_adapters": 3, "slots": 2, "bottleneck": 5},
     "smore": {"r": 2, "sizes": [3, 4], "fan_out": [2, 3], "key_features": 5},
     "mixphm": {"num_experts": 3, "reduction": 3, "rank": 2},
+    "thor": {"r": 3, "num_experts": 3, "lora_dropout": 0.0},
     "perft_r": {"r": 3, "num_experts": 3, "top_k": 2, "lora_dropout": 0.0},
     "perft_e": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "perft_d": {"r": 3, "num_experts": 2, "lora_dropout": 0.0},

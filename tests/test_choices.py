@@ -139,7 +139,7 @@ def test_the_kinds() -> None:
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "consistency"},
         "compute": {"fast", "compiled", "reference"},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moelora.balance.bias_update import BiasUpdate
+from moelora.balance.consistency import Consistency
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
@@ -216,6 +217,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=0.02, trainable=False),
         "selection": TopK(k=2, renormalize=True),
         "balance": [],
+    },
+    "thor": {
+        "experts": LoraExperts(num_experts=2, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": ConstantScores(),
+        "selection": Draw(),
+        "balance": [Consistency(coef=2.5)],
     },
     "lora": {
         "experts": LoraExperts(num_experts=1, r=16, lora_alpha=32),

@@ -103,6 +103,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "bias_update_rate": (0.1, "balance.bias_update"),
     "balance_coef": (0.7, "balance.switch"),
     "z_loss_coef": (0.3, "balance.z"),
+    "consistency_coef": (0.7, "balance.consistency"),
 }
 
 
@@ -114,7 +115,9 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         found[axis] = dataclasses.replace(found[axis], **{field: value})
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
-    if field != "bias_update" and config.preset != "smore":  # the two losses of other presets come together
+    if (
+        field not in ("bias_update", "consistency") and config.preset != "smore"
+    ):  # the two losses of other presets come together
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -176,7 +179,7 @@ def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) ->
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
-    words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
+    words = [word for word in presets.words(name) if word.endswith("_coef") or word == "bias_update_rate"]
     config = MoeLoraConfig.from_preset(name, **dict.fromkeys(words, 0.0))
     assert config.balance == []
     assert not config.has_balance_loss
