@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,34 +15,14 @@ from moelora import MoeLoraConfig, MoeLoraSFTTrainer, MoeLoraTrainerMixin, balan
 from moelora.balance.consistency import Consistency
 from moelora.errors import ConfigError
 from moelora.ops import reference
-from moelora.routing.decision import Routing
-from moelora.scores.base import RouterInput, Scored
-from moelora.selection.draw import Draw
 from tests.adapters import adapted, gradients, shake, small_config
 from tests.conftest import tiny_batch, tiny_model
 from tests.ops.compare import assert_close
 from tests.ops.compare import gradients as gradients_of
+from tests.training.draws import DRAWS, fixed_draws
 from tests.training.runs import Run, assert_same_gradients, rows_of, sft_rows, tiny_tokenizer, train
 from tests.training.test_trl import preference_rows
 from train.sft import RunTrainer
-
-# What the blocks draw in the trainer's forward and in the two others; the same for each micro-batch.
-DRAWS = (0, 1, 1, 2, 2, 0)
-
-
-@pytest.fixture
-def cycle(monkeypatch: pytest.MonkeyPatch) -> dict[str, Iterator[int]]:
-    """Draws that do not depend on the random state; put a new cycle to start again."""
-    state = {"next": itertools.cycle(DRAWS)}
-
-    def select(self: Draw, scored: Scored, given: RouterInput) -> Routing:
-        if not given.training:
-            return Routing(scored.logits_TE, scored.probs_TE, scored.scores_TE, ids_TK=None)
-        ids_T1 = torch.full((len(given.x_TD), 1), next(state["next"]))
-        return Routing(scored.logits_TE, scored.probs_TE, torch.ones(ids_T1.shape), ids_T1)
-
-    monkeypatch.setattr(Draw, "select", select)
-    return state
 
 
 def labelled(name: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +36,7 @@ def labelled(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-NO_DROPOUT: dict[str, dict[str, float]] = {
+NO_DROPOUT: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "t5": {"dropout_rate": 0.0},
@@ -86,14 +65,14 @@ def naive(model: Any, name: str, batch: dict[str, Tensor], coef: float) -> tuple
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
-def test_value_and_gradients_equal_the_naive_loss(name: str, cycle: dict[str, Iterator[int]]) -> None:
+def test_value_and_gradients_equal_the_naive_loss(name: str) -> None:
     of_stack = "llama" if name == "gpt2" else name
     batch = tiny_batch(name, batch_size=4)
-    cycle["next"] = itertools.cycle(draws_of(name))
-    run = train(thor(name), rows_of(batch))
-    cycle["next"] = itertools.cycle(draws_of(name))
-    model = thor(name)
-    loss, compared = naive(model, of_stack, batch, 1.7)
+    with fixed_draws(draws_of(name)):
+        run = train(thor(name), rows_of(batch))
+    with fixed_draws(draws_of(name)):
+        model = thor(name)
+        loss, compared = naive(model, of_stack, batch, 1.7)
     if name == "gpt2":
         # transformers counts the first label of a row too, of models whose loss has no name, and divides by that
         counted = (batch["labels"][:, 1:] != -100).sum() / (batch["labels"] != -100).sum()
@@ -116,28 +95,28 @@ def test_the_operation_equals_its_reference() -> None:
         assert_close(key, found[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def step(cycle: dict[str, Iterator[int]], rows: Any, **settings: Any) -> Run:
-    cycle["next"] = itertools.cycle(DRAWS)
-    return train(adapted("thor"), rows, **settings)
+def step(rows: Any, **settings: Any) -> Run:
+    with fixed_draws():
+        return train(adapted("thor"), rows, **settings)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_accumulation_changes_nothing(batch: int, cycle: dict[str, Iterator[int]]) -> None:
+def test_accumulation_changes_nothing(batch: int) -> None:
     rows = rows_of(tiny_batch(batch_size=4))
-    whole, cut = step(cycle, rows), step(cycle, rows, batch=batch, accumulate=4 // batch)
+    whole, cut = step(rows), step(rows, batch=batch, accumulate=4 // batch)
     assert_same_gradients(cut.gradients[0], whole.gradients[0], 1e-4)
     for key in ("loss", "consistency_loss"):
         assert cut.logs[0][key] == pytest.approx(whole.logs[0][key], rel=1e-5)
 
 
 @pytest.mark.parametrize("trainer", [MoeLoraSFTTrainer, RunTrainer])
-def test_trainers_that_fuse_the_head_have_the_same(trainer: type[Any], cycle: dict[str, Iterator[int]]) -> None:
-    plain = step(cycle, rows_of(tiny_batch(batch_size=4)))
+def test_trainers_that_fuse_the_head_have_the_same(trainer: type[Any]) -> None:
+    plain = step(rows_of(tiny_batch(batch_size=4)))
     words: dict[str, Any] = {
         "trainer_words": {"processing_class": tiny_tokenizer()},
         "arguments_class": SFTConfig,
     }
-    fused = step(cycle, sft_rows(), trainer_class=trainer, **words)
+    fused = step(sft_rows(), trainer_class=trainer, **words)
     assert_same_gradients(fused.gradients[0], plain.gradients[0], 1e-4)
     for key in ("loss", "consistency_loss"):
         assert fused.logs[0][key] == pytest.approx(plain.logs[0][key], rel=1e-5)
