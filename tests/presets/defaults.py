@@ -10,6 +10,7 @@ from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
+from moelora.experts.bottleneck import BottleneckExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
 from moelora.experts.phm import PhmExperts
@@ -30,6 +31,7 @@ from moelora.scores.base_router import BaseRouterScores
 from moelora.scores.constant import ConstantScores
 from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
+from moelora.scores.mlp import MlpScores
 from moelora.scores.task_embedding import TaskEmbeddingScores
 from moelora.scores.task_table import TaskTableScores
 from moelora.scores.tree import TreeScores
@@ -216,6 +218,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "placement": FeedForwardPlacement(unrouted_modules="rest"),
         "scores": LinearScores(activation="softmax", init_std=0.02, trainable=False),
         "selection": TopK(k=2, renormalize=True),
+        "balance": [],
+    },
+    "mixda": {
+        "experts": BottleneckExperts(num_experts=2, reduction=16),
+        "placement": PartsPlacement(parts=["down"]),
+        "scores": MlpScores(depth=4, size=768, dropout=0.2, per="sequence"),
+        "selection": Dense(),
         "balance": [],
     },
     "thor": {

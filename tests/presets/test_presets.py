@@ -86,6 +86,11 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "position": ("child", "experts.position"),
     "key_features": (7, "scores.features"),
     "slots": (2, "experts.slots"),
+    "gate_size": (9, "scores.size"),
+    "gate_depth": (3, "scores.depth"),
+    "gate_dropout": (0.3, "scores.dropout"),
+    "per": ("token", "scores.per"),
+    "frozen_adapters": (1, "experts.num_frozen"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
     "reduction": (7, "experts.reduction"),
@@ -153,7 +158,7 @@ def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
             path = "experts.alpha"
         if word == "balance_coef":
             path = f"balance.{LOSSES.get(name, 'switch')}"
-        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
+        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots"), ("mixda", "num_adapters")):
             continue  # it says the number of weights, or of experts, as well
         # MoLA's lowest layers have two experts
         others = {"num_experts": 4} if (name, word) == ("mola", "top_k") else {}

@@ -43,6 +43,7 @@ from tests.conftest import tiny_batch, tiny_model
 NOT_THE_BASE_AT_FIRST: dict[str, str] = {
     "mixlora_dynamic": "the block is scaled by the sum of raw probabilities",
     "mixlora_switch": "the block is scaled by a raw probability",
+    "mixda": "the block is one of the gate's choices",
 }
 """Presets that do not start at the base model, with the reason."""
 
