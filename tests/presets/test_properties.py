@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from moelora import MoeLoraConfig, batch_facts, presets
 from moelora.cli import main
+from moelora.hub import read_adapter
 from moelora.layers.base import MoeLoraLayer
 from tests.adapters import (
     BY_TASK,
@@ -315,6 +316,7 @@ def test_inspect(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     model.save_pretrained(str(tmp_path))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert read_adapter(tmp_path).missing() == []
     assert f"preset      {preset}" in printed
     tensors = adapter_tensors(model)
     stored = sum(tensor.numel() for tensor in tensors.values())
