@@ -60,6 +60,9 @@ OTHER: dict[str, Any] = {
     "softmax": False,
     "layerwise": True,
     "per": "sequence",
+    "rounds": 4,
+    "ends": 3,
+    "gradient_mask": 0.5,
     "rows": 2,
     "columns": 3,
     "diagonal": True,
@@ -130,7 +133,7 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            *("vector", "bottleneck"),
+            *("vector", "bottleneck", "mpo", "lora_rounds"),
         },
         "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
         "scores": {

@@ -13,9 +13,11 @@ from moelora.balance.z_loss import ZLoss
 from moelora.experts.bottleneck import BottleneckExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
+from moelora.experts.mpo import MpoExperts
 from moelora.experts.phm import PhmExperts
 from moelora.experts.poly import PolyExperts
 from moelora.experts.residual_tree import ResidualTreeExperts
+from moelora.experts.rounds import RoundsExperts
 from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
 from moelora.experts.slots import SlotExperts
@@ -226,6 +228,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": MlpScores(depth=4, size=768, dropout=0.2, per="sequence"),
         "selection": Dense(),
         "balance": [],
+    },
+    "mpoe": {
+        "experts": MpoExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05, ends=8, gradient_mask=0.75),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "graphmoe": {
+        "experts": RoundsExperts(num_experts=8, r=8, lora_alpha=16, lora_dropout=0.05, features=16, rounds=3),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
     },
     "thor": {
         "experts": LoraExperts(num_experts=2, r=16, lora_alpha=32, lora_dropout=0.05),
