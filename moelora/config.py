@@ -195,7 +195,7 @@ class MoeLoraConfig(PeftConfig):
         )
 
     def _check_balance(self) -> None:
-        losses = [choice for choice in self.balance if choice.has_loss]
+        of_routing = [choice for choice in self.balance if choice.has_loss and choice.is_of_routing]
         names = [choice.logged_as if choice.is_loss else choice.kind for choice in self.balance]
         check(
             len(set(names)) == len(names),
@@ -205,10 +205,10 @@ class MoeLoraConfig(PeftConfig):
             "Two of a sort would be added up and logged as one.",
         )
         check(
-            self.scores.is_trained or not losses,
+            self.scores.is_trained or not of_routing,
             "balance",
-            losses,
-            "no loss with a router that is not trained",
+            of_routing,
+            "no loss of routing with a router that is not trained",
             "A balance loss would change nothing.",
         )
 

@@ -39,6 +39,10 @@ SMALL_OTHERS: dict[str, dict[str, Any]] = {
     "soft_moa": {"num_adapters": 3, "slots": 2, "bottleneck": 5},
     "smore": {"r": 2, "sizes": [3, 4], "fan_out": [2, 3], "key_features": 5},
     "mixphm": {"num_experts": 3, "reduction": 3, "rank": 2},
+    "mixda": {"num_adapters": 2, "reduction": 4, "gate_size": 7, "gate_depth": 2, "gate_dropout": 0.0},
+    "mpoe": {"r": 3, "num_experts": 4, "ends": 3, "lora_dropout": 0.0},
+    "graphmoe": {"r": 3, "lora_alpha": 6, "num_experts": 4, "state_features": 5, "lora_dropout": 0.0},
+    "thor": {"r": 3, "num_experts": 3, "lora_dropout": 0.0},
     "perft_r": {"r": 3, "num_experts": 3, "top_k": 2, "lora_dropout": 0.0},
     "perft_e": {"r": 3, "num_experts": 4, "lora_dropout": 0.0},
     "perft_d": {"r": 3, "num_experts": 2, "lora_dropout": 0.0},
@@ -49,7 +53,7 @@ SMALL_OTHERS: dict[str, dict[str, Any]] = {
 BY_TASK = ("moelora_task", "poly", "mhr")
 """Presets whose batches need `task_ids`."""
 BASES: dict[str, str] = {"perft_r": "mixtral", "perft_e": "olmoe", "perft_d": "qwen3_moe", "perft_s": "mixtral"}
-BASES["soft_moa"] = "bert"
+BASES |= {"soft_moa": "bert", "mixda": "bert"}
 """The tiny model of presets that do not fit a Llama."""
 PRESETS = tuple(SMALL)
 BLOCK_PRESETS = ("mixlora", "mixlora_dynamic", "mixlora_switch", "random_router")

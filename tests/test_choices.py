@@ -59,6 +59,10 @@ OTHER: dict[str, Any] = {
     "dropout": 0.1,
     "softmax": False,
     "layerwise": True,
+    "per": "sequence",
+    "rounds": 4,
+    "ends": 3,
+    "gradient_mask": 0.5,
     "rows": 2,
     "columns": 3,
     "diagonal": True,
@@ -133,17 +137,17 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            *("vector", "dora"),
+            *("vector", "dora", "bottleneck", "mpo", "lora_rounds"),
         },
         "placement": {"linear", "feed_forward", "feed_forward_linears", "block", "parts", "moe_block"},
         "scores": {
             *("linear", "constant", "task", "prototypes", "centroids", "glider", "classifier", "base_router"),
-            *("intuition", "task_embedding", "task_table", "tree_keys"),
+            *("intuition", "task_embedding", "task_table", "tree_keys", "mlp"),
         },
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized", "consistency"},
         "compute": {"fast", "compiled", "reference"},
     }
 
@@ -258,7 +262,7 @@ def test_the_registry_cannot_be_changed_through_what_it_shows() -> None:
 
 # Choices that ask for others beside them: whole presets with them are written and read in tests/presets.
 WITH_OTHERS = {"block", "parts", "moe_block", "base_router", "task_embedding", "tree_keys", "tree_top", "draw"} | {
-    *("grid", "phm", "poly", "residual_tree", "shards", "slots", "vector", "intuition", "task_table")
+    *("grid", "phm", "poly", "residual_tree", "shards", "slots", "vector", "intuition", "task_table", "bottleneck")
 }
 
 

@@ -6,7 +6,7 @@ terms once the totals are known: the load, and the number of tokens. So the tota
 belongs to one optimizer step, and each micro-batch and process adds its own linear share; the sum of the shares is the
 loss of the whole, value and gradient.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: T tokens, E experts, N positions that have a label, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Balance(Choice):
     """Name of the loss in the trainers' logs."""
     is_loss: ClassVar[bool] = True
     """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
+    is_of_routing: ClassVar[bool] = True
+    """Whether its loss is one of routing decisions; else it compares what two forwards predict, see `compared`."""
     coef_name: ClassVar[str] = "balance.coef"
     """What messages call `coef`."""
 
@@ -66,6 +68,14 @@ class Balance(Choice):
             totals: Sums over all tokens that the loss is taken over.
         """
         return {}
+
+    def compared(self, first_NV: Tensor, second_NV: Tensor) -> Tensor:
+        """The loss of what two forwards predict, summed over N positions; only without `is_of_routing`.
+
+        Args:
+            first_NV, second_NV: Their logits.
+        """
+        raise NotImplementedError
 
     def moved(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
         """A router's bias after a training forward; only with `moves_bias`.

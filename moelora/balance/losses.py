@@ -33,10 +33,16 @@ def balance_losses(
         A scalar for each choice, without its coefficient; 0 of one that adds no loss.
 
     Raises:
-        ConfigError: If there are no records.
+        ConfigError: If there are no records, or a loss is not one of routing decisions.
     """
     if not records:
         raise ConfigError("no routing records; allowed: at least one. Was the forward run inside `record_routing`?")
+    others = [choice.kind for choice in choices if choice.has_loss and not choice.is_of_routing]
+    if others:
+        raise ConfigError(
+            f"balance has {', '.join(map(repr, others))}, which compares what two forwards predict, so that no record "
+            "of one has it; allowed: losses of routing. Use MoeLoraTrainer, or the choice's `compared` of two forwards."
+        )
     totals = totals or RoutingTotals.of(records)
     device = totals.tokens_L.device
     losses = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -159,16 +159,19 @@ class AdapterInfo:
             if ".moelora_" in tensor.name:
                 modules.setdefault(_module_of(tensor.name), []).append(tensor)
         shared = self.config.placement.routers != "per_site"
+        held = {tensor.name.partition(".moelora_")[2] for tensors in modules.values() for tensor in tensors}
         lacking: list[str] = []
         routers: dict[str, set[str]] = {}
         for module, tensors in modules.items():
             stored = {tensor.name.partition(".moelora_")[2] for tensor in tensors}
             kind, num_experts, _ = _kind_of(tensors, self.config)
-            roles = {name.removesuffix("_frozen").partition(".")[2] for name in stored} & {"gate", "up", "down"}
+            roles = _roles_of(stored, self.config)
             # without any B the number of experts is that of another tensor
             count = num_experts or max(tensor.shape[0] for tensor in tensors)
-            routed = kind != "plain LoRA"
-            declared = {piece.name for piece in self._declared(count, tuple(sorted(roles)), routed)}
+            routed = kind != "plain LoRA" and self.config.placement.routes_any
+            # what sites share is stored where the first of them is
+            pieces = self._declared(count, roles, routed)
+            declared = {piece.name for piece in pieces if not piece.shared or piece.name not in held}
             if shared and routed:
                 of_router = {name for name in declared if name.startswith("router.")}
                 routers[module] = of_router - stored
@@ -214,10 +217,20 @@ def _module_of(tensor: str) -> str:
     return adapted if marker else name.rpartition(".")[0]
 
 
+def _roles_of(stored: Iterable[str], config: MoeLoraConfig) -> tuple[str, ...]:
+    """Which linears of a feed-forward block have experts; of low-rank experts the names of tensors end with them."""
+    ends = {name.removesuffix("_frozen").partition(".")[2] for name in stored}
+    return tuple(role for role in ("gate", "up", "down") if config.experts.is_low_rank and role in ends)
+
+
 def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKind, int, tuple[str, ...]]:
     """Kind, number of experts, and roles of a module's tensors."""
     if not config.experts.has_stacks and any(".moelora_" in tensor.name for tensor in tensors):
-        return "own experts", config.experts.num_experts, ()
+        roles = _roles_of((tensor.name.partition(".moelora_")[2] for tensor in tensors), config)
+        placement = config.placement
+        if placement.routes_any and not roles and not placement.routes_linear(_module_of(tensors[0].name)):
+            return "plain LoRA", 1, ()
+        return "own experts", config.experts.num_experts, roles
     parts: Mapping[str, TensorHeader] = {
         tensor.name.partition(".moelora_")[2]: tensor for tensor in tensors if ".moelora_" in tensor.name
     }

@@ -416,6 +416,21 @@ def threshold_balance_loss(probs_TE: Tensor, thresholds_T: Tensor, valid_T: Tens
     return loss
 
 
+def consistency_loss(first_NV: Tensor, second_NV: Tensor) -> Tensor:
+    """THOR's `(KL(p || q) + KL(q || p)) / 2` (arXiv 2110.04260), the mean over N positions of V words.
+
+    Args:
+        first_NV, second_NV: Logits of two forwards.
+    """
+    values = []
+    for first_V, second_V in zip(_high(first_NV), _high(second_NV), strict=True):
+        p_V, q_V = (torch.exp(z_V) / torch.exp(z_V).sum() for z_V in (first_V, second_V))
+        forth = [p * torch.log(p / q) for p, q in zip(p_V, q_V, strict=True)]
+        back = [q * torch.log(q / p) for p, q in zip(p_V, q_V, strict=True)]
+        values.append((torch.stack(forth).sum() + torch.stack(back).sum()) / 2)
+    return torch.stack(values).mean()
+
+
 def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
     """Router z-loss (ST-MoE, arXiv 2202.08906, Eq. 5): the mean of `logsumexp(z)^2` over the valid tokens."""
     values = [torch.log(torch.exp(_high(logits_TE)[t]).sum()) ** 2 for t in range(len(valid_T)) if valid_T[t]]

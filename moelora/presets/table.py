@@ -53,13 +53,17 @@ def parameters_per_rank(name: str) -> str:
     """Trainable parameters of a linear's experts per unit of the preset's word `r`, at its default, without the router.
 
     "8 (in + out)" says 8 times the sum of the linear's features. Of a preset without the word it is the whole number.
+    "not linear" says that it is no sum of so many for each feature.
     """
     word = inspect.signature(find(name)).parameters.get("r")
     r = 1 if word is None else word.default
-    return _phrase(*(_count(name, *size) / r for size in _SIZES))
+    constant, at_in, at_out, at_both = (_count(name, *size) / r for size in _SIZES)
+    if abs(at_both - (2 * at_in + 2 * at_out - 3 * constant)) > 0.01 * at_both:
+        return "not linear"
+    return _phrase(constant, at_in, at_out)
 
 
-_SIZES = ((0, 0), (840, 0), (0, 840))
+_SIZES = ((0, 0), (6720, 0), (0, 6720), (13440, 13440))
 
 
 def _count(name: str, in_features: int, out_features: int) -> float:

@@ -66,7 +66,8 @@ class Router(AdapterTensors):
     @property
     def reads_batch(self) -> bool:
         """Whether a token's routing depends on more than the token."""
-        return self.selection.reads_batch or bool(self.scores.needs | self.selection.needs)
+        own = self.scores.reads_batch or self.selection.reads_batch
+        return own or bool(self.scores.needs | self.selection.needs)
 
     @property
     def ignores_input(self) -> bool:

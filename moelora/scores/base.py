@@ -81,6 +81,11 @@ class Scores(Choice):
         return False
 
     @property
+    def reads_batch(self) -> bool:
+        """Whether a token's scores depend on the batch it is in, its padding or its sequences, beside `needs`."""
+        return False
+
+    @property
     def differs_by_site(self) -> bool:
         """Whether sites that share a router get different scores, by their numbers."""
         return False

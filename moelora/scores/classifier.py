@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from moelora.choices import Init, Param, Site, register
+from moelora.choices import Param, Site, register
 from moelora.errors import ConfigError
 from moelora.routing.prompts import BASE_HIDDEN
 from moelora.scores.base import RouterInput, Scored, Scores
+from moelora.scores.mlp import mlp, mlp_params
 from moelora.validation import check, check_bool, is_count, is_real, is_share
 
 
@@ -99,25 +98,13 @@ class ClassifierScores(Scores):
         L is 1 without `layerwise`.
         """
         last = (site.num_experts, site.num_sharing if self.layerwise else 1)
-        outs: list[tuple[int, ...]] = [*[(self.size,)] * (self.depth - 1), last]
-        found = []
-        for i, out in enumerate(outs):
-            features = self.features if i == 0 else self.size
-            found.append(Param(f"weight_{i}", (*out, features), Init("kaiming")))
-            found.append(Param(f"bias_{i}", out, Init("uniform", features**-0.5)))
-        return found
+        return mlp_params(self.features, self.depth, self.size, last)
 
     def prepare(
         self, hidden_BSD: Tensor, tensors: Mapping[str, Tensor], dropouts: Mapping[str, float], num_experts: int
     ) -> Tensor:
         """The logits z of each token, [B, S, L, E] in fp32; L is 1 without `layerwise`."""
-        with torch.autocast(hidden_BSD.device.type, enabled=False):
-            h = hidden_BSD.float()
-            for i in range(self.depth):
-                if i > 0:
-                    h = F.dropout(h.relu(), dropouts["classifier_dropout"])
-                weight = tensors[f"weight_{i}"].float().flatten(0, -2)
-                h = F.linear(h.to(weight.device), weight, tensors[f"bias_{i}"].float().flatten())
+        h = mlp(hidden_BSD, tensors, self.depth, dropouts["classifier_dropout"])
         return h.unflatten(-1, (num_experts, -1)).transpose(-1, -2)
 
     def score(self, given: RouterInput) -> Scored:

@@ -18,8 +18,8 @@ from moelora.selection.base import Selection
 class Draw(Selection):
     """In training one expert for all tokens of a forward, drawn at each site with equal chances; else all by scores.
 
-    As in AdaMix and MixPHM (arXiv 2303.01239). Processes and micro-batches draw for themselves; a layer that gradient
-    checkpointing runs again draws the same.
+    As in AdaMix, MixPHM (arXiv 2303.01239) and THOR (arXiv 2110.04260). Processes and micro-batches draw for
+    themselves; a layer that gradient checkpointing runs again draws the same.
     """
 
     kind: ClassVar[str] = "draw"

@@ -44,6 +44,8 @@ class MicroBatchBalance:
         totals: Totals over the whole step and all processes, where they had to be counted beforehand.
 
     Attributes:
+        balance: The losses of routing, added or only logged; none if none is added.
+        comparing: The losses that compare what two forwards predict.
         records: The records, once the loss was worked out.
         values: The losses by the names they are logged as, without coefficients.
         is_added: Whether `add_to` was called.
@@ -59,8 +61,9 @@ class MicroBatchBalance:
         totals: RoutingTotals | None = None,
     ) -> None:
         self.listener = listener
-        added = any(choice.has_loss for choice in balance)
-        self.balance = [choice for choice in balance if choice.is_loss] if added else []
+        of_routing = [choice for choice in balance if choice.is_loss and choice.is_of_routing]
+        self.balance = of_routing if any(choice.has_loss for choice in of_routing) else []
+        self.comparing = [choice for choice in balance if choice.has_loss and not choice.is_of_routing]
         self.scope = scope
         self.mixtures = mixtures
         self.accumulation = accumulation
@@ -102,6 +105,27 @@ class MicroBatchBalance:
             for run in repeated.values():
                 # whatever the total is multiplied by from here on (accumulation, loss scaling) reaches those layers too
                 loss.register_hook(run.set_scale)
+        return loss
+
+    def add_compared(
+        self, loss: Tensor, sums: Sequence[Tensor], positions: Tensor | int, *, divided_later: bool, of_step: bool
+    ) -> Tensor:
+        """The loss with this micro-batch's share of the losses that compare two forwards, normalised as the trainer's.
+
+        Args:
+            loss: The loss so far.
+            sums: Each loss, summed over this micro-batch's positions.
+            positions: Number of positions to divide by.
+            divided_later: As in `add_to`.
+            of_step: Whether these are the positions of the whole optimizer step, over all processes; else each
+                micro-batch counts the same.
+        """
+        parts = self.accumulation * world_size()
+        for choice, sum_ in zip(self.comparing, sums, strict=True):
+            share = sum_ / torch.as_tensor(positions, device=sum_.device).clamp(min=1) / (1 if of_step else parts)
+            self.values[choice.logged_as] = share.detach() / self.value_weight
+            # data parallelism averages the gradients
+            loss = loss + choice.coef * share.to(loss.device) * (parts if divided_later else world_size())
         return loss
 
     def check_attached(self) -> None:

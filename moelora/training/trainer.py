@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import TransformersKwargs
 
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import RoutingTotals, world_size
 from moelora.config import BalanceScope, MoeLoraConfig
 from moelora.errors import ConfigError
 from moelora.forward import base_of, without_logits
@@ -26,6 +26,7 @@ from moelora.routing.batch import FACTS
 from moelora.routing.record import Mixture
 from moelora.routing.run import RunHooks, batch_facts, find_hooks, known_facts
 from moelora.training.columns import FactColumns
+from moelora.training.consistency import compare_forwards, labels_of
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
 
@@ -49,6 +50,9 @@ class MoeLoraTrainerMixin(_Base):
     start of a step, since the load of the whole step must be known before the first backward pass. Trainers whose
     batches are not inputs of the model (ORPO, CPO, GRPO) cannot count it so; a warning says that each micro-batch is
     then balanced alone.
+
+    A loss that compares what two forwards predict ("consistency") costs two more forwards with gradients for each
+    micro-batch, beside the trainer's own; the log gets `consistency_loss`, normalised over labels as the trainer's is.
 
     Columns `task_ids` and `instance_embedding` of the data are kept and given to the routing.
 
@@ -117,7 +121,8 @@ class MoeLoraTrainerMixin(_Base):
             finally:
                 self._moelora_micro_batch = None
         micro_batch.check_attached()
-        if micro_batch.balance and not micro_batch.is_added and not self._moelora_warned:
+        expected = micro_batch.balance or micro_batch.comparing
+        if expected and not micro_batch.is_added and not self._moelora_warned:
             self._moelora_warned = True
             logger.warning(
                 f"{type(self).__name__} has a compute_loss of its own that does not call this mixin's, so no balance "
@@ -129,18 +134,38 @@ class MoeLoraTrainerMixin(_Base):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""
         inputs, facts = _without_facts(inputs)
-        with facts, self._moelora_prompts(inputs):
-            result = super().compute_loss(model, inputs, *args, **kwargs)
         micro_batch = self._moelora_micro_batch
-        if micro_batch is None:
-            return result
+        comparing = micro_batch is not None and bool(micro_batch.comparing)
+        labels = labels_of(inputs, type(self).__name__) if comparing else None
+        with facts, self._moelora_prompts(inputs):
+            # trainers change the batch that they are given
+            result = super().compute_loss(model, {**inputs} if comparing else inputs, *args, **kwargs)
+            if micro_batch is None:
+                return result
+            loss, *rest = result if isinstance(result, tuple) else (result,)
+            items = kwargs.get("num_items_in_batch")
+            loss = micro_batch.add_to(loss, divided_later=not self._moelora_loss_is_scaled(items))
+            if labels is not None:
+                loss = self._moelora_compare(model, inputs, labels, micro_batch, loss, items)
         assert self._moelora_metrics is not None
-        loss, *rest = result if isinstance(result, tuple) else (result,)
-        divided_later = not self._moelora_loss_is_scaled(kwargs.get("num_items_in_batch"))
-        loss = micro_batch.add_to(loss, divided_later=divided_later)
         self._moelora_metrics.add(micro_batch)
         self._warn_if_nothing_was_recorded(micro_batch)
         return (loss, *rest) if isinstance(result, tuple) else loss
+
+    def _moelora_compare(
+        self, model: nn.Module, inputs: Any, labels: Tensor, micro_batch: MicroBatchBalance, loss: Tensor, items: Any
+    ) -> Tensor:
+        """The loss with that of two more forwards of the batch, which are to predict alike."""
+        sums, count = compare_forwards(
+            model, self._moelora_base(), self._model_inputs(inputs), labels, micro_batch.comparing
+        )
+        scaled = self._moelora_loss_is_scaled(items)
+        of_step = scaled and items is not None
+        if of_step and not self.args.average_tokens_across_devices:
+            items = items * world_size()  # each process has counted its own
+        return micro_batch.add_compared(
+            loss, sums, items if of_step else count, divided_later=not scaled, of_step=of_step
+        )
 
     def _moelora_prompts(self, inputs: Any) -> AbstractContextManager[None]:
         """What routing by sequence has to know of prompts, found here since a loss may hide labels from the model."""
@@ -200,7 +225,8 @@ class MoeLoraTrainerMixin(_Base):
     ) -> RoutingTotals | None:
         """Totals over the micro-batches of a step, or None where each micro-batch or a single one is balanced alone."""
         scope = self._moelora_scope or config.balance_scope
-        if not config.has_balance_loss or scope != "global" or len(batches) < 2:
+        counted = any(choice.has_loss and choice.is_of_routing for choice in config.balance)
+        if not counted or scope != "global" or len(batches) < 2:
             return None
         if all(isinstance(batch, Mapping) and {"input_ids", "inputs_embeds"} & set(batch) for batch in batches):
             return self._count(model, batches, hooks, mixtures)
@@ -230,24 +256,26 @@ class MoeLoraTrainerMixin(_Base):
                 listener.clear()
                 inputs, facts = _without_facts(self._prepare_inputs(batch))
                 with facts:
-                    model(**self._counting_inputs(inputs))
+                    # nobody reads the logits of this forward
+                    model(**self._model_inputs(inputs), **without_logits(self._moelora_base(), self.args.device))
                 totals = totals + RoutingTotals.of(listener.records, mixtures)
         return totals.all_reduce(self.args.device)
 
-    def _counting_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model needs of a batch to route it: its inputs, without labels unless the decoder reads them."""
-        model = self.accelerator.unwrap_model(self.model)
-        base = base_of(model)
+    def _moelora_base(self) -> Any:
+        """The model below all wrappers."""
+        return base_of(self.accelerator.unwrap_model(self.model))
+
+    def _model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model needs of a batch to run: its inputs, without labels unless the decoder reads them."""
+        base = self._moelora_base()
         parameters = inspect.signature(type(base).forward).parameters
         accepted = set(parameters)
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             accepted |= set(TransformersKwargs.__annotations__)
         accepted -= {"num_items_in_batch"} if base.config.is_encoder_decoder else {"num_items_in_batch", "labels"}
         inputs = {key: value for key, value in batch.items() if key in accepted}
-        # nobody reads the cache or the logits of this forward
-        if "use_cache" in parameters:
-            inputs["use_cache"] = False
-        return inputs | without_logits(model, self.args.device)
+        # nobody reads the cache of this forward
+        return {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
 def _without_facts(inputs: Any) -> tuple[Any, AbstractContextManager[None]]:

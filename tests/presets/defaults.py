@@ -6,16 +6,20 @@ from typing import Any
 
 from moelora.balance.bias_update import BiasUpdate
 from moelora.balance.localized import LocalizedBalance
+from moelora.balance.consistency import Consistency
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
 from moelora.experts.dora import DoraExperts
+from moelora.experts.bottleneck import BottleneckExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
+from moelora.experts.mpo import MpoExperts
 from moelora.experts.phm import PhmExperts
 from moelora.experts.poly import PolyExperts
 from moelora.experts.residual_tree import ResidualTreeExperts
+from moelora.experts.rounds import RoundsExperts
 from moelora.experts.shards import ShardExperts
 from moelora.experts.shared_a import SharedALoraExperts
 from moelora.experts.slots import SlotExperts
@@ -32,6 +36,7 @@ from moelora.scores.base_router import BaseRouterScores
 from moelora.scores.constant import ConstantScores
 from moelora.scores.intuition import IntuitionScores
 from moelora.scores.linear import LinearScores
+from moelora.scores.mlp import MlpScores
 from moelora.scores.task_embedding import TaskEmbeddingScores
 from moelora.scores.task_table import TaskTableScores
 from moelora.scores.tree import TreeScores
@@ -240,6 +245,34 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scores": LinearScores(activation="softmax", init_std=0.02, trainable=False),
         "selection": TopK(k=2, renormalize=True),
         "balance": [],
+    },
+    "mixda": {
+        "experts": BottleneckExperts(num_experts=2, reduction=16),
+        "placement": PartsPlacement(parts=["down"]),
+        "scores": MlpScores(depth=4, size=768, dropout=0.2, per="sequence"),
+        "selection": Dense(),
+        "balance": [],
+    },
+    "mpoe": {
+        "experts": MpoExperts(num_experts=8, r=16, lora_alpha=32, lora_dropout=0.05, ends=8, gradient_mask=0.75),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": LinearScores(init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "graphmoe": {
+        "experts": RoundsExperts(num_experts=8, r=8, lora_alpha=16, lora_dropout=0.05, features=16, rounds=3),
+        "placement": LinearPlacement(),
+        "scores": LinearScores(init_std=0.02),
+        "selection": TopK(k=2, renormalize=True),
+        "balance": [SwitchBalance(coef=1e-2), ZLoss()],
+    },
+    "thor": {
+        "experts": LoraExperts(num_experts=2, r=16, lora_alpha=32, lora_dropout=0.05),
+        "placement": FeedForwardPlacement(unrouted_modules="rest"),
+        "scores": ConstantScores(),
+        "selection": Draw(),
+        "balance": [Consistency(coef=2.5)],
     },
     "lora": {
         "experts": LoraExperts(num_experts=1, r=16, lora_alpha=32),

@@ -94,6 +94,15 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "position": ("child", "experts.position"),
     "key_features": (7, "scores.features"),
     "slots": (2, "experts.slots"),
+    "ends": (4, "experts.ends"),
+    "gradient_mask": (0.5, "experts.gradient_mask"),
+    "rounds": (4, "experts.rounds"),
+    "state_features": (9, "experts.features"),
+    "gate_size": (9, "scores.size"),
+    "gate_depth": (3, "scores.depth"),
+    "gate_dropout": (0.3, "scores.dropout"),
+    "per": ("token", "scores.per"),
+    "frozen_adapters": (1, "experts.num_frozen"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
     "reduction": (7, "experts.reduction"),
@@ -111,6 +120,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "bias_update_rate": (0.1, "balance.bias_update"),
     "balance_coef": (0.7, "balance.switch"),
     "z_loss_coef": (0.3, "balance.z"),
+    "consistency_coef": (0.7, "balance.consistency"),
 }
 
 
@@ -123,7 +133,7 @@ def with_field(config: MoeLoraConfig, path: str, value: Any) -> dict[str, Any]:
         return found
     choices = {choice.kind: choice for choice in found["balance"]}
     come_together = config.preset not in ("smore", "loramoe")
-    if field != "bias_update" and come_together:
+    if field not in ("bias_update", "consistency") and come_together:
         losses = {field, "z"} if field != "z" else {"z", LOSSES.get(config.preset or "", "switch")}
         choices |= {kind: kinds("balance")[kind]() for kind in losses - set(choices)}
     choices[field] = dataclasses.replace(choices[field], coef=value)
@@ -162,7 +172,7 @@ def test_every_word_of_a_preset_reaches_its_field(name: str) -> None:
             path = "experts.alpha"
         if word == "balance_coef":
             path = f"balance.{LOSSES.get(name, 'switch')}"
-        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots")):
+        if (name, word) in (("perft_d", "num_experts"), ("soft_moa", "slots"), ("mixda", "num_adapters")):
             continue  # it says the number of weights, or of experts, as well
         # MoLA's lowest layers have two experts
         others = {"num_experts": 4} if (name, word) == ("mola", "top_k") else {}
@@ -188,7 +198,7 @@ def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) ->
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_coefficient_of_zero_leaves_the_choice_out(name: str) -> None:
-    words = [word for word in presets.words(name) if word in ("balance_coef", "z_loss_coef", "bias_update_rate")]
+    words = [word for word in presets.words(name) if word.endswith("_coef") or word == "bias_update_rate"]
     # without a gate nothing but the loss trains the router
     gate: dict[str, Any] = {"multiply_by_gate": True} if name == "llava_mole" else {}
     config = MoeLoraConfig.from_preset(name, **gate, **dict.fromkeys(words, 0.0))

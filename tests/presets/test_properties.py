@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from moelora import MoeLoraConfig, batch_facts, presets
 from moelora.cli import main
+from moelora.hub import read_adapter
 from moelora.layers.base import MoeLoraLayer
 from tests.adapters import (
     BY_TASK,
@@ -43,6 +44,7 @@ from tests.conftest import tiny_batch, tiny_model
 NOT_THE_BASE_AT_FIRST: dict[str, str] = {
     "mixlora_dynamic": "the block is scaled by the sum of raw probabilities",
     "mixlora_switch": "the block is scaled by a raw probability",
+    "mixda": "the block is one of the gate's choices",
 }
 """Presets that do not start at the base model, with the reason."""
 
@@ -321,6 +323,7 @@ def test_inspect(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     model.save_pretrained(str(tmp_path))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert read_adapter(tmp_path).missing() == []
     assert f"preset      {preset}" in printed
     tensors = adapter_tensors(model)
     stored = sum(tensor.numel() for tensor in tensors.values())

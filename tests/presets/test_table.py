@@ -54,6 +54,12 @@ def test_parameters_per_rank(name: str, phrase: str) -> None:
     assert grown == 2 * 64 * value
 
 
+def test_what_grows_otherwise_has_no_such_number() -> None:
+    """MixDA's adapters have a share of the input's features inside."""
+    assert parameters_per_rank("mixda") == "not linear"
+    assert parameters_per_rank("mpoe") == "in + out + 128"
+
+
 def test_the_command_prints_it_and_renews_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     assert capsys.readouterr().out == table() + "\n"
