@@ -234,7 +234,7 @@ def test_peft_words_pass_through(name: str) -> None:
     [
         ("mixlorra", {}, r"unknown preset 'mixlorra'; allowed: adamole, .*mixlora, .*Did you mean 'mixlora'"),
         ("mixlora", {"num_expert": 4}, r"unknown key 'num_expert' in preset 'mixlora'.*Did you mean 'num_experts'"),
-        ("mixlora", {"experts": {}}, r"unknown key 'experts' in preset 'mixlora'\."),
+        ("mixlora", {"experts": {"q": 1}}, r"unknown key 'q' in experts 'lora'\."),
         ("lora", {"top_k": 1}, r"unknown key 'top_k' in preset 'lora'\..*lora_alpha"),
         ("smora", {"num_experts": 4}, r"unknown key 'num_experts' in preset 'smora'\."),
         ("mixlora", {"top_k": 9}, r"top_k is 9; allowed: 1 to num_experts \(8\)"),
