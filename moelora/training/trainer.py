@@ -28,6 +28,7 @@ from moelora.routing.run import RunHooks, batch_facts, find_hooks, known_facts
 from moelora.training.columns import FactColumns
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
+from moelora.training.router_training import RouterTraining, router_rate
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -52,6 +53,10 @@ class MoeLoraTrainerMixin(_Base):
 
     Columns `task_ids` and `instance_embedding` of the data are kept and given to the routing.
 
+    Args:
+        router_training: What is different in training for routers, such as their learning rate; their rate is then
+            logged as `router_learning_rate`. None treats them as all else. The other arguments are the trainer's.
+
     Raises:
         ConfigError: If the trainer would wrap the model in `DataParallel`.
     """
@@ -64,8 +69,10 @@ class MoeLoraTrainerMixin(_Base):
     _moelora_metrics: RoutingMetrics | None = None
     _moelora_scope: BalanceScope | None = None
     _moelora_warned = False
+    _moelora_router_rate: float | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, router_training: RouterTraining | None = None, **kwargs: Any) -> None:
+        self.router_training = router_training
         super().__init__(*args, **kwargs)
         self.data_collator = FactColumns(self.data_collator)
         if self.args.n_gpu > 1:
@@ -81,6 +88,25 @@ class MoeLoraTrainerMixin(_Base):
         kept = self._signature_columns or []
         self._signature_columns = [*kept, *(name for name in FACTS if name not in kept)]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The trainer's optimizer, or the one that it was given, with `router_training`; see `Trainer`."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.router_training is not None:
+            if self.lr_scheduler is not None and router_rate(optimizer) is None:
+                raise ConfigError(
+                    "router_training moves the routers into groups of their own, and the trainer was given a scheduler "
+                    "that was made before; allowed: optimizers=(optimizer, None)."
+                )
+            self.router_training.split(optimizer, self.model if model is None else model)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's scheduler, with `router_training`; see `Trainer`."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self.router_training is not None:
+            self.router_training.schedule(scheduler)
+        return scheduler
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Note the micro-batches of the coming optimizer step; see `Trainer.get_batch_samples`."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -89,6 +115,8 @@ class MoeLoraTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, with its routing recorded; see `Trainer.training_step`."""
+        if self.router_training is not None:
+            self._moelora_router_rate = router_rate(self.optimizer)
         hooks = find_hooks(self.model)
         config = None if hooks is None else active_config(self.model)
         if hooks is None or config is None:
@@ -159,6 +187,8 @@ class MoeLoraTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the balance losses and the experts' load since the last log; see `Trainer.log`."""
         metrics = self._moelora_metrics
+        if "loss" in logs and self._moelora_router_rate is not None:
+            logs["router_learning_rate"] = self._moelora_router_rate
         if "loss" not in logs or metrics is None or metrics.empty or not metrics.mixtures:
             super().log(logs, *args, **kwargs)
             return
