@@ -34,6 +34,9 @@ OTHER: dict[str, Any] = {
     "activation": "sigmoid",
     "trainable": False,
     "bias": True,
+    "bias_weighs": False,
+    "num_null": 2,
+    "num_shared": 2,
     "k": 3,
     "renormalize": None,  # the other of two
     "expert_dropout": 0.25,
@@ -101,12 +104,15 @@ OTHER_OF: dict[str, dict[str, Any]] = {
     "moe_block": {"unrouted_modules": None},
     "intuition": {"embedding": "hidden"},
     "shards": {"num_experts": 1},
+    "lora_with_shared": {"num_frozen": 0},
 }
 # Fields that keep their default here: what excludes them is set, or allows one value.
 KEPT = {
     "lora": {"per_layer"},
     "lora_composed": {"per_layer"},
     "lora_shared_a": {"per_layer"},
+    "lora_with_null": {"per_layer"},
+    "lora_with_shared": {"per_layer", "num_frozen"},
     "top_k": {"capacity"},
     "block": {"unrouted_modules"},
     "parts": {"unrouted_modules"},
@@ -129,7 +135,7 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            "vector",
+            *("vector", "lora_with_null", "lora_with_shared"),
         },
         "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
         "scores": {

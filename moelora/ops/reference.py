@@ -221,6 +221,28 @@ def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Ten
     return torch.stack(weights), torch.stack(ids)
 
 
+def top_k_beside_null(logits_TE: Tensor, top_k: int, num_null: int) -> Tensor:
+    """AdaMoE's gate (arXiv 2406.13233): the `top_k` of a softmax, divided by the sum over those that are not null.
+
+    Args:
+        logits_TE: Output of the router's linear, the null experts last.
+        top_k: K.
+        num_null: How many are null. Those of a token that chose no other are divided by their own sum.
+
+    Returns:
+        weights_TE.
+    """
+    first_null = logits_TE.shape[1] - num_null
+    raw_TK, ids_TK = softmax_top_k(logits_TE, top_k, renormalize=False)
+    rows = []
+    for raw_K, ids_K in zip(raw_TK, ids_TK, strict=True):
+        chosen = dict(zip(ids_K.tolist(), raw_K, strict=True))
+        kept = {e: w for e, w in chosen.items() if e < first_null} or chosen
+        total = torch.stack(list(kept.values())).sum()
+        rows.append(torch.stack([kept[e] / total if e in kept else total * 0 for e in range(logits_TE.shape[1])]))
+    return torch.stack(rows)
+
+
 def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
     """MixLoRA-Dynamic's gate: softmax, the largest until their sum is above `top_p`, optionally divided by their sum.
 
@@ -242,17 +264,20 @@ def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int, bias_weighs: bool = True) -> tuple[Tensor, Tensor]:
     """SMoRA's gate (arXiv 2501.15103): `v = sigmoid(z) + b`, the `top_k` largest divided by their sum.
+
+    Without `bias_weighs` that of DeepSeek-V3 (arXiv 2412.19437): those are chosen, and weighed by sigmoid(z) alone.
 
     Returns:
         weights_TK and ids_TK, best first.
     """
     weights, ids = [], []
     for logits_E in _high(logits_TE):
-        values = [1 / (1 + torch.exp(-z)) + b for z, b in zip(logits_E, bias_E, strict=True)]
+        plain = [1 / (1 + torch.exp(-z)) for z in logits_E]
+        values = [v + b for v, b in zip(plain, bias_E, strict=True)]
         best = sorted(range(len(values)), key=lambda e: -values[e].item())[:top_k]
-        chosen = torch.stack([values[e] for e in best])
+        chosen = torch.stack([(values if bias_weighs else plain)[e] for e in best])
         weights.append(chosen / chosen.sum())
         ids.append(torch.tensor(best, device=logits_TE.device))
     return torch.stack(weights), torch.stack(ids)

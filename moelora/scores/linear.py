@@ -31,8 +31,10 @@ class LinearScores(Scores):
         trainable: Whether the router is trained. If not it keeps its initial weights, which are saved: a fixed random
             router.
         init_std: W_r starts at N(0, `init_std`); None is `nn.Linear`'s default (kaiming uniform).
-        bias: Whether a bias is added to the scores, which both selects and weighs (SMoRA, arXiv 2501.15103). It starts
-            at 0, has no gradient, and is moved by the balance choice "bias_update".
+        bias: Whether a bias is added to the scores. It starts at 0, has no gradient, and is moved by the balance choice
+            "bias_update".
+        bias_weighs: Whether that bias both selects and weighs (SMoRA, arXiv 2501.15103). If not it only selects, and
+            the weights are the scores without it (DeepSeek-V3, arXiv 2412.19437, Eq. 13 to 16; arXiv 2408.15664).
         num_frozen: The rows of W_r of the first so many experts are not trained.
         jitter: In training each number that the router sees is multiplied by one drawn from U(1 - `jitter`,
             1 + `jitter`) (Switch, arXiv 2101.03961); the experts see what it was.
@@ -47,6 +49,7 @@ class LinearScores(Scores):
     trainable: bool = True
     init_std: float | None = 0.02
     bias: bool = False
+    bias_weighs: bool = True
     num_frozen: int = 0
     jitter: float = 0.0
 
@@ -54,6 +57,8 @@ class LinearScores(Scores):
         check_choice("scores.activation", self.activation, Activation)
         check_bool("scores.trainable", self.trainable)
         check_bool("scores.bias", self.bias)
+        check_bool("scores.bias_weighs", self.bias_weighs)
+        check(self.bias or self.bias_weighs, "scores.bias_weighs", self.bias_weighs, "True without a bias")
         std = self.init_std
         check(std is None or (is_real(std) and std >= 0), "scores.init_std", std, "a number of at least 0, or None")
         check(is_share(self.jitter), "router_jitter", self.jitter, "0 <= router_jitter < 1")
@@ -61,6 +66,8 @@ class LinearScores(Scores):
 
     def check(self, config: Any) -> None:
         """Refuse frozen rows of more experts than there are, and beside a bias that all experts share in moving.
+
+        And a bias that only selects where nothing is selected by a rank.
 
         Raises:
             ConfigError: With the reason.
@@ -74,6 +81,13 @@ class LinearScores(Scores):
             self.num_frozen,
             "0 with the balance choice 'bias_update'",
             "It would move the bias of the frozen experts as well.",
+        )
+        check(
+            self.bias_weighs or config.selection.chooses_by_rank,
+            "scores.bias_weighs",
+            self.bias_weighs,
+            f"True with {config.selection.kind!r} selection",
+            "It chooses nothing by a rank, so that the bias would do nothing; use 'top_k'.",
         )
 
     @property
@@ -123,6 +137,9 @@ class LinearScores(Scores):
         else:
             scores_TE = logits_TE.sigmoid()
             probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-9)
+        if self.bias and not self.bias_weighs:
+            softmax = self.activation == "softmax"
+            return Scored(logits_TE, probs_TE, scores_TE, is_softmax=softmax, bias_E=given.tensors["bias"])
         if self.bias:
             return Scored(logits_TE, probs_TE, scores_TE + given.tensors["bias"], is_softmax=False)
         return Scored(logits_TE, probs_TE, scores_TE, is_softmax=self.activation == "softmax")

@@ -15,7 +15,7 @@ from moelora.choices import register
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
 from moelora.scores.base import RouterInput, Scored
-from moelora.selection.base import Selection, renormalize
+from moelora.selection.base import Selection, renormalize, renormalize_beside_null
 from moelora.selection.capacity import within_capacity
 from moelora.validation import check, check_bool, is_count, is_real, is_share
 
@@ -23,12 +23,13 @@ from moelora.validation import check, check_bool, is_count, is_real, is_share
 @register
 @dataclass(frozen=True, kw_only=True)
 class TopK(Selection):
-    """Every token is sent to the `k` experts of the highest scores.
+    """Every token is sent to the `k` experts of the highest scores, or scores and a bias that only selects.
 
     Args:
         k: Number of experts of a token.
-        renormalize: Whether the weights of the chosen experts are divided by their sum. With k = 1 that makes each
-            weight 1, so the router would get no gradient from the task; it is refused for a trained router.
+        renormalize: Whether the weights of the chosen experts are divided by their sum (where some are null, by that of
+            the others). With k = 1 that makes each weight 1, so the router would get no gradient from the task; it is
+            refused for a trained router.
         expert_dropout: Probability of dropping an expert's score, for one token, in training (SiRA).
         capacity_factor: An expert takes at most `ceil(capacity_factor * k * S / E)` choices of a sequence of S valid
             tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
@@ -41,6 +42,7 @@ class TopK(Selection):
     """
 
     kind: ClassVar[str] = "top_k"
+    chooses_by_rank: ClassVar[bool] = True
 
     k: int = 2
     renormalize: bool = True
@@ -129,11 +131,22 @@ class TopK(Selection):
         if dropout > 0:
             kept_TE = (torch.rand_like(scores_TE) >= dropout) / (1 - dropout)
             scores_TE = scores_TE * kept_TE
-        weights_TK, ids_TK = scores_TE.topk(min(self.k, scores_TE.shape[-1]), dim=-1)
+        K = min(self.k, scores_TE.shape[-1])
+        if scored.bias_E is None:
+            weights_TK, ids_TK = scores_TE.topk(K, dim=-1)
+        else:
+            ranks_TE = scored.scores_TE + scored.bias_E
+            if kept_TE is not None:
+                ranks_TE = ranks_TE.masked_fill(kept_TE == 0, float("-inf"))
+            ids_TK = ranks_TE.topk(K, dim=-1).indices
+            weights_TK = scores_TE.gather(-1, ids_TK)
         if kept_TE is not None:
             assigned_TK = kept_TE.gather(-1, ids_TK) > 0
-        if self.renormalize:
-            weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None)
+        if self.renormalize and given.num_null > 0:
+            weights_TK = renormalize_beside_null(weights_TK, ids_TK >= given.num_experts - given.num_null)
+        elif self.renormalize:
+            # of a softmax the largest are chosen, and their sum is far above 0
+            weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None and scored.bias_E is None)
         limited = self.has_capacity and (given.training or self.capacity_in_eval)
         if limited:
             weights_TK = weights_TK * within_capacity(

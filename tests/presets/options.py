@@ -1,0 +1,16 @@
+"""Options on the axes that no preset has at its defaults: a preset, and the axes' words that make it have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "null experts": ("mixlora", {"experts": {"kind": "lora_with_null", "num_null": 2}}),
+    "null experts of linears": ("sira", {"experts": {"kind": "lora_with_null", "num_null": 1}}),
+    "shared experts": ("sira", {"experts": {"kind": "lora_with_shared", "num_shared": 2}}),
+    "a bias that only selects": ("smora", {"scores": {"bias_weighs": False}}),
+}
+NOT_THE_BASE_AT_FIRST: set[str] = set()
+"""Those that do not start at the base model."""
+DRAWS: set[str] = set()
+"""Those that draw in training, so that two forwards differ."""
