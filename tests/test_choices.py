@@ -86,6 +86,9 @@ OTHER: dict[str, Any] = {
     "num_tasks": 3,
     "groups": 2,
     "jitter": 0.2,
+    "noise": True,
+    "straight_through": True,
+    "dense_in_training": True,
     "p": 0.6,
     "sizes": [2, 3],
     "fan_out": [1, 2],
@@ -105,6 +108,7 @@ OTHER_OF: dict[str, dict[str, Any]] = {
     "intuition": {"embedding": "hidden"},
     "shards": {"num_experts": 1},
     "lora_with_shared": {"num_frozen": 0},
+    "top_k": {"straight_through": False, "dense_in_training": False},
 }
 # Fields that keep their default here: what excludes them is set, or allows one value.
 KEPT = {
@@ -113,7 +117,7 @@ KEPT = {
     "lora_shared_a": {"per_layer"},
     "lora_with_null": {"per_layer"},
     "lora_with_shared": {"per_layer", "num_frozen"},
-    "top_k": {"capacity"},
+    "top_k": {"capacity", "straight_through", "dense_in_training"},
     "block": {"unrouted_modules"},
     "parts": {"unrouted_modules"},
     "moe_block": {"unrouted_modules"},
@@ -140,7 +144,7 @@ def test_the_kinds() -> None:
         "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
         "scores": {
             *("linear", "constant", "task", "prototypes", "centroids", "glider", "classifier", "base_router"),
-            *("intuition", "task_embedding", "task_table", "tree_keys"),
+            *("intuition", "task_embedding", "task_table", "tree_keys", "cosine"),
         },
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),

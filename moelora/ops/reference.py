@@ -203,6 +203,42 @@ def mixture_feed_forward(
     return torch.stack(rows) if rows else _high(x_TD).new_zeros(0, linears["down"][0].shape[0])
 
 
+def noisy_logits(logits_TE: Tensor, spread_logits_TE: Tensor, draws_TE: Tensor) -> Tensor:
+    """Noisy top-k's logits (arXiv 1701.06538, Eq. 4): `z + n (softplus(s) + 0.01)`, with n drawn from N(0, 1).
+
+    Args:
+        logits_TE: z, the output of the router's linear.
+        spread_logits_TE: s, the output of the noise's.
+        draws_TE: n.
+    """
+    rows = []
+    for logits_E, spread_E, draws_E in zip(_high(logits_TE), _high(spread_logits_TE), draws_TE, strict=True):
+        each = zip(logits_E, spread_E, draws_E, strict=True)
+        rows.append(torch.stack([z + n * (torch.log(1 + torch.exp(s)) + 0.01) for z, s, n in each]))
+    return torch.stack(rows)
+
+
+def cosine_logits(
+    x_TD: Tensor, projection_FD: Tensor, places_EF: Tensor, log_scale: Tensor, temperature: float
+) -> Tensor:
+    """X-MoE's logits (arXiv 2204.09179): `cos(P x, c_e) / tau` with `1 / tau = min(100, exp(t) / temperature)`.
+
+    Args:
+        x_TD: Tokens.
+        projection_FD: P.
+        places_EF: c of each expert.
+        log_scale: t, one number.
+        temperature: tau at t = 0.
+    """
+    scale = torch.exp(_high(log_scale).reshape(())) / temperature
+    scale = scale if scale < 100 else torch.full_like(scale, 100.0)
+    rows = []
+    for x_D in _high(x_TD):
+        p_F = _high(projection_FD) @ x_D
+        rows.append(torch.stack([scale * (p_F @ c_F) / (p_F.norm() * c_F.norm()) for c_F in _high(places_EF)]))
+    return torch.stack(rows)
+
+
 def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Softmax, the `top_k` largest, optionally divided by their sum.
 

@@ -20,6 +20,9 @@ from moelora.validation import check, check_bool, check_choice, is_index, is_rea
 
 Activation = Literal["softmax", "sigmoid"]
 
+NOISE_FLOOR = 0.01
+"""The least standard deviation of the noise, as in Tensor2Tensor's code."""
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ class LinearScores(Scores):
         num_frozen: The rows of W_r of the first so many experts are not trained.
         jitter: In training each number that the router sees is multiplied by one drawn from U(1 - `jitter`,
             1 + `jitter`) (Switch, arXiv 2101.03961); the experts see what it was.
+        noise: Whether the logits are noisy in training: `z_e + N(0, 1) (softplus(W_n x)_e + 0.01)`, with W_n learned
+            from 0 (noisy top-k gating, Shazeer et al., arXiv 1701.06538, where W_r starts at 0 too; the 0.01 is that
+            of Tensor2Tensor's code). Each token and expert has its own draw; the balance losses see the noisy logits.
 
     Raises:
         ConfigError: For a value out of range.
@@ -52,12 +58,14 @@ class LinearScores(Scores):
     bias_weighs: bool = True
     num_frozen: int = 0
     jitter: float = 0.0
+    noise: bool = False
 
     def __post_init__(self) -> None:
         check_choice("scores.activation", self.activation, Activation)
         check_bool("scores.trainable", self.trainable)
         check_bool("scores.bias", self.bias)
         check_bool("scores.bias_weighs", self.bias_weighs)
+        check_bool("scores.noise", self.noise)
         check(self.bias or self.bias_weighs, "scores.bias_weighs", self.bias_weighs, "True without a bias")
         std = self.init_std
         check(std is None or (is_real(std) and std >= 0), "scores.init_std", std, "a number of at least 0, or None")
@@ -109,16 +117,18 @@ class LinearScores(Scores):
         A softmax does not see what all its logits have in common, so a row of zeros would mean nothing; the mean does
         not depend on it. A new expert is never the first choice before its row is trained.
         """
-        return old.mean(0, keepdim=True).expand(count, *old.shape[1:]) if name in ("weight", "bias") else None
+        known = name in ("weight", "bias", "noise_weight")
+        return old.mean(0, keepdim=True).expand(count, *old.shape[1:]) if known else None
 
     def params(self, site: Site) -> list[Param]:
-        """`weight` [E, D], and `bias` [E] in fp32."""
+        """`weight` [E, D], `bias` [E] in fp32, and `noise_weight` [E, D]."""
         init = Init("kaiming") if self.init_std is None else Init("normal", self.init_std)
         weight = Param(
             "weight", (site.num_experts, site.router_features), init, self.trainable, num_frozen=self.num_frozen
         )
         bias = Param("bias", (site.num_experts,), Init("zeros"), trainable=False, dtype=torch.float32)
-        return [weight, bias] if self.bias else [weight]
+        noise = replace(weight, name="noise_weight", init=Init("zeros"))
+        return [weight, *([bias] if self.bias else []), *([noise] if self.noise else [])]
 
     @property
     def is_distribution(self) -> bool:
@@ -132,6 +142,9 @@ class LinearScores(Scores):
             x_TD = x_TD.float()  # in half precision a factor this near to 1 would have few values
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_TE = router_logits(x_TD, given.tensors["weight"])
+        if self.noise and given.training:
+            spread_TE = F.softplus(router_logits(x_TD, given.tensors["noise_weight"])) + NOISE_FLOOR
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * spread_TE
         if self.activation == "softmax":
             scores_TE = probs_TE = logits_TE.softmax(-1)
         else:

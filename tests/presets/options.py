@@ -8,6 +8,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "null experts": ("mixlora", {"experts": {"kind": "lora_with_null", "num_null": 2}}),
     "null experts of linears": ("sira", {"experts": {"kind": "lora_with_null", "num_null": 1}}),
     "shared experts": ("sira", {"experts": {"kind": "lora_with_shared", "num_shared": 2}}),
+    "cosine scores": ("mixlora", {"scores": {"kind": "cosine", "features": 5}}),
+    "cosine scores of linears": ("adamole", {"scores": {"kind": "cosine", "features": 5}}),
+    "noisy logits": ("mixlora", {"scores": {"noise": True}}),
+    "noisy logits of linears": ("sira", {"scores": {"noise": True}}),
+    "straight-through top-1": ("mixlora", {"top_k": 1, "selection": {"renormalize": True, "straight_through": True}}),
+    "dense in training": ("mixlora", {"selection": {"dense_in_training": True}}),
     "a bias that only selects": ("smora", {"scores": {"bias_weighs": False}}),
 }
 NOT_THE_BASE_AT_FIRST: set[str] = set()
