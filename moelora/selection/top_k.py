@@ -34,6 +34,11 @@ class TopK(Selection):
         capacity_factor: An expert takes at most `ceil(capacity_factor * k * S / E)` choices of a sequence of S valid
             tokens, first choices first, then in token order; what is past it is dropped. None is no limit.
         capacity: The same limit as a number of choices, for a sequence of any length; not with a `capacity_factor`.
+        straight_through: Whether the renormalised weights have the gradient of those that are not (Bengio et al., arXiv
+            1308.3432). A single choice then has weight 1, so that a feed-forward block is not scaled, and its router
+            learns of the task all the same.
+        dense_in_training: Whether every token is sent to all experts in training, and to `k` outside (DS-MoE, arXiv
+            2404.05567). Its mutual-information loss is not here.
         capacity_in_eval: Whether the capacity holds outside training too. It makes an output depend on later tokens
             of the sequence, so generation with and without a KV cache can then differ.
 
@@ -50,11 +55,21 @@ class TopK(Selection):
     capacity_factor: float | None = None
     capacity_in_eval: bool = False
     capacity: int | None = None
+    straight_through: bool = False
+    dense_in_training: bool = False
 
     def __post_init__(self) -> None:
         check(is_count(self.k), "top_k", self.k, "an integer of at least 1")
         check_bool("selection.renormalize", self.renormalize)
-        check_bool("selection.capacity_in_eval", self.capacity_in_eval)
+        for name in ("capacity_in_eval", "straight_through", "dense_in_training"):
+            check_bool(f"selection.{name}", getattr(self, name))
+        check(
+            self.renormalize or not self.straight_through,
+            "selection.straight_through",
+            self.straight_through,
+            "False without renormalize",
+            "Weights that are not renormalised have their own gradient.",
+        )
         check(is_share(self.expert_dropout), "expert_dropout", self.expert_dropout, "0 <= expert_dropout < 1")
         factor = self.capacity_factor
         check(
@@ -73,6 +88,14 @@ class TopK(Selection):
             self.capacity_in_eval,
             "False without a capacity_factor or a capacity",
         )
+        plain = not (self.has_capacity or self.expert_dropout or self.straight_through)
+        check(
+            plain or not self.dense_in_training,
+            "selection.dense_in_training",
+            self.dense_in_training,
+            "False with expert_dropout, a capacity or straight_through",
+            "They change what is chosen in training, where then nothing is.",
+        )
 
     @property
     def has_capacity(self) -> bool:
@@ -81,6 +104,8 @@ class TopK(Selection):
 
     def check(self, config: Any) -> None:
         """Refuse more choices than experts, and a renormalised top-1 under a trained router.
+
+        And choices in training that nobody makes to be counted.
 
         Raises:
             ConfigError: With the reason.
@@ -95,12 +120,20 @@ class TopK(Selection):
             "Lower top_k or raise num_experts.",
         )
         trains_router = config.scores.is_trained and not config.inference_mode
-        if self.k == 1 < num_experts and self.renormalize and trains_router:
+        no_gradient = self.renormalize and not self.straight_through and not self.dense_in_training
+        if self.k == 1 < num_experts and no_gradient and trains_router:
             raise ConfigError(
                 "top_k is 1 with renormalize=True: each weight is w / w = 1, so the task gives the router no gradient; "
-                "allowed: renormalize=False (the raw weight, as in Switch), top_k of at least 2, or a router that is "
-                "not trained."
+                "allowed: renormalize=False (the raw weight, as in Switch), straight_through=True, top_k of at least "
+                "2, or a router that is not trained."
             )
+        check(
+            not self.dense_in_training or not any(choice.moves_bias for choice in config.balance),
+            "selection.dense_in_training",
+            self.dense_in_training,
+            "False with the balance choice 'bias_update'",
+            "It counts choices, and in training all experts get all tokens.",
+        )
 
     def picked(self, experts: Sequence[int], num_experts: int) -> Self:
         """See `Choice.picked`: no more choices than experts."""
@@ -127,6 +160,9 @@ class TopK(Selection):
     def select(self, scored: Scored, given: RouterInput) -> Routing:
         """See `Selection.select`."""
         scores_TE, assigned_TK, kept_TE = scored.scores_TE, None, None
+        if self.dense_in_training and given.training:
+            weights_TE = renormalize(scores_TE) if self.renormalize else scores_TE
+            return Routing(scored.logits_TE, scored.probs_TE, weights_TE, ids_TK=None, sums_to_one=self.renormalize)
         dropout = given.dropouts["expert_dropout"]
         if dropout > 0:
             kept_TE = (torch.rand_like(scores_TE) >= dropout) / (1 - dropout)
@@ -142,11 +178,14 @@ class TopK(Selection):
             weights_TK = scores_TE.gather(-1, ids_TK)
         if kept_TE is not None:
             assigned_TK = kept_TE.gather(-1, ids_TK) > 0
+        raw_TK = weights_TK
         if self.renormalize and given.num_null > 0:
             weights_TK = renormalize_beside_null(weights_TK, ids_TK >= given.num_experts - given.num_null)
         elif self.renormalize:
             # of a softmax the largest are chosen, and their sum is far above 0
             weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None and scored.bias_E is None)
+        if self.straight_through:
+            weights_TK = weights_TK.detach() + (raw_TK - raw_TK.detach())
         limited = self.has_capacity and (given.training or self.capacity_in_eval)
         if limited:
             weights_TK = weights_TK * within_capacity(
@@ -158,5 +197,6 @@ class TopK(Selection):
             weights_TK,
             ids_TK,
             assigned_TK,
-            sums_to_one=self.renormalize and kept_TE is None and not limited,
+            # in gradient too: what a block adds whatever the weights are is else left out
+            sums_to_one=self.renormalize and kept_TE is None and not limited and not self.straight_through,
         )
