@@ -148,8 +148,9 @@ def test_the_kinds() -> None:
         },
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
+            "sparse_mixer",
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "entropy"},
         "compute": {"fast", "compiled", "reference"},
     }
 

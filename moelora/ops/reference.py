@@ -300,6 +300,24 @@ def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
     return torch.stack(rows)
 
 
+def sparse_mixer(logits_TE: Tensor, ids_T: Tensor, is_whole_T: Tensor, jitter: float) -> Tensor:
+    """SparseMixer's weights of choices that were drawn (arXiv 2310.00811, 2409.12136): `m p_e`, in gradient `p_e`.
+
+    Args:
+        logits_TE: Output of the router's linear.
+        ids_T: The expert of each token.
+        is_whole_T: Whether m is 1, else 1/3.
+        jitter: How far below the highest a logit may be, see `SparseMixer`.
+    """
+    weights = []
+    for logits_E, e, is_whole in zip(_high(logits_TE), ids_T.tolist(), is_whole_T.tolist(), strict=True):
+        high = logits_E.max().item()
+        near = [z for z in logits_E if (high - z.item()) / max(abs(z.item()), high) <= 2 * jitter]
+        p = 1 / torch.stack([torch.exp(z - logits_E[e]) for z in near]).sum()
+        weights.append(p if is_whole else p - 2 / 3 * p.detach())
+    return torch.stack(weights)
+
+
 def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int, bias_weighs: bool = True) -> tuple[Tensor, Tensor]:
     """SMoRA's gate (arXiv 2501.15103): `v = sigmoid(z) + b`, the `top_k` largest divided by their sum.
 
@@ -431,6 +449,12 @@ def threshold_balance_loss(probs_TE: Tensor, thresholds_T: Tensor, valid_T: Tens
         share = sum(float(a >= 0) for a in margins) / len(tokens)
         loss = loss + E * share * sum(margins, start=_high(probs_TE).new_zeros(())) / len(tokens)
     return loss
+
+
+def entropy_loss(probs_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """The dynamic loss of arXiv 2403.07652: the mean of `-sum_e p_e log p_e` over the valid tokens."""
+    values = [sum(-p * torch.log(p) for p in _high(probs_TE)[t]) for t in range(len(valid_T)) if valid_T[t]]
+    return torch.stack(values).mean()  # type: ignore[arg-type]
 
 
 def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:

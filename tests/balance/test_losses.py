@@ -17,11 +17,12 @@ from moelora.balance.losses import balance_losses
 from moelora.balance.totals import RoutingTotals
 from moelora.choices import kinds
 from moelora.errors import ConfigError
-from tests.balance.layers import MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of
+from tests.balance.layers import ENTROPY, MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of
 
 # Each loss with the routings of `layers.ROUTINGS` that it is compared on.
 CASES = [
     *((choice, name) for choice in (SWITCH, MIXTRAL, Z) for name in ("top-2", "dense", "sigmoid", "learned-threshold")),
+    *((ENTROPY, name) for name in ("top-2", "dense", "learned-threshold")),
     (THRESHOLD, "learned-threshold"),
 ]
 LOSSES = pytest.mark.parametrize(("choice", "name"), CASES, ids=[f"{choice.kind}-{name}" for choice, name in CASES])
@@ -86,7 +87,7 @@ def test_a_batch_of_padding_only_gives_zero(choice: Balance, name: str) -> None:
 
 
 def test_losses_stay_fp32_under_autocast() -> None:
-    for name, choices in (("top-2", [SWITCH, MIXTRAL, Z]), ("learned-threshold", [THRESHOLD])):
+    for name, choices in (("top-2", [SWITCH, MIXTRAL, Z, ENTROPY]), ("learned-threshold", [THRESHOLD])):
         records = Layers.routed(name).records()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = balance_losses(records, choices)
@@ -104,7 +105,7 @@ def test_a_loss_for_each_choice_without_its_coefficient() -> None:
 def test_shares_are_given_for_every_mixture() -> None:
     records = Layers().records()
     totals = RoutingTotals.of(records)
-    for choice in (SWITCH, MIXTRAL, Z, THRESHOLD):
+    for choice in (SWITCH, MIXTRAL, Z, THRESHOLD, ENTROPY):
         assert list(choice.shares(totals)) == [record.mixture for record in records]
 
 

@@ -14,6 +14,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "noisy logits of linears": ("sira", {"scores": {"noise": True}}),
     "straight-through top-1": ("mixlora", {"top_k": 1, "selection": {"renormalize": True, "straight_through": True}}),
     "dense in training": ("mixlora", {"selection": {"dense_in_training": True}}),
+    "sparse mixer": ("sira", {"selection": {"kind": "sparse_mixer", "jitter": 0.9}}),
     "a bias that only selects": ("smora", {"scores": {"bias_weighs": False}}),
 }
 NOT_THE_BASE_AT_FIRST: set[str] = set()
