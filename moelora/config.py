@@ -203,11 +203,11 @@ class MoeLoraConfig(PeftConfig):
             len(set(names)) == len(names),
             "balance",
             self.balance,
-            "one load-balancing loss, one z-loss, one update of biases",
+            "one load-balancing loss, one z-loss, one update of biases, one of each other kind",
             "Two of a sort would be added up and logged as one.",
         )
         check(
-            self.scores.is_trained or not losses,
+            self.scores.is_trained or all(choice.reads_experts for choice in losses),
             "balance",
             losses,
             "no loss with a router that is not trained",

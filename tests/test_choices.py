@@ -87,6 +87,7 @@ OTHER: dict[str, Any] = {
     "groups": 2,
     "jitter": 0.2,
     "noise": True,
+    "raw_single": True,
     "straight_through": True,
     "dense_in_training": True,
     "p": 0.6,
@@ -150,7 +151,8 @@ def test_the_kinds() -> None:
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
             "sparse_mixer",
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "entropy"},
+        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "entropy", "cv_squared"}
+        | {"tree_cv_squared", "orthogonal"},
         "compute": {"fast", "compiled", "reference"},
     }
 

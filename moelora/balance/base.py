@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moelora.balance.totals import RoutingTotals
 from moelora.choices import Choice
+from moelora.ops.factors import Factors
 from moelora.routing.record import LayerLoss, Mixture
 from moelora.validation import check, is_real
 
@@ -39,6 +40,10 @@ class Balance(Choice):
     """Name of the loss in the trainers' logs."""
     is_loss: ClassVar[bool] = True
     """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
+    reads_experts: ClassVar[bool] = False
+    """Whether its loss is one of the experts' weights, `of_experts`, and not of what is routed to them."""
+    needs_sums: ClassVar[bool] = False
+    """Whether it reads `RoutingTotals.sums`."""
     coef_name: ClassVar[str] = "balance.coef"
     """What messages call `coef`."""
 
@@ -66,6 +71,14 @@ class Balance(Choice):
             totals: Sums over all tokens that the loss is taken over.
         """
         return {}
+
+    def of_experts(self, factors: Factors) -> Tensor:
+        """The loss of the experts of one linear, without the coefficient; only with `reads_experts`.
+
+        Args:
+            factors: Their low-rank factors.
+        """
+        raise NotImplementedError
 
     def moved(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
         """A router's bias after a training forward; only with `moves_bias`.

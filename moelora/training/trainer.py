@@ -138,6 +138,7 @@ class MoeLoraTrainerMixin(_Base):
                 mixtures,
                 getattr(self, "current_gradient_accumulation_steps", 1),
                 self._moelora_totals,
+                hooks.layers,
             )
             self._moelora_micro_batch = micro_batch
             try:
@@ -145,7 +146,7 @@ class MoeLoraTrainerMixin(_Base):
             finally:
                 self._moelora_micro_batch = None
         micro_batch.check_attached()
-        if micro_batch.balance and not micro_batch.is_added and not self._moelora_warned:
+        if micro_batch.adds_any and not micro_batch.is_added and not self._moelora_warned:
             self._moelora_warned = True
             logger.warning(
                 f"{type(self).__name__} has a compute_loss of its own that does not call this mixin's, so no balance "
@@ -230,10 +231,11 @@ class MoeLoraTrainerMixin(_Base):
     ) -> RoutingTotals | None:
         """Totals over the micro-batches of a step, or None where each micro-batch or a single one is balanced alone."""
         scope = self._moelora_scope or config.balance_scope
-        if not config.has_balance_loss or scope != "global" or len(batches) < 2:
+        of_routing = [choice for choice in config.balance if choice.is_loss and not choice.reads_experts]
+        if not config.has_balance_loss or not of_routing or scope != "global" or len(batches) < 2:
             return None
         if all(isinstance(batch, Mapping) and {"input_ids", "inputs_embeds"} & set(batch) for batch in batches):
-            return self._count(model, batches, hooks, mixtures)
+            return self._count(model, batches, hooks, mixtures, any(choice.needs_sums for choice in config.balance))
         self._moelora_scope = "micro_batch"
         logger.warning(
             f"balance_scope is 'global' and {type(self).__name__} accumulates gradients over batches that are not "
@@ -244,14 +246,14 @@ class MoeLoraTrainerMixin(_Base):
 
     @torch.no_grad()
     def _count(
-        self, model: nn.Module, batches: list[Any], hooks: RunHooks, mixtures: Mapping[Mixture, int]
+        self, model: nn.Module, batches: list[Any], hooks: RunHooks, mixtures: Mapping[Mixture, int], sums: bool
     ) -> RoutingTotals:
         """Totals over the micro-batches of a step and all processes, found by running them without gradients.
 
         The random state is put back afterwards, so the training forwards draw the same dropout masks as these.
         """
         model.train()
-        totals = RoutingTotals.of([], mixtures)
+        totals = RoutingTotals.of([], mixtures, sums=sums)
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices), hooks.listening() as listener, warnings.catch_warnings():
             # reentrant checkpointing warns of what is meant here
@@ -261,7 +263,7 @@ class MoeLoraTrainerMixin(_Base):
                 inputs, facts = _without_facts(self._prepare_inputs(batch))
                 with facts:
                     model(**self._counting_inputs(inputs))
-                totals = totals + RoutingTotals.of(listener.records, mixtures)
+                totals = totals + RoutingTotals.of(listener.records, mixtures, sums=sums)
         return totals.all_reduce(self.args.device)
 
     def _counting_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from moelora import MoeLoraConfig, record_routing
 from moelora.compose import drop_experts
 from moelora.errors import ComposeError, ConfigError, ExportError
 from moelora.export import to_native_moe
-from moelora.ops import reference
+from moelora.ops import reference, reference_options
 from moelora.routing.router import Router
 from moelora.scores.linear import LinearScores
 from moelora.selection.top_k import TopK
@@ -48,7 +48,7 @@ def test_golden() -> None:
 def test_equals_the_reference(E: int, K: int, num_null: int) -> None:
     logits_TE = (3 * torch.randn(63, E)).requires_grad_()
     found_TE = router(TopK(k=K), E, num_null)(logits_TE, every_token(1, 63)).gates_TE()
-    expected_TE = reference.top_k_beside_null(logits_TE, K, num_null)
+    expected_TE = reference_options.top_k_beside_null(logits_TE, K, num_null)
     torch.testing.assert_close(found_TE, expected_TE, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found_TE.sum(-1), torch.ones(63))
     only_null_T = (found_TE[:, : E - num_null] == 0).all(-1)
@@ -93,7 +93,7 @@ def test_a_linear_equals_the_reference(compute: str) -> None:
     x_TD = (3 * torch.randn(17, 36)).requires_grad_()
 
     def naive() -> Tensor:
-        gates_TE = reference.top_k_beside_null(x_TD @ weight_ED.t(), 2, 2)
+        gates_TE = reference_options.top_k_beside_null(x_TD @ weight_ED.t(), 2, 2)
         delta = reference.mixture_linear(x_TD, a_ERD, b_EOR, gates_TE[:, :3], model.peft_config["default"].scaling)
         return layer.base_layer(x_TD) + delta
 
@@ -109,7 +109,7 @@ def test_a_block_gives_what_the_base_does_to_tokens_that_chose_null_experts(comp
     layer = tuner_layers(model)["model.layers.0.mlp"]
     x = 3 * torch.randn(1, 40, 36)
     with torch.no_grad():
-        gates_TE = reference.top_k_beside_null(x[0] @ layer.moelora_router["default"].weight.t(), 2, 2)
+        gates_TE = reference_options.top_k_beside_null(x[0] @ layer.moelora_router["default"].weight.t(), 2, 2)
         only_null_T = ~gates_TE[:, :3].any(-1)
         assert 0 < int(only_null_T.sum()) < 40
         found, base = layer(x)[0], layer.base_layer(x)[0]

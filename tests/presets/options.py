@@ -15,6 +15,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "straight-through top-1": ("mixlora", {"top_k": 1, "selection": {"renormalize": True, "straight_through": True}}),
     "dense in training": ("mixlora", {"selection": {"dense_in_training": True}}),
     "sparse mixer": ("sira", {"selection": {"kind": "sparse_mixer", "jitter": 0.9}}),
+    "a tree with noise": ("smore", {"noise": True}),
+    "a tree with noise and single children": ("smore", {"noise": True, "fan_out": [1, 1]}),
     "a bias that only selects": ("smora", {"scores": {"bias_weighs": False}}),
 }
 NOT_THE_BASE_AT_FIRST: set[str] = set()

@@ -85,6 +85,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "activation": ("relu", "experts.activation"),
     "position": ("child", "experts.position"),
     "key_features": (7, "scores.features"),
+    "noise": (True, "scores.noise"),
     "slots": (2, "experts.slots"),
     "num_adapters": (3, "experts.num_experts"),
     "bottleneck": (9, "experts.bottleneck"),
@@ -130,6 +131,7 @@ def axes(config: MoeLoraConfig) -> dict[str, Any]:
 # Words that are more than one field; tests of the presets themselves say what they do.
 SEVERAL_FIELDS = {
     ("mola", "num_experts"),
+    ("smore", "noise"),
     ("moelora_task", "lora_alpha"),
     ("moelora_task", "num_experts"),
     ("poly", "num_splits"),

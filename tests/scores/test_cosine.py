@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelora.errors import ConfigError
-from moelora.ops import reference
+from moelora.ops import reference_options
 from moelora.routing.decision import Routing
 from moelora.routing.router import Router
 from moelora.scores.cosine import CosineScores
@@ -42,7 +42,7 @@ def test_equals_the_reference(T: int, E: int, features: int, activation: Any) ->
     leaves = {"x": torch.randn(T, 12, requires_grad=True), **dict(router.named_parameters())}
 
     def naive() -> Tensor:
-        logits_TE = reference.cosine_logits(
+        logits_TE = reference_options.cosine_logits(
             leaves["x"], leaves["projection"], leaves["weight"], leaves["log_scale"], temperature=0.4
         )
         return logits_TE.softmax(-1) if activation == "softmax" else logits_TE.sigmoid()

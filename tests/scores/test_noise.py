@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moelora.errors import ConfigError
-from moelora.ops import reference
+from moelora.ops import reference, reference_options
 from moelora.routing.decision import Routing
 from moelora.routing.router import Router
 from moelora.scores.linear import LinearScores
@@ -43,7 +43,7 @@ def test_equals_the_reference(T: int, E: int, K: int) -> None:
     draws_TE = torch.randn(T, E)
 
     def naive() -> Tensor:
-        logits_TE = reference.noisy_logits(
+        logits_TE = reference_options.noisy_logits(
             leaves["x"] @ leaves["weight"].t(), leaves["x"] @ leaves["noise_weight"].t(), draws_TE
         )
         return reference.softmax_top_k(logits_TE, K, renormalize=True)[0]

@@ -14,7 +14,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from moelora import MoeLoraConfig
 from moelora.errors import ConfigError
-from moelora.ops import reference
+from moelora.ops import reference_options
 from moelora.routing.decision import Routing
 from moelora.selection.sparse_mixer import SparseMixer
 from tests.ops.compare import assert_close, gradients
@@ -54,12 +54,12 @@ def test_equals_the_reference(jitter: float) -> None:
     routing = drawn(leaves["logits"], jitter=jitter)
     assert routing.ids_TK is not None
     ids_T = routing.ids_TK[:, 0]
-    whole_T = reference.sparse_mixer(leaves["logits"], ids_T, torch.ones(63), jitter)
+    whole_T = reference_options.sparse_mixer(leaves["logits"], ids_T, torch.ones(63), jitter)
     is_whole_T = (routing.weights_TK[:, 0] - whole_T).abs() < 1e-6
     is_best_T = ids_T == leaves["logits"].argmax(-1)
     assert is_whole_T[is_best_T].all()
     found = gradients(lambda: drawn(leaves["logits"], jitter=jitter).weights_TK[:, 0], leaves)
-    expected = gradients(lambda: reference.sparse_mixer(leaves["logits"], ids_T, is_whole_T, jitter), leaves)
+    expected = gradients(lambda: reference_options.sparse_mixer(leaves["logits"], ids_T, is_whole_T, jitter), leaves)
     for name, tensor in expected.items():
         assert_close(name, found[name], tensor, rtol=1e-4, atol=1e-5)
 
