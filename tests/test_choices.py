@@ -109,6 +109,7 @@ OTHER_OF: dict[str, dict[str, Any]] = {
     "intuition": {"embedding": "hidden"},
     "shards": {"num_experts": 1},
     "lora_with_shared": {"num_frozen": 0},
+    "lora_ranks": {"num_frozen": 0},
     "top_k": {"straight_through": False, "dense_in_training": False},
 }
 # Fields that keep their default here: what excludes them is set, or allows one value.
@@ -117,6 +118,7 @@ KEPT = {
     "lora_composed": {"per_layer"},
     "lora_shared_a": {"per_layer"},
     "lora_with_null": {"per_layer"},
+    "lora_ranks": {"per_layer", "num_frozen"},
     "lora_with_shared": {"per_layer", "num_frozen"},
     "top_k": {"capacity", "straight_through", "dense_in_training"},
     "block": {"unrouted_modules"},
@@ -140,7 +142,7 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            *("vector", "lora_with_null", "lora_with_shared"),
+            *("vector", "lora_with_null", "lora_with_shared", "lora_ranks"),
         },
         "placement": {"linear", "feed_forward", "block", "parts", "moe_block"},
         "scores": {
@@ -149,7 +151,7 @@ def test_the_kinds() -> None:
         },
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
-            "sparse_mixer",
+            *("sparse_mixer", "growing_top_k"),
         },
         "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "entropy", "cv_squared"}
         | {"tree_cv_squared", "orthogonal"},

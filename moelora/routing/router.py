@@ -64,6 +64,16 @@ class Router(AdapterTensors):
             {name: nn.Dropout(p) for name, p in {**scores.dropouts(), **selection.dropouts()}.items()}
         )
 
+    def set_progress(self, share: float) -> None:
+        """Say how much of the training is done, to a selection that changes with it; nothing to any other.
+
+        Args:
+            share: From 0 to 1.
+        """
+        if "progress" in self.declared:
+            with torch.no_grad():
+                self.get_parameter("progress").fill_(share)
+
     @property
     def reads_batch(self) -> bool:
         """Whether a token's routing depends on more than the token."""

@@ -121,6 +121,7 @@ class MoeLoraTrainerMixin(_Base):
         config = None if hooks is None else active_config(self.model)
         if hooks is None or config is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        self._moelora_set_progress(hooks)
         mixtures = hooks.mixtures()
         # an expert of another task is not dead
         measured = {} if config.selection.is_by_sequence else mixtures
@@ -154,6 +155,13 @@ class MoeLoraTrainerMixin(_Base):
                 "moelora.balance_losses yourself."
             )
         return loss
+
+    def _moelora_set_progress(self, hooks: RunHooks) -> None:
+        """Tell the routers how much of the training is done, before every step: a resumed run goes on where it was."""
+        share = self.state.global_step / max(1, self.state.max_steps - 1)
+        for layer in hooks.layers:
+            for _, adapter in layer.mixtures():
+                layer.routers[adapter].set_progress(share)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""

@@ -17,6 +17,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse mixer": ("sira", {"selection": {"kind": "sparse_mixer", "jitter": 0.9}}),
     "a tree with noise": ("smore", {"noise": True}),
     "a tree with noise and single children": ("smore", {"noise": True, "fan_out": [1, 1]}),
+    "ranks of each expert": ("sira", {"experts": {"kind": "lora_ranks", "ranks": [1, 2, 3, 3]}}),
+    "ranks of each expert of a block": (
+        "mixlora",
+        {"experts": {"kind": "lora_ranks", "ranks": [1, 2, 3, 3]}, "placement": {"unrouted_modules": None}},
+    ),
+    "a growing k": ("random_router", {"top_k": 1, "selection": "growing_top_k"}),
     "a bias that only selects": ("smora", {"scores": {"bias_weighs": False}}),
 }
 NOT_THE_BASE_AT_FIRST: set[str] = set()
