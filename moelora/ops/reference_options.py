@@ -97,7 +97,7 @@ def cosine_logits(
 def entropy_loss(probs_TE: Tensor, valid_T: Tensor) -> Tensor:
     """The dynamic loss of arXiv 2403.07652: the mean of `-sum_e p_e log p_e` over the valid tokens."""
     values = [sum(-p * torch.log(p) for p in _high(probs_TE)[t]) for t in range(len(valid_T)) if valid_T[t]]
-    return torch.stack(values).mean()  # type: ignore[arg-type]
+    return torch.stack(values).mean()
 
 
 def cv_squared_loss(gates_TE: Tensor, valid_T: Tensor) -> Tensor:

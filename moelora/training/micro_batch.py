@@ -86,7 +86,8 @@ class MicroBatchBalance:
         self.is_added = True
         self.records = list(self.listener.records)
         self.listener.clear()
-        loss = loss + self._expert_losses(loss.device, divided_later)
+        if self.of_experts:
+            loss = loss + self._expert_losses(loss.device, divided_later)
         if not self.balance:
             return loss
         totals = self._totals(loss.device)
