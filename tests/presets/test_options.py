@@ -64,8 +64,9 @@ def test_padding_and_batch_mates_change_nothing(option: str, side: str) -> None:
     row[0, place], mask[0], mask[0, place] = ids[0], 0, 1
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     alone = outputs(model, input_ids=ids, attention_mask=None, labels=None)[0]
-    words = {"input_ids": torch.cat([row, mates]), "attention_mask": mask, "labels": None, "position_ids": positions}
-    torch.testing.assert_close(outputs(model, **words)[0, place], alone, rtol=1e-4, atol=5e-6)
+    words: dict[str, Any] = {"input_ids": torch.cat([row, mates]), "attention_mask": mask, "position_ids": positions}
+    together = outputs(model, **words, labels=None)
+    torch.testing.assert_close(together[0, place], alone, rtol=1e-4, atol=5e-6)
 
 
 @every_option

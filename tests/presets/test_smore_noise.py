@@ -127,7 +127,7 @@ def test_its_loss_is_that_of_importance_and_load() -> None:
                 for each in (routing.weights_TK, routing.chance_TE)
             )
             of_levels.append(cv_squared(importance) + cv_squared(load))
-        terms.append(sum(of_levels) / 2)
+        terms.append(torch.stack(of_levels).mean())
     expected = torch.stack(terms).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     router = tuner_layers(model)["model.layers.0.mlp.up_proj"].moelora_router["default"]

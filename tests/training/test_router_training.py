@@ -127,7 +127,8 @@ def test_with_trl_and_a_second_call_of_train() -> None:
 
 def test_resuming_is_bit_exact(tmp_path: Path) -> None:
     words = RouterTraining(learning_rate=0.05, frozen_steps=1, warmup_steps=3)
-    settings = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path), "lr_scheduler_type": "cosine"}
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
+    settings["output_dir"] = str(tmp_path)
     straight, rates = trained(words=words, max_steps=5, **settings)
     fresh = adapted("mixlora", seed=7)
     again = Rates(fresh)
