@@ -27,6 +27,7 @@ from moelora.version import __version__
 if TYPE_CHECKING:
     from moelora.share import push_to_hub
     from moelora.training.centroids import fit_centroids
+    from moelora.training.router_training import RouterTraining
     from moelora.training.sft import MoeLoraSFTTrainer
     from moelora.training.trainer import MoeLoraTrainer, MoeLoraTrainerMixin
 
@@ -39,6 +40,7 @@ __all__ = [
     "MoeLoraSFTTrainer",
     "MoeLoraTrainer",
     "MoeLoraTrainerMixin",
+    "RouterTraining",
     "RoutingRecord",
     "__version__",
     "balance_losses",
@@ -53,6 +55,7 @@ _LAZY = {
     "MoeLoraTrainerMixin": "moelora.training.trainer",
     "MoeLoraTrainer": "moelora.training.trainer",
     "MoeLoraSFTTrainer": "moelora.training.sft",
+    "RouterTraining": "moelora.training.router_training",
     "push_to_hub": "moelora.share",
     "fit_centroids": "moelora.training.centroids",
 }

@@ -158,6 +158,7 @@ class Site(Place):
         routed: Whether the site has a router.
         router_features: Features of the router's input.
         owns_router: Whether it holds that router's tensors; where routers are shared, one site holds them.
+        num_null: How many of the experts, the last ones, are null.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Site(Place):
     routed: bool
     router_features: int
     owns_router: bool = True
+    num_null: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from peft import PeftConfig
 from torch import nn
 
 from moelora import preset_registry
-from moelora.choices import Param, Site, read, write
+from moelora.choices import Param, Site, kinds, read, write
 from moelora.errors import ConfigError, FormatVersionError
 from moelora.formats import upgrade_config
 from moelora.peft_plugin import tuner_class
@@ -195,13 +197,13 @@ class MoeLoraConfig(PeftConfig):
         )
 
     def _check_balance(self) -> None:
-        of_routing = [choice for choice in self.balance if choice.has_loss and choice.is_of_routing]
+        of_routing = [choice for choice in self.balance if choice.has_loss and choice.reads == "routing"]
         names = [choice.logged_as if choice.is_loss else choice.kind for choice in self.balance]
         check(
             len(set(names)) == len(names),
             "balance",
             self.balance,
-            "one load-balancing loss, one z-loss, one update of biases",
+            "one load-balancing loss, one z-loss, one update of biases, one of each other kind",
             "Two of a sort would be added up and logged as one.",
         )
         check(
@@ -283,17 +285,27 @@ class MoeLoraConfig(PeftConfig):
 
         Args:
             name: One of `moelora.presets.available()`.
-            **words: The preset's own words (`help(moelora.presets.mixlora)`) and PEFT's (`target_modules`, ...).
+            **words: The preset's own words (`help(moelora.presets.mixlora)`), PEFT's (`target_modules`, ...), and the
+                axes, which change what the preset chose there: a kind, fields, or both, such as
+                `selection={"renormalize": False}` or `scores="cosine"`. What is not said stays as the preset has it,
+                where the kind has such a field; `balance` replaces the preset's choices.
 
         Raises:
             ConfigError: For an unknown preset or word, or a value out of range.
         """
-        check_keys(f"preset {name!r}", words, [*preset_registry.own_words(name), *cls.peft_words()])
+        own = preset_registry.own_words(name)
+        axes = [axis for axis in (*_DEFAULTS, "balance") if axis not in (*own, "compute")]
+        check_keys(f"preset {name!r}", words, [*own, *cls.peft_words(), *axes])
         compute = words.get("compute")
         if isinstance(compute, dict) and set(compute) == {"implementation"}:
             words["compute"] = compute["implementation"]
+        changes = {axis: words.pop(axis) for axis in axes if axis in words}
         config: MoeLoraConfig = preset_registry.find(name)(**words)
-        return config
+        if not changes:
+            return config
+        changed = {axis: _changed(axis, getattr(config, axis), change) for axis, change in changes.items()}
+        fields = {name: getattr(config, name) for name in inspect.signature(cls.__init__).parameters if name != "self"}
+        return cls(**{**fields, **changed})
 
     @classmethod
     def peft_words(cls) -> list[str]:
@@ -318,3 +330,13 @@ class MoeLoraConfig(PeftConfig):
         phrases = {axis: getattr(self, axis).describe() for axis in _DEFAULTS}
         phrases["balance"] = ", ".join(choice.describe() for choice in self.balance) or "none"
         return phrases
+
+
+def _changed(axis: str, chosen: Any, change: Any) -> Any:
+    """A choice with another kind, other fields, or both; what is not said stays, where the kind has such a field."""
+    words = {"kind": change} if isinstance(change, str) else change
+    kind = words.get("kind", getattr(chosen, "kind", None)) if isinstance(words, Mapping) else None
+    if axis == "balance" or not isinstance(kind, str) or kind not in kinds(axis):
+        return change  # whole, or refused when it is read
+    names = {f.name for f in dataclasses.fields(kinds(axis)[kind])}
+    return {**{key: value for key, value in write(chosen).items() if key in names}, **words, "kind": kind}

@@ -34,6 +34,9 @@ OTHER: dict[str, Any] = {
     "activation": "sigmoid",
     "trainable": False,
     "bias": True,
+    "bias_weighs": False,
+    "num_null": 2,
+    "num_shared": 2,
     "k": 3,
     "renormalize": None,  # the other of two
     "expert_dropout": 0.25,
@@ -87,6 +90,10 @@ OTHER: dict[str, Any] = {
     "num_tasks": 3,
     "groups": 2,
     "jitter": 0.2,
+    "noise": True,
+    "raw_single": True,
+    "straight_through": True,
+    "dense_in_training": True,
     "p": 0.6,
     "sizes": [2, 3],
     "fan_out": [1, 2],
@@ -108,6 +115,9 @@ OTHER_OF: dict[str, dict[str, Any]] = {
     "moe_block": {"unrouted_modules": None},
     "intuition": {"embedding": "hidden"},
     "shards": {"num_experts": 1},
+    "lora_with_shared": {"num_frozen": 0},
+    "lora_ranks": {"num_frozen": 0},
+    "top_k": {"straight_through": False, "dense_in_training": False},
 }
 # Fields that keep their default here: what excludes them is set, or allows one value.
 KEPT = {
@@ -115,7 +125,10 @@ KEPT = {
     "lora_composed": {"per_layer"},
     "lora_shared_a": {"per_layer"},
     "dora": {"per_layer"},
-    "top_k": {"capacity"},
+    "lora_with_null": {"per_layer"},
+    "lora_ranks": {"per_layer", "num_frozen"},
+    "lora_with_shared": {"per_layer", "num_frozen"},
+    "top_k": {"capacity", "straight_through", "dense_in_training"},
     "block": {"unrouted_modules"},
     "parts": {"unrouted_modules"},
     "moe_block": {"unrouted_modules"},
@@ -137,17 +150,21 @@ def test_the_kinds() -> None:
     assert {axis: set(kinds(axis)) for axis in AXES} == {
         "experts": {
             *("lora", "lora_shared_a", "lora_composed", "grid", "phm", "poly", "residual_tree", "shards", "slots"),
-            *("vector", "dora", "bottleneck", "mpo", "lora_rounds"),
+            *("vector", "dora", "bottleneck", "mpo", "lora_rounds", "lora_with_null", "lora_with_shared", "lora_ranks"),
         },
         "placement": {"linear", "feed_forward", "feed_forward_linears", "block", "parts", "moe_block"},
         "scores": {
             *("linear", "constant", "task", "prototypes", "centroids", "glider", "classifier", "base_router"),
-            *("intuition", "task_embedding", "task_table", "tree_keys", "mlp"),
+            *("intuition", "task_embedding", "task_table", "tree_keys", "mlp", "cosine"),
         },
         "selection": {
             *("dense", "top_k", "top_p", "threshold", "learned_threshold", "nearest", "draw", "tree_top"),
+            *("sparse_mixer", "growing_top_k"),
         },
-        "balance": {"switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized", "consistency"},
+        "balance": {
+            *("switch", "mixtral", "z", "threshold", "bias_update", "tree_switch", "localized", "consistency"),
+            *("entropy", "cv_squared", "tree_cv_squared", "orthogonal"),
+        },
         "compute": {"fast", "compiled", "reference"},
     }
 

@@ -60,7 +60,11 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
     for stage, (peft_config, changes) in stages.items():
         args = sft_config(config, folder.checkpoints(stage), changes)
-        train_stage(stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows)
+        words = {"router_training": config.router_training} if stage == ADAPTER else {}
+        trainer: Any = partial(RunTrainer, **words)
+        train_stage(
+            stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows, trainer_class=trainer
+        )
     say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
 
 

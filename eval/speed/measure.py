@@ -51,7 +51,9 @@ def step(inputs: Mapping[str, torch.Tensor]) -> Work:
             return model(**inputs).loss
         with hooks.listening(gradients_only=True) as listener:
             loss = model(**inputs).loss
-        balance = MicroBatchBalance(listener, config.balance, config.balance_scope, hooks.mixtures())
+        balance = MicroBatchBalance(
+            listener, config.balance, config.balance_scope, hooks.mixtures(), layers=hooks.layers
+        )
         return balance.add_to(loss, divided_later=False)
 
     def work(model: Any) -> None:

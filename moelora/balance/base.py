@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from moelora.balance.totals import RoutingTotals
 from moelora.choices import Choice
+from moelora.ops.factors import Factors
 from moelora.routing.record import LayerLoss, Mixture
 from moelora.validation import check, is_real
+
+Reads = Literal["routing", "experts", "predictions"]
+"""What a loss is one of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,11 @@ class Balance(Choice):
     """Name of the loss in the trainers' logs."""
     is_loss: ClassVar[bool] = True
     """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
-    is_of_routing: ClassVar[bool] = True
-    """Whether its loss is one of routing decisions; else it compares what two forwards predict, see `compared`."""
+    reads: ClassVar[Reads] = "routing"
+    """What its loss is one of: routing decisions; the experts' weights, see `of_experts`; what two forwards predict, see
+    `compared`."""
+    needs_sums: ClassVar[bool] = False
+    """Whether it reads `RoutingTotals.sums`."""
     coef_name: ClassVar[str] = "balance.coef"
     """What messages call `coef`."""
 
@@ -70,10 +77,18 @@ class Balance(Choice):
         return {}
 
     def compared(self, first_NV: Tensor, second_NV: Tensor) -> Tensor:
-        """The loss of what two forwards predict, summed over N positions; only without `is_of_routing`.
+        """The loss of what two forwards predict, summed over N positions; only if it reads predictions.
 
         Args:
             first_NV, second_NV: Their logits.
+        """
+        raise NotImplementedError
+
+    def of_experts(self, factors: Factors) -> Tensor:
+        """The loss of the experts of one linear, without the coefficient; only if it reads experts.
+
+        Args:
+            factors: Their low-rank factors.
         """
         raise NotImplementedError
 

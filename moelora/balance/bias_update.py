@@ -22,6 +22,7 @@ class BiasUpdate(Balance):
     """`b += rate * sign(mean(n) - n)` after each training forward, n the number of tokens of each expert (SMoRA).
 
     An expert that got fewer tokens than the mean is raised, else lowered (arXiv 2501.15103). No loss.
+    DeepSeek-V3 (arXiv 2412.19437) moves its bias likewise, by 1e-3; there it only selects (`bias_weighs=False`).
 
     Args:
         coef: Step of the update.

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moelora.balance.base import Balance
+from moelora.balance.base import Balance, Reads
 from moelora.choices import register
 
 
@@ -32,7 +32,7 @@ class Consistency(Balance):
 
     kind: ClassVar[str] = "consistency"
     logged_as: ClassVar[str] = "consistency_loss"
-    is_of_routing: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "predictions"
     coef_name: ClassVar[str] = "consistency_coef"
 
     def compared(self, first_NV: Tensor, second_NV: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def balance_losses(
     """
     if not records:
         raise ConfigError("no routing records; allowed: at least one. Was the forward run inside `record_routing`?")
-    others = [choice.kind for choice in choices if choice.has_loss and not choice.is_of_routing]
+    others = [choice.kind for choice in choices if choice.has_loss and choice.reads == "predictions"]
     if others:
         raise ConfigError(
             f"balance has {', '.join(map(repr, others))}, which compares what two forwards predict, so that no record "
@@ -47,7 +48,33 @@ def balance_losses(
     device = totals.tokens_L.device
     losses = []
     for choice in choices:
+        if choice.reads == "experts":
+            owners = {id(record.run.owner): record.run.owner for record in records if record.run is not None}
+            if not owners:
+                raise ConfigError(
+                    f"balance {choice.kind!r} reads the experts of the model, and the records are of none; allowed: "
+                    "records of a forward inside `record_routing`."
+                )
+            losses.append(expert_loss(choice, [layer for owner in owners.values() for layer in owner.layers], device))
+            continue
         shares = choice.shares(totals)
         terms = [shares[r.mixture](r.routing, r.valid_T).to(device) for r in records if r.mixture in shares]
         losses.append(torch.stack(terms).sum() if terms else torch.zeros((), device=device))
     return losses
+
+
+def expert_loss(choice: Balance, layers: Sequence[Any], device: torch.device) -> Tensor:
+    """A loss of the experts' weights: the mean over the linears of a mixture, then over the active mixtures.
+
+    Args:
+        choice: One that reads experts.
+        layers: The mixture layers of a model.
+        device: Where the loss goes.
+    """
+    terms = []
+    for layer in layers:
+        for _, adapter in layer.mixtures():
+            found = [layer.lora_factors(role, adapter) for role in layer.linear_sizes()]
+            own = [choice.of_experts(factors) for factors in found if factors is not None]
+            terms.append(torch.stack(own).mean().to(device))
+    return torch.stack(terms).mean() if terms else torch.zeros((), device=device)

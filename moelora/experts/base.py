@@ -79,6 +79,8 @@ class Experts(Choice):
     has_stacks: ClassVar[bool] = False
     """Whether each expert is a slice of A and of B, or of B alone, so that experts can be told apart; if they are low
     rank, too, they can be edited."""
+    are_alike: ClassVar[bool] = True
+    """Whether each expert of a mixture is one that the router may choose, with tensors of its own."""
 
     num_experts: int = 8
 
@@ -126,6 +128,11 @@ class Experts(Choice):
             site: The place.
         """
         return site.router_features
+
+    @property
+    def null_experts(self) -> int:
+        """How many of a mixture's experts, the last ones, are null: what is sent to them stays with the base."""
+        return 0
 
     @property
     def fewest(self) -> int:

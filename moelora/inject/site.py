@@ -60,6 +60,7 @@ class PlannedSite(Place):
             routed=self.routed,
             router_features=sizes["" if self.form is None else "up"][0],
             owns_router=self.router is None,
+            num_null=config.experts.null_experts if self.routed else 0,
             **{field.name: getattr(self, field.name) for field in fields(Place)},
         )
         return replace(site, router_features=config.experts.router_features(site))

@@ -75,7 +75,7 @@ class MixtureLinear(MoeLoraLayer):
         y_TO = self.configs[adapter].compute.linear(
             x_lora.reshape(-1, self.in_features),
             factors,
-            None if routing is None else routing.gates_TE(),
+            None if routing is None else factors.all_gates(routing.gates_TE()),
             result.reshape(-1, self.out_features),
             separate=routing is not None and routing.separate,
         )

@@ -20,16 +20,24 @@ class Factors:
         a_ERD: A of each expert, or [1, R, D] where all experts share one A (HydraLoRA).
         b_EOR: B of each expert.
         scaling: LoRA's scaling.
+        num_shared: How many of the experts, the first ones, are always on, with weight 1.
     """
 
     a_ERD: Tensor
     b_EOR: Tensor
     scaling: float
+    num_shared: int = 0
 
     @property
     def num_experts(self) -> int:
         """E."""
         return self.b_EOR.shape[0]
+
+    def all_gates(self, gates_TE: Tensor) -> Tensor:
+        """The weights of all experts: 1 for those that are always on, and those of the rest as they are given."""
+        if not self.num_shared:
+            return gates_TE
+        return torch.cat([gates_TE.new_ones(len(gates_TE), self.num_shared), gates_TE], -1)
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same in another dtype."""

@@ -286,17 +286,20 @@ def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int, bias_weighs: bool = True) -> tuple[Tensor, Tensor]:
     """SMoRA's gate (arXiv 2501.15103): `v = sigmoid(z) + b`, the `top_k` largest divided by their sum.
+
+    Without `bias_weighs` that of DeepSeek-V3 (arXiv 2412.19437): those are chosen, and weighed by sigmoid(z) alone.
 
     Returns:
         weights_TK and ids_TK, best first.
     """
     weights, ids = [], []
     for logits_E in _high(logits_TE):
-        values = [1 / (1 + torch.exp(-z)) + b for z, b in zip(logits_E, bias_E, strict=True)]
+        plain = [1 / (1 + torch.exp(-z)) for z in logits_E]
+        values = [v + b for v, b in zip(plain, bias_E, strict=True)]
         best = sorted(range(len(values)), key=lambda e: -values[e].item())[:top_k]
-        chosen = torch.stack([values[e] for e in best])
+        chosen = torch.stack([(values if bias_weighs else plain)[e] for e in best])
         weights.append(chosen / chosen.sum())
         ids.append(torch.tensor(best, device=logits_TE.device))
     return torch.stack(weights), torch.stack(ids)

@@ -73,6 +73,10 @@ class Routing:
             return load_TE.scatter_(-1, self.ids_TK, 1.0)
         return load_TE.scatter_(-1, self.ids_TK, self.assigned_TK.to(load_TE.dtype))
 
+    def sums_2E(self, valid_T: Tensor) -> Tensor:
+        """What each expert gets of the valid tokens: the sum of its weights, and its load, [2, E]."""
+        return torch.stack([(self.gates_TE() * valid_T.unsqueeze(-1)).sum(0), self.counts_E(valid_T)])
+
     def counts_E(self, valid_T: Tensor) -> Tensor:
         """Choices of valid tokens that fell on each expert, without gradient."""
         return (self.load_TE() * valid_T.unsqueeze(-1)).sum(0)

@@ -52,6 +52,7 @@ class Router(AdapterTensors):
             raise ConfigError(f"{scores.kind!r} scores and {selection.kind!r} selection both own one of {names}.")
         super().__init__([param for param in params if param.name not in (elsewhere or {})], elsewhere)
         self.scores, self.selection, self.num_experts = scores, selection, site.num_experts
+        self.num_null = site.num_null
         more = replace(site, num_experts=site.num_experts + 1)
         grown = {param.name: param.shape for param in selection.params(more)}
         # of the selection's tensors those with an entry for each expert
@@ -62,6 +63,16 @@ class Router(AdapterTensors):
         self.dropouts = nn.ModuleDict(
             {name: nn.Dropout(p) for name, p in {**scores.dropouts(), **selection.dropouts()}.items()}
         )
+
+    def set_progress(self, share: float) -> None:
+        """Say how much of the training is done, to a selection that changes with it; nothing to any other.
+
+        Args:
+            share: From 0 to 1.
+        """
+        if "progress" in self.declared:
+            with torch.no_grad():
+                self.get_parameter("progress").fill_(share)
 
     @property
     def reads_batch(self) -> bool:
@@ -111,7 +122,15 @@ class Router(AdapterTensors):
         if replaced:
             tensors |= replaced
         given = RouterInput(
-            x_TD, tokens, self.num_experts, tensors, self._dropouts(), self.training, prepared_T, site_index
+            x_TD,
+            tokens,
+            self.num_experts,
+            tensors,
+            self._dropouts(),
+            self.training,
+            prepared_T,
+            site_index,
+            self.num_null,
         )
         scored = self.scores.score(given)
         if self.on is None:
@@ -132,13 +151,14 @@ class Router(AdapterTensors):
             probs_TM = scores_TM = logits_TM.softmax(-1)
         else:
             probs_TM = probs_TM / probs_TM.sum(-1, keepdim=True).clamp_min(1e-9)
+        bias_M = None if scored.bias_E is None else scored.bias_E.index_select(0, on_M)
         tensors = {
             name: tensor.index_select(0, on_M) if name in self.per_expert else tensor
             for name, tensor in given.tensors.items()
         }
         found = self.selection.select(
-            Scored(logits_TM, probs_TM, scores_TM, scored.is_softmax),
-            replace(given, num_experts=len(on_M), tensors=tensors),
+            Scored(logits_TM, probs_TM, scores_TM, scored.is_softmax, bias_M),
+            replace(given, num_experts=len(on_M), tensors=tensors, num_null=self._null_among()),
         )
 
         def spread(values_TM: Tensor, fill: float | bool) -> Tensor:
@@ -150,6 +170,10 @@ class Router(AdapterTensors):
         assigned_TE = None if found.assigned_TK is None else spread(found.assigned_TK, False)
         weights_TE = spread(found.weights_TK, 0.0)
         return replace(found, logits_TE=logits_TE, probs_TE=probs_TE, weights_TK=weights_TE, assigned_TK=assigned_TE)
+
+    def _null_among(self) -> int:
+        """How many of the experts that are switched on, the last ones, are null."""
+        return sum(e >= self.num_experts - self.num_null for e in self.on or ())
 
     def extra_repr(self) -> str:
         """The two choices."""

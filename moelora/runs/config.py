@@ -22,6 +22,7 @@ from moelora.files import write_atomically
 from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import sft_arguments
 from moelora.runs.yaml_file import read_words
+from moelora.training.router_training import RouterTraining
 from moelora.validation import check_at_least_one
 
 
@@ -175,6 +176,8 @@ class RunConfig:
             has less.
         model_kwargs: More arguments of `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
         training: Fields of `trl.SFTConfig`.
+        router_training: What is different in training for the adapter's routers: `learning_rate`, `frozen_steps`,
+            `warmup_steps`; see `moelora.RouterTraining`. Not with `recipe: sequential`.
         baseline: A plain LoRA to train for comparison; None for no baseline.
         evaluation: How to score the run.
     """
@@ -189,8 +192,16 @@ class RunConfig:
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    router_training: RouterTraining | None = None
     baseline: BaselineConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.router_training is not None and self.recipe == "sequential":
+            raise RunError(
+                "router_training is given with recipe 'sequential'; allowed: none. Its centroids are not trained, and "
+                "of its linear router one new gate at a time is, with its expert."
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -28,6 +28,7 @@ class RouterInput:
         training: Whether the layer is in training mode.
         prepared: What `Scores.prepare` made for the tokens at the model's entry, [T, ...]; None if it makes nothing.
         site_index: The number of the site among those that share the router.
+        num_null: How many of the experts, the last ones, are null.
     """
 
     x_TD: Tensor
@@ -38,6 +39,7 @@ class RouterInput:
     training: bool
     prepared: Tensor | None = None
     site_index: int = 0
+    num_null: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +51,14 @@ class Scored:
         probs_TE: The scores as a distribution over the experts; what a balance loss calls P.
         scores_TE: What experts are chosen and weighted by.
         is_softmax: Whether the scores are the softmax of the logits.
+        bias_E: Added to the scores in choosing experts, and not in weighing them; None if nothing is.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     scores_TE: Tensor
     is_softmax: bool
+    bias_E: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
-from moelora.scores.linear import router_logits
-from moelora.validation import check, is_count
+from moelora.scores.linear import NOISE_FLOOR, router_logits
+from moelora.validation import check, check_bool, is_count
 
 
 def levels(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -55,6 +55,19 @@ def check_sizes(name: str, sizes: Any) -> list[int]:
     return list(sizes)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NoisyScored(Scored):
+    """Scores whose logits are noisy, with what the noise was added to.
+
+    Attributes:
+        clean_TE: The logits without it.
+        spread_TE: Its standard deviation.
+    """
+
+    clean_TE: Tensor
+    spread_TE: Tensor
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class TreeScores(Scores):
@@ -66,6 +79,8 @@ class TreeScores(Scores):
     Args:
         sizes: s, the number of experts in each layer, leaves first.
         features: F.
+        noise: Whether q and the keys are made of length one, and in training the logits get noise N(0, 1) times
+            `softplus(W_n) + 0.01` with W_n a linear map of what MLP_l takes, which starts at 0 (S'MoRE's "noisy_topk").
 
     Raises:
         ConfigError: For a value out of range.
@@ -75,10 +90,12 @@ class TreeScores(Scores):
 
     sizes: list[int] = field(default_factory=lambda: [4, 4])
     features: int = 32
+    noise: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", check_sizes("sizes", self.sizes))
         check(is_count(self.features), "key_features", self.features, "an integer of at least 1")
+        check_bool("noise", self.noise)
 
     def check(self, config: Any) -> None:
         """Refuse other experts than the edges of the tree.
@@ -96,7 +113,7 @@ class TreeScores(Scores):
         return True
 
     def params(self, site: Site) -> list[Param]:
-        """`down`, and of each layer its keys and its MLP."""
+        """`down`, and of each layer its keys, its MLP, and with noise W_n."""
         features, depth, zeros, kaiming = self.features, len(self.sizes), Init("zeros"), Init("kaiming")
         params = [Param("down", (features, site.router_features), kaiming), Param("down_shift", (features,), zeros)]
         for layer, size in enumerate(self.sizes):
@@ -107,6 +124,8 @@ class TreeScores(Scores):
                 Param(f"out_{layer}", (features, features), kaiming),
                 Param(f"out_shift_{layer}", (features,), zeros),
             ]
+            if self.noise:
+                params.append(Param(f"noise_{layer}", (size, features * (depth - layer)), zeros))
         return params
 
     def score(self, given: RouterInput) -> Scored:
@@ -114,17 +133,33 @@ class TreeScores(Scores):
         tensors = {name: tensor.float() for name, tensor in given.tensors.items()}
         x_TF = router_logits(given.x_TD, given.tensors["down"]) + tensors["down_shift"]
         keys_CK = x_TF.new_zeros(1, 0)
-        logits, probs = [], []
+        logits, clean, spreads = [], [], []
+        is_noisy = self.noise and given.training
         with torch.autocast(x_TF.device.type, enabled=False):
             for layer, chains, children in levels(self.sizes):
-                own_SF = tensors[f"keys_{layer}"]
+                own_SF = F.normalize(tensors[f"keys_{layer}"], dim=-1) if self.noise else tensors[f"keys_{layer}"]
                 of_x, of_keys = tensors[f"in_{layer}"].split([self.features, keys_CK.shape[1]], 1)
                 hidden = (x_TF @ of_x.t()).unsqueeze(1) + keys_CK @ of_keys.t() + tensors[f"in_shift_{layer}"]
                 q_TCF = F.relu(hidden) @ tensors[f"out_{layer}"].t() + tensors[f"out_shift_{layer}"]
-                logits_TCS = q_TCF @ own_SF.t()
-                logits.append(logits_TCS.flatten(1))
-                probs.append(logits_TCS.softmax(-1).flatten(1))
+                logits_TCS = (F.normalize(q_TCF, dim=-1) if self.noise else q_TCF) @ own_SF.t()
+                clean.append(logits_TCS.flatten(1))
+                if is_noisy:
+                    of_x, of_keys = tensors[f"noise_{layer}"].split([self.features, keys_CK.shape[1]], 1)
+                    spread_TCS = F.softplus((x_TF @ of_x.t()).unsqueeze(1) + keys_CK @ of_keys.t()) + NOISE_FLOOR
+                    spreads.append(spread_TCS.flatten(1))
+                    logits_TCS = logits_TCS + torch.randn_like(logits_TCS) * spread_TCS
+                logits.append(logits_TCS)
                 keys_CK = torch.cat([keys_CK.repeat_interleave(children, 0), own_SF.repeat(chains, 1)], 1)
-        logits_TE, scores_TE = torch.cat(logits, 1), torch.cat(probs, 1)
-        parents = sum(chains for _, chains, _ in levels(self.sizes))
-        return Scored(logits_TE, scores_TE / parents, scores_TE, is_softmax=False)
+        logits_TE = torch.cat([each.flatten(1) for each in logits], 1)
+        scores_TE = torch.cat([each.softmax(-1).flatten(1) for each in logits], 1)
+        probs_TE = scores_TE / sum(chains for _, chains, _ in levels(self.sizes))
+        if not is_noisy:
+            return Scored(logits_TE, probs_TE, scores_TE, is_softmax=False)
+        return NoisyScored(
+            logits_TE,
+            probs_TE,
+            scores_TE,
+            is_softmax=False,
+            clean_TE=torch.cat(clean, 1),
+            spread_TE=torch.cat(spreads, 1),
+        )

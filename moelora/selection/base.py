@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moelora.choices import Choice
@@ -20,6 +21,8 @@ class Selection(Choice):
     """Base of the choices of selection."""
 
     axis: ClassVar[str] = "selection"
+    chooses_by_rank: ClassVar[bool] = False
+    """Whether it takes the highest of the scores, so that a bias may choose without weighing, `Scored.bias_E`."""
 
     def experts_per_token(self, num_experts: int) -> int:
         """How many experts a token is sent to at most.
@@ -72,3 +75,13 @@ def renormalize(weights_TK: Tensor, positive: bool = False) -> Tensor:
     if positive:
         return weights_TK / sum_T1
     return weights_TK / sum_T1.masked_fill(sum_T1.abs() < 1e-9, 1e-9)
+
+
+def renormalize_beside_null(weights_TK: Tensor, null_TK: Tensor) -> Tensor:
+    """Divide by the sum over the experts that are not null, whose own weights become 0 (AdaMoE, arXiv 2406.13233).
+
+    A token that chose null experts alone has theirs divided by their sum.
+    """
+    real_TK = weights_TK.masked_fill(null_TK, 0.0)
+    has_real_T1 = real_TK.sum(-1, keepdim=True).abs() >= 1e-9
+    return renormalize(torch.where(has_real_T1, real_TK, weights_TK))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.balance.base import Balance
+from moelora.balance.losses import expert_loss
 from moelora.balance.totals import RoutingTotals, world_size
 from moelora.config import BalanceScope, MoeLoraConfig
 from moelora.errors import ConfigError, MoeLoraError
@@ -42,9 +44,11 @@ class MicroBatchBalance:
         mixtures: Number of experts of each mixture of the model.
         accumulation: Number of micro-batches of the optimizer step.
         totals: Totals over the whole step and all processes, where they had to be counted beforehand.
+        layers: The mixture layers of the model.
 
     Attributes:
         balance: The losses of routing, added or only logged; none if none is added.
+        of_experts: The losses of the experts' weights.
         comparing: The losses that compare what two forwards predict.
         records: The records, once the loss was worked out.
         values: The losses by the names they are logged as, without coefficients.
@@ -59,11 +63,15 @@ class MicroBatchBalance:
         mixtures: Mapping[Mixture, int],
         accumulation: int = 1,
         totals: RoutingTotals | None = None,
+        layers: Sequence[Any] = (),
     ) -> None:
         self.listener = listener
-        of_routing = [choice for choice in balance if choice.is_loss and choice.is_of_routing]
+        losses = [choice for choice in balance if choice.is_loss]
+        of_routing = [choice for choice in losses if choice.reads == "routing"]
         self.balance = of_routing if any(choice.has_loss for choice in of_routing) else []
-        self.comparing = [choice for choice in balance if choice.has_loss and not choice.is_of_routing]
+        self.of_experts = [choice for choice in losses if choice.has_loss and choice.reads == "experts"]
+        self.comparing = [choice for choice in losses if choice.has_loss and choice.reads == "predictions"]
+        self.layers = layers
         self.scope = scope
         self.mixtures = mixtures
         self.accumulation = accumulation
@@ -82,13 +90,15 @@ class MicroBatchBalance:
         self.is_added = True
         self.records = list(self.listener.records)
         self.listener.clear()
+        if self.of_experts:
+            loss = loss + self._expert_losses(loss.device, divided_later)
         if not self.balance:
             return loss
         totals = self._totals(loss.device)
         shares = [choice.shares(totals) for choice in self.balance]
         factor = self._factor(divided_later)
         attached = torch.zeros((), device=loss.device)
-        self.values = {choice.logged_as: torch.zeros((), device=loss.device) for choice in self.balance}
+        self.values |= {choice.logged_as: torch.zeros((), device=loss.device) for choice in self.balance}
         repeated: dict[int, ModelRun] = {}
         for record in self.records:
             own = [share[record.mixture] for share in shares]
@@ -128,6 +138,15 @@ class MicroBatchBalance:
             loss = loss + choice.coef * share.to(loss.device) * (parts if divided_later else world_size())
         return loss
 
+    def _expert_losses(self, device: torch.device, divided_later: bool) -> Tensor:
+        """The share of the losses of the experts' weights: the same for each micro-batch and process."""
+        total, pieces = torch.zeros((), device=device), self.accumulation * world_size()
+        for choice in self.of_experts:
+            share = expert_loss(choice, self.layers, device) / (pieces if self.scope == "global" else 1)
+            self.values[choice.logged_as] = share.detach()
+            total = total + self._factor(divided_later) * choice.coef * share
+        return total
+
     def check_attached(self) -> None:
         """Refuse a backward pass that left balance losses without a gradient; to be called after it.
 
@@ -141,6 +160,11 @@ class MicroBatchBalance:
                 "gradient checkpointing, so its balance loss has no gradient; allowed: "
                 "model.gradient_checkpointing_enable(), or none. Set balance_coef=0 to train without the loss."
             )
+
+    @property
+    def adds_any(self) -> bool:
+        """Whether there is a loss to add."""
+        return bool(self.balance or self.of_experts or self.comparing)
 
     @property
     def value_weight(self) -> float:
@@ -160,7 +184,8 @@ class MicroBatchBalance:
     def _totals(self, device: torch.device) -> RoutingTotals:
         if self.totals is not None:
             return self.totals
-        totals = RoutingTotals.of(self.records, self.mixtures)
+        sums = any(choice.needs_sums for choice in self.balance)
+        totals = RoutingTotals.of(self.records, self.mixtures, sums=sums)
         return totals.all_reduce(device) if self.scope == "global" else totals
 
     def _factor(self, divided_later: bool) -> float:

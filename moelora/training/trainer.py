@@ -29,6 +29,7 @@ from moelora.training.columns import FactColumns
 from moelora.training.consistency import compare_forwards, labels_of
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
+from moelora.training.router_training import RouterTraining, router_rate
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -56,6 +57,10 @@ class MoeLoraTrainerMixin(_Base):
 
     Columns `task_ids` and `instance_embedding` of the data are kept and given to the routing.
 
+    Args:
+        router_training: What is different in training for routers, such as their learning rate; their rate is then
+            logged as `router_learning_rate`. None treats them as all else. The other arguments are the trainer's.
+
     Raises:
         ConfigError: If the trainer would wrap the model in `DataParallel`.
     """
@@ -68,8 +73,10 @@ class MoeLoraTrainerMixin(_Base):
     _moelora_metrics: RoutingMetrics | None = None
     _moelora_scope: BalanceScope | None = None
     _moelora_warned = False
+    _moelora_router_rate: float | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, router_training: RouterTraining | None = None, **kwargs: Any) -> None:
+        self.router_training = router_training
         super().__init__(*args, **kwargs)
         self.data_collator = FactColumns(self.data_collator)
         if self.args.n_gpu > 1:
@@ -85,6 +92,25 @@ class MoeLoraTrainerMixin(_Base):
         kept = self._signature_columns or []
         self._signature_columns = [*kept, *(name for name in FACTS if name not in kept)]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The trainer's optimizer, or the one that it was given, with `router_training`; see `Trainer`."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.router_training is not None:
+            if self.lr_scheduler is not None and router_rate(optimizer) is None:
+                raise ConfigError(
+                    "router_training moves the routers into groups of their own, and the trainer was given a scheduler "
+                    "that was made before; allowed: optimizers=(optimizer, None)."
+                )
+            self.router_training.split(optimizer, self.model if model is None else model)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's scheduler, with `router_training`; see `Trainer`."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self.router_training is not None:
+            self.router_training.schedule(scheduler)
+        return scheduler
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Note the micro-batches of the coming optimizer step; see `Trainer.get_batch_samples`."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -93,10 +119,13 @@ class MoeLoraTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, with its routing recorded; see `Trainer.training_step`."""
+        if self.router_training is not None:
+            self._moelora_router_rate = router_rate(self.optimizer)
         hooks = find_hooks(self.model)
         config = None if hooks is None else active_config(self.model)
         if hooks is None or config is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        self._moelora_set_progress(hooks)
         mixtures = hooks.mixtures()
         # an expert of another task is not dead
         measured = {} if config.selection.is_by_sequence else mixtures
@@ -114,6 +143,7 @@ class MoeLoraTrainerMixin(_Base):
                 mixtures,
                 getattr(self, "current_gradient_accumulation_steps", 1),
                 self._moelora_totals,
+                hooks.layers,
             )
             self._moelora_micro_batch = micro_batch
             try:
@@ -121,8 +151,7 @@ class MoeLoraTrainerMixin(_Base):
             finally:
                 self._moelora_micro_batch = None
         micro_batch.check_attached()
-        expected = micro_batch.balance or micro_batch.comparing
-        if expected and not micro_batch.is_added and not self._moelora_warned:
+        if micro_batch.adds_any and not micro_batch.is_added and not self._moelora_warned:
             self._moelora_warned = True
             logger.warning(
                 f"{type(self).__name__} has a compute_loss of its own that does not call this mixin's, so no balance "
@@ -130,6 +159,13 @@ class MoeLoraTrainerMixin(_Base):
                 "moelora.balance_losses yourself."
             )
         return loss
+
+    def _moelora_set_progress(self, hooks: RunHooks) -> None:
+        """Tell the routers how much of the training is done, before every step: a resumed run goes on where it was."""
+        share = self.state.global_step / max(1, self.state.max_steps - 1)
+        for layer in hooks.layers:
+            for _, adapter in layer.mixtures():
+                layer.routers[adapter].set_progress(share)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss plus, in training, this micro-batch's share of the balance losses."""
@@ -184,6 +220,8 @@ class MoeLoraTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the balance losses and the experts' load since the last log; see `Trainer.log`."""
         metrics = self._moelora_metrics
+        if "loss" in logs and self._moelora_router_rate is not None:
+            logs["router_learning_rate"] = self._moelora_router_rate
         if "loss" not in logs or metrics is None or metrics.empty or not metrics.mixtures:
             super().log(logs, *args, **kwargs)
             return
@@ -225,11 +263,11 @@ class MoeLoraTrainerMixin(_Base):
     ) -> RoutingTotals | None:
         """Totals over the micro-batches of a step, or None where each micro-batch or a single one is balanced alone."""
         scope = self._moelora_scope or config.balance_scope
-        counted = any(choice.has_loss and choice.is_of_routing for choice in config.balance)
+        counted = any(choice.has_loss and choice.reads == "routing" for choice in config.balance)
         if not counted or scope != "global" or len(batches) < 2:
             return None
         if all(isinstance(batch, Mapping) and {"input_ids", "inputs_embeds"} & set(batch) for batch in batches):
-            return self._count(model, batches, hooks, mixtures)
+            return self._count(model, batches, hooks, mixtures, any(choice.needs_sums for choice in config.balance))
         self._moelora_scope = "micro_batch"
         logger.warning(
             f"balance_scope is 'global' and {type(self).__name__} accumulates gradients over batches that are not "
@@ -240,14 +278,14 @@ class MoeLoraTrainerMixin(_Base):
 
     @torch.no_grad()
     def _count(
-        self, model: nn.Module, batches: list[Any], hooks: RunHooks, mixtures: Mapping[Mixture, int]
+        self, model: nn.Module, batches: list[Any], hooks: RunHooks, mixtures: Mapping[Mixture, int], sums: bool
     ) -> RoutingTotals:
         """Totals over the micro-batches of a step and all processes, found by running them without gradients.
 
         The random state is put back afterwards, so the training forwards draw the same dropout masks as these.
         """
         model.train()
-        totals = RoutingTotals.of([], mixtures)
+        totals = RoutingTotals.of([], mixtures, sums=sums)
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices), hooks.listening() as listener, warnings.catch_warnings():
             # reentrant checkpointing warns of what is meant here
@@ -258,7 +296,7 @@ class MoeLoraTrainerMixin(_Base):
                 with facts:
                     # nobody reads the logits of this forward
                     model(**self._model_inputs(inputs), **without_logits(self._moelora_base(), self.args.device))
-                totals = totals + RoutingTotals.of(listener.records, mixtures)
+                totals = totals + RoutingTotals.of(listener.records, mixtures, sums=sums)
         return totals.all_reduce(self.args.device)
 
     def _moelora_base(self) -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moelora.balance.base import Balance
+from moelora.balance.cv_squared import CvSquaredBalance
+from moelora.balance.entropy import EntropyLoss
 from moelora.balance.losses import balance_losses
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
@@ -26,6 +28,7 @@ from tests.routing.routers import BIASED, SOFTMAX, new_router
 
 TOP_2 = TopK(k=2)
 SWITCH, MIXTRAL, Z, THRESHOLD = SwitchBalance(), MixtralBalance(), ZLoss(), ThresholdBalance()
+ENTROPY, CV_SQUARED = EntropyLoss(), CvSquaredBalance()
 ROUTINGS: dict[str, tuple[LinearScores, Selection]] = {
     "top-2": (SOFTMAX, TOP_2),
     "top-1-raw": (SOFTMAX, TopK(k=1, renormalize=False)),

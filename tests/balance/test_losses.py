@@ -17,11 +17,16 @@ from moelora.balance.losses import balance_losses
 from moelora.balance.totals import RoutingTotals
 from moelora.choices import kinds
 from moelora.errors import ConfigError
-from tests.balance.layers import MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of
+from tests.balance.layers import CV_SQUARED, ENTROPY, MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of
 
 # Each loss with the routings of `layers.ROUTINGS` that it is compared on.
 CASES = [
-    *((choice, name) for choice in (SWITCH, MIXTRAL, Z) for name in ("top-2", "dense", "sigmoid", "learned-threshold")),
+    *(
+        (choice, name)
+        for choice in (SWITCH, MIXTRAL, Z, CV_SQUARED)
+        for name in ("top-2", "dense", "sigmoid", "learned-threshold")
+    ),
+    *((ENTROPY, name) for name in ("top-2", "dense", "learned-threshold")),
     (THRESHOLD, "learned-threshold"),
 ]
 LOSSES = pytest.mark.parametrize(("choice", "name"), CASES, ids=[f"{choice.kind}-{name}" for choice, name in CASES])
@@ -30,9 +35,11 @@ LOSSES = pytest.mark.parametrize(("choice", "name"), CASES, ids=[f"{choice.kind}
 def test_every_loss_is_compared() -> None:
     known: dict[str, Any] = dict(kinds("balance"))
     losses = {kind for kind, choice in known.items() if choice(coef=0.1).has_loss}
-    # the loss of a tree of experts needs one: tests/presets/test_smore.py; LoRAMoE's is not linear: test_localized.py; that
-    # of two forwards has no routing to be of
-    assert losses == {choice.kind for choice, _ in CASES} | {"tree_switch", "localized", "consistency"}
+    # the losses of a tree of experts need one (tests/presets/test_smore.py, test_smore_noise.py); LoRAMoE's is not linear
+    # (test_localized.py); those of the experts' weights and of two forwards have no part in routing (test_orthogonal.py,
+    # tests/presets/test_thor.py)
+    others = {"tree_switch", "tree_cv_squared", "localized", "orthogonal", "consistency"}
+    assert losses == {choice.kind for choice, _ in CASES} | others
 
 
 def assert_same(layers: Layers, found: Tensor, expected: Tensor) -> None:
@@ -87,7 +94,7 @@ def test_a_batch_of_padding_only_gives_zero(choice: Balance, name: str) -> None:
 
 
 def test_losses_stay_fp32_under_autocast() -> None:
-    for name, choices in (("top-2", [SWITCH, MIXTRAL, Z]), ("learned-threshold", [THRESHOLD])):
+    for name, choices in (("top-2", [SWITCH, MIXTRAL, Z, ENTROPY, CV_SQUARED]), ("learned-threshold", [THRESHOLD])):
         records = Layers.routed(name).records()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = balance_losses(records, choices)
@@ -105,7 +112,7 @@ def test_a_loss_for_each_choice_without_its_coefficient() -> None:
 def test_shares_are_given_for_every_mixture() -> None:
     records = Layers().records()
     totals = RoutingTotals.of(records)
-    for choice in (SWITCH, MIXTRAL, Z, THRESHOLD):
+    for choice in (SWITCH, MIXTRAL, Z, THRESHOLD, ENTROPY, CV_SQUARED):
         assert list(choice.shares(totals)) == [record.mixture for record in records]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from moelora.balance.bias_update import BiasUpdate
-from moelora.balance.localized import LocalizedBalance
 from moelora.balance.consistency import Consistency
+from moelora.balance.localized import LocalizedBalance
 from moelora.balance.mixtral import MixtralBalance
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.tree import TreeSwitchBalance
 from moelora.balance.z_loss import ZLoss
-from moelora.experts.dora import DoraExperts
 from moelora.experts.bottleneck import BottleneckExperts
+from moelora.experts.dora import DoraExperts
 from moelora.experts.grid import GridExperts
 from moelora.experts.lora import LoraExperts
 from moelora.experts.mpo import MpoExperts

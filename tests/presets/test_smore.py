@@ -30,14 +30,19 @@ def children(config: Any, t: dict[str, Tensor], x_D: Tensor, chain: list[tuple[i
     """The chosen children of the node at the end of a chain of (layer, expert), with their weights."""
     layer = len(config.experts.sizes) - 1 - len(chain)
     down = t["router.down"] @ x_D + t["router.down_shift"]
-    known = torch.cat([down, *(t[f"router.keys_{above}"][expert] for above, expert in chain)])
+    is_noisy = config.scores.noise
+    keys = {n: x / x.norm(dim=1, keepdim=True) if is_noisy else x for n, x in t.items() if "keys" in n}
+    known = torch.cat([down, *(keys[f"router.keys_{above}"][expert] for above, expert in chain)])
     hidden = (t[f"router.in_{layer}"] @ known + t[f"router.in_shift_{layer}"]).clamp_min(0)
     q = t[f"router.out_{layer}"] @ hidden + t[f"router.out_shift_{layer}"]
-    probs = (t[f"router.keys_{layer}"] @ q).softmax(0)
+    logits = keys[f"router.keys_{layer}"] @ (q / q.norm() if is_noisy else q)
+    probs = logits.softmax(0)
     fan = config.selection.fan_out[layer]
     if fan == len(probs):
         return dict(enumerate(probs))
     best = probs.argsort(descending=True)[:fan].tolist()
+    if fan == 1 and is_noisy:
+        return {best[0]: logits[best[0]]}
     total = sum(probs[n] for n in best) if fan > 1 else 1.0
     return {n: probs[n] / total for n in best}
 
@@ -62,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "three layers": {"sizes": [2, 3, 2], "fan_out": [1, 2, 1]},
     "dense": {"fan_out": None, "activation": "relu"},
     "child": {"position": "child", "lora_alpha": 3},
+    "noisy": {"noise": True, "fan_out": [1, 2]},
     "one layer": {"sizes": [4], "fan_out": [2]},
 }
 
@@ -79,7 +85,7 @@ def test_a_layer_equals_the_reference(case: str) -> None:
         rows = [scaling * tensors["W.proj"] @ node(config, tensors, x_D, []) for x_D in x_TD]
         return layer.base_layer(x_TD) + torch.stack(rows)
 
-    leaves = {"x": x_TD, **tensors}
+    leaves = {"x": x_TD, **{name: tensor for name, tensor in tensors.items() if "noise" not in name}}
     found, expected = gradients(lambda: layer(x_TD), leaves), gradients(naive, leaves)
     for key, tensor in expected.items():
         assert_close(key, found[key], tensor, rtol=1e-4, atol=1e-5)

@@ -208,6 +208,11 @@ def read_stacked(folder: str | Path) -> StackedAdapter:
             f"{str(folder)!r} has {config.experts.kind!r} experts; allowed: experts that are LoRAs. Others cannot be "
             "edited one by one."
         )
+    if not config.experts.are_alike:
+        raise ComposeError(
+            f"{str(folder)!r} has {config.experts.kind!r} experts, some of which are null or always on; allowed: "
+            "experts that are all alike. Their numbers would change when others are edited."
+        )
     if config.experts.fewest < config.experts.num_experts:
         raise ComposeError(
             f"{str(folder)!r} has from {config.experts.fewest} to {config.experts.num_experts} experts, by layer; "
