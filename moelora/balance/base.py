@@ -44,7 +44,7 @@ class Balance(Choice):
     is_loss: ClassVar[bool] = True
     """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
     reads: ClassVar[Reads] = "routing"
-    """What its loss is one of: routing decisions; the experts' weights, see `of_experts`; what two forwards predict, see
+    """What its loss is one of: routing decisions; the experts' weights, by `of_experts`; what two forwards predict, by
     `compared`."""
     needs_sums: ClassVar[bool] = False
     """Whether it reads `RoutingTotals.sums`."""

@@ -35,9 +35,9 @@ LOSSES = pytest.mark.parametrize(("choice", "name"), CASES, ids=[f"{choice.kind}
 def test_every_loss_is_compared() -> None:
     known: dict[str, Any] = dict(kinds("balance"))
     losses = {kind for kind, choice in known.items() if choice(coef=0.1).has_loss}
-    # the losses of a tree of experts need one (tests/presets/test_smore.py, test_smore_noise.py); LoRAMoE's is not linear
-    # (test_localized.py); those of the experts' weights and of two forwards have no part in routing (test_orthogonal.py,
-    # tests/presets/test_thor.py)
+    # the losses of a tree of experts need one (tests/presets/test_smore.py, test_smore_noise.py); LoRAMoE's is not
+    # linear (test_localized.py); those of the experts' weights and of two forwards have no part in routing
+    # (test_orthogonal.py, tests/presets/test_thor.py)
     others = {"tree_switch", "tree_cv_squared", "localized", "orthogonal", "consistency"}
     assert losses == {choice.kind for choice, _ in CASES} | others
 
