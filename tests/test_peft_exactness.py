@@ -230,7 +230,7 @@ def test_padding_and_batch_mates_change_nothing(preset: str, name: str) -> None:
             batch = {"input_ids": torch.cat([row, mates_rows]), "attention_mask": torch.cat([mask, mates_mask])}
             positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
             logits = outputs(model, name, **batch, position_ids=positions, labels=None)
-            torch.testing.assert_close(logits[0][mask[0].bool()], alone[0], atol=5e-6, rtol=1e-5)
+            torch.testing.assert_close(logits[0][mask[0].bool()], alone[0], atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -247,7 +247,7 @@ def test_padding_and_batch_mates_change_nothing_in_encoders(preset: str, name: s
         length = int(batch["attention_mask"][row].sum())
         one = {key: None if value is None else value[row : row + 1] for key, value in batch.items()}
         one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}
-        torch.testing.assert_close(together[row], outputs(model, name, **one)[0], atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(together[row], outputs(model, name, **one)[0], atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gpt2", "t5"])
@@ -276,11 +276,11 @@ def test_fast_operations_equal_the_references_in_a_model(preset: str) -> None:
     fast = outputs(model, "phi")
     gradients_fast = gradients(model, tiny_batch("phi"))
     model.peft_config["default"].compute = Reference()
-    torch.testing.assert_close(outputs(model, "phi"), fast, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(outputs(model, "phi"), fast, atol=1e-5, rtol=1e-5)
     gradients_slow = gradients(model, tiny_batch("phi"))
     assert gradients_fast.keys() == gradients_slow.keys()
     for key, gradient in gradients_fast.items():
-        torch.testing.assert_close(gradients_slow[key], gradient, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(gradients_slow[key], gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_reference_with_dropout_is_refused() -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.compare.regimes import Apart, Grouped, read_regime
+from eval.compare.regimes import read_regime
+from eval.compare.regimes.apart import Apart
+from eval.compare.regimes.grouped import Grouped
 from eval.suites.registry import COMMONSENSE, PROTOCOLS
 from moelora.errors import RunError
 from moelora.runs.schema import build

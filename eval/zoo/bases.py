@@ -86,7 +86,7 @@ SMOLLM2 = Base("SmolLM2-135M-Instruct", _smollm2, "CAUSAL_LM")
 ENCODER = Base("random BERT, 6 layers", _encoder, "SEQ_CLS")
 MOE = Base("random OLMoE, 4 layers", _moe, "CAUSAL_LM")
 
-_OTHERS = {"soft_moa": ENCODER, **dict.fromkeys(("perft_r", "perft_e", "perft_d", "perft_s"), MOE)}
+_OTHERS = {"soft_moa": ENCODER, "mixda": ENCODER, **dict.fromkeys(("perft_r", "perft_e", "perft_d", "perft_s"), MOE)}
 
 
 def base_of(preset: str) -> Base:

@@ -218,9 +218,10 @@ def _module_of(tensor: str) -> str:
 
 
 def _roles_of(stored: Iterable[str], config: MoeLoraConfig) -> tuple[str, ...]:
-    """Which linears of a feed-forward block have experts; of low-rank experts the names of tensors end with them."""
+    """Which linears of a feed-forward block have experts; the names of factors end with them."""
     ends = {name.removesuffix("_frozen").partition(".")[2] for name in stored}
-    return tuple(role for role in ("gate", "up", "down") if config.experts.is_low_rank and role in ends)
+    has_factors = config.experts.is_low_rank or config.experts.has_stacks
+    return tuple(role for role in ("gate", "up", "down") if has_factors and role in ends)
 
 
 def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKind, int, tuple[str, ...]]:

@@ -35,7 +35,7 @@ def test_the_quickstarts_adapter_on_smollm2(tmp_path: Path) -> None:
     assert moe.parameters == 692_036_928
     assert len(moe.files) == 3
     found, flips = check_export(moe.folder, tmp_path / "adapter", source)
-    assert found.logit_difference < 1e-4
+    assert found.logit_difference < 1e-5 * found.largest_logit
     assert found.largest_logit > 10
     assert found.same_greedy
     assert flips.router < 0.02

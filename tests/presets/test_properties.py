@@ -150,7 +150,7 @@ def test_padding_and_batch_mates_change_nothing(preset: str, side: str) -> None:
     words = {} if base_of(preset) == "bert" else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     alone = logits(model, preset, input_ids=ids, attention_mask=None, labels=None)[0]
     together = logits(model, preset, input_ids=torch.cat([row, mates]), attention_mask=mask, labels=None, **words)[0]
-    torch.testing.assert_close(together if together.dim() == 1 else together[place], alone, rtol=1e-4, atol=5e-6)
+    torch.testing.assert_close(together if together.dim() == 1 else together[place], alone, rtol=1e-4, atol=3e-5)
 
 
 @every_decoder
@@ -170,7 +170,7 @@ def test_a_packed_row_gives_what_its_sequences_give(preset: str) -> None:
     with torch.no_grad():
         apart = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in parts])
         packed = model(input_ids=torch.cat(parts)[None], position_ids=positions, use_cache=False).logits[0]
-    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=3e-5)
 
 
 @every_preset
@@ -241,7 +241,7 @@ def test_a_second_adapter(preset: str) -> None:
         mixed = model(**batch, adapter_names=["second", "default", "second"]).logits
     rows = torch.stack([second[0], first[1], second[2]])
     valid = batch["attention_mask"].bool() if rows.dim() == 3 else slice(None)
-    torch.testing.assert_close(mixed[valid], rows[valid], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[valid], rows[valid], rtol=1e-4, atol=3e-5)
     model.delete_adapter("second")
     assert torch.equal(logits(model, preset), first)
 

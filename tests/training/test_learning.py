@@ -53,7 +53,7 @@ def test_the_balance_loss_balances(preset: str) -> None:
                 if "router" in name:
                     p.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
                     p[0] *= 6
-        run = train(model, counting_rows(), batch=16, max_steps=15, learning_rate=2e-2)
+        run = train(model, counting_rows(), batch=16, max_steps=30, learning_rate=5e-3)
         busiest[coef] = [log["expert_load/busiest"] for log in run.logs]
         if coef:
             assert run.logs[0]["balance_loss"] > 1.3

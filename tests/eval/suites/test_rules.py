@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from eval.suites.rules import FORMS, RULES, register
@@ -24,7 +26,7 @@ def test_the_same_question_has_three_answers(form: str) -> None:
 
 def test_answers_by_hand() -> None:
     register()
-    expected = {
+    expected: dict[str, tuple[list[Any], str, tuple[str, ...]]] = {
         "numbers": ([31, 84, 57], "31 84 57", ("84", "31", "57")),
         "words": (["lamp", "tiger", "stone"], "lamp tiger stone", ("lamp", "tiger", "stone")),
         "letters": (list("caxb"), "c a x b", ("a b c x", "x c b a", "b x a c")),

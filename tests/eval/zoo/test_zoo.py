@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from eval.speed.models import shared_copy
 from eval.zoo import __main__ as program
 from eval.zoo import bases, cell
 from eval.zoo.bases import Base
 from eval.zoo.cell import Wishes
 from moelora import MoeLoraConfig, presets
 from moelora.runs.models import ModelSource, load_model, load_tokenizer
+from moelora.runs.parameters import count_parameters
 from tests.adapters import SMALL, small_config
 from tests.conftest import tiny_batch, tiny_model
 from tests.runs.tiny import tiny_folder
@@ -44,7 +47,7 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
     tiny: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "zoo"
-    chosen = ("--only", "poly", "--only", "mixlora")
+    chosen = ("--only", "molora", "--only", "mixlora")
     assert run(output, *chosen) == 0
     found = json.loads((output / "cells" / "mixlora.json").read_text())
     assert found["loss_after"] < found["loss_before"]
@@ -56,7 +59,7 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
     assert table.count("\n| `") == 2
     assert "| 1.50 |" in table
     missing = table.split("Not tried yet: ")[1].split(".**")[0].split(", ")
-    assert sorted([*missing, "mixlora", "poly"]) == sorted(presets.available())
+    assert sorted([*missing, "mixlora", "molora"]) == sorted(presets.available())
     capsys.readouterr()
 
     monkeypatch.setattr(cell, "measure", lambda *_: pytest.fail("it is done already"))
@@ -64,7 +67,7 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
     assert "to do: none" in capsys.readouterr().out
     monkeypatch.setattr(cell, "config_of", lambda preset, kind: MoeLoraConfig.from_preset(preset, r=3))
     assert run(output, *chosen, "--plan") == 0
-    assert "2 to do: mixlora, poly" in capsys.readouterr().out
+    assert "2 to do: mixlora, molora" in capsys.readouterr().out
 
 
 def test_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +89,7 @@ def test_every_preset_fits_the_base_that_it_is_tried_on(preset: str) -> None:
 def test_the_rank_of_a_lora_of_equal_size(tiny: Base) -> None:
     base = tiny.make(None)
     for r in (1, 3, 8):
-        wanted = cell.count_parameters(cell.shared_copy(base), cell.lora_config(tiny, r, 0.0)).trainable
+        wanted = count_parameters(shared_copy(base), cell.lora_config(tiny, r, 0.0)).trainable
         assert cell.equal_size(base, tiny, wanted, 0.0) == r
     assert cell.equal_size(base, tiny, 1, 0.0) == 1
 
@@ -94,7 +97,7 @@ def test_the_rank_of_a_lora_of_equal_size(tiny: Base) -> None:
 def test_the_step_whose_memory_is_measured_knows_the_tasks() -> None:
     model = tiny_model().requires_grad_(False)
     config = MoeLoraConfig.from_preset("poly", **SMALL["poly"], task_type="CAUSAL_LM")
-    adapted = cell.get_peft_model(model, config).train()
+    adapted = get_peft_model(model, config).train()
     inputs = {**tiny_batch(), "task_ids": torch.tensor([0, 1, 1])}
     seen: list[str] = []
     for name, parameter in adapted.named_parameters():
