@@ -226,6 +226,7 @@ def test_records_that_are_none_are_refused_before_anything_is_made(
     base_on_hub(tmp_path / "base")
     adapter, _ = composition(tmp_path / "a")
     (adapter / file).write_text(json.dumps(content))
+    capsys.readouterr()  # bars of the preparation
     assert main(["push", str(adapter), "tester/new"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
