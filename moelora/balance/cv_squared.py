@@ -9,7 +9,7 @@ Shape suffixes: T tokens, E experts, S experts of a layer of a tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from moelora.balance.base import Balance
 from moelora.balance.totals import RoutingTotals
+from moelora.balance.tree import OfTree
 from moelora.choices import register
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
 from moelora.routing.record import LayerLoss, Mixture
-from moelora.scores.tree import by_level, check_sizes
-from moelora.validation import check
+from moelora.scores.tree import by_level
 
 
 def cv_squared(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class CvSquaredBalance(_OfSums):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TreeCvSquaredBalance(_OfSums):
+class TreeCvSquaredBalance(OfTree, _OfSums):
     """`CV^2(importance) + CV^2(load)` of each layer of a tree, the mean over its layers, then the model's (S'MoRE).
 
     The importance of an expert is the sum of its weights, its load the number of tokens that it would be expected to
@@ -104,23 +104,13 @@ class TreeCvSquaredBalance(_OfSums):
 
     kind: ClassVar[str] = "tree_cv_squared"
 
-    sizes: list[int] = field(default_factory=lambda: [4, 4])
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "sizes", check_sizes("sizes", self.sizes))
-
     def check(self, config: Any) -> None:
         """Refuse another selection than that of the same tree, and scores without noise.
 
         Raises:
             ConfigError: With the reason.
         """
-        given = config.selection
-        same = given.kind == "tree_top" and given.sizes == self.sizes
-        check(
-            same, "selection", given.describe(), f"'tree_top' of the sizes {self.sizes} with 'tree_cv_squared' balance"
-        )
+        super().check(config)
         if not config.scores.noise:
             raise ConfigError(
                 "balance 'tree_cv_squared' takes the load that is expected of the noise, and the scores have none; "

@@ -20,23 +20,16 @@ from moelora.scores.tree import by_level, check_sizes, levels
 from moelora.validation import check
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class TreeSwitchBalance(Balance):
-    """`s_l * sum_n f_n P_n` of each layer l of the tree, the mean over its layers, then over the model's.
-
-    f is the share of the choices in a layer of the tree that fell on expert n, whoever its parent; P its mean
-    probability below the parents that were chosen. 1.0 at perfect balance.
+class OfTree(Balance):
+    """Base of the losses of a tree of experts.
 
     Args:
-        coef: Coefficient of the loss. 0 switches it off.
         sizes: The number of experts in each layer of the tree, leaves first.
 
     Raises:
-        ConfigError: For a negative coefficient, or no list of sizes.
+        ConfigError: For no list of sizes.
     """
-
-    kind: ClassVar[str] = "tree_switch"
 
     sizes: list[int] = field(default_factory=lambda: [4, 4])
 
@@ -52,7 +45,26 @@ class TreeSwitchBalance(Balance):
         """
         given = config.selection
         same = given.kind == "tree_top" and given.sizes == self.sizes
-        check(same, "selection", given.describe(), f"'tree_top' of the sizes {self.sizes} with 'tree_switch' balance")
+        check(same, "selection", given.describe(), f"'tree_top' of the sizes {self.sizes} with {self.kind!r} balance")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TreeSwitchBalance(OfTree):
+    """`s_l * sum_n f_n P_n` of each layer l of the tree, the mean over its layers, then over the model's.
+
+    f is the share of the choices in a layer of the tree that fell on expert n, whoever its parent; P its mean
+    probability below the parents that were chosen. 1.0 at perfect balance.
+
+    Args:
+        coef: Coefficient of the loss. 0 switches it off.
+        sizes: The number of experts in each layer of the tree, leaves first.
+
+    Raises:
+        ConfigError: For a negative coefficient, or no list of sizes.
+    """
+
+    kind: ClassVar[str] = "tree_switch"
 
     def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
         """See `Balance.shares`."""

@@ -15,6 +15,7 @@ from moelora.ops.feed_forward_parts import Dense, FrozenFeedForward
 from moelora.routing.batch import Tokens
 from moelora.routing.decision import Routing
 from moelora.tensors import AdapterTensors
+from moelora.validation import check
 
 
 class Route(Protocol):
@@ -120,6 +121,25 @@ class Experts(Choice):
     def site_phrase(self, num_experts: int) -> str:
         """What stands at a site, for a table; of experts that are no stacks of LoRAs."""
         return f"mixture of {num_experts} {self.kind} experts" if num_experts > 1 else f"{self.kind} adapter"
+
+    def check_router_at_each_linear(self, config: Any, reason: str) -> None:
+        """Refuse any other placement than single linears that all have a router.
+
+        Args:
+            config: The configuration.
+            reason: Why these experts need it.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        placement = config.placement
+        check(
+            placement.kind == "linear" and placement.unrouted_modules is None,
+            "placement",
+            placement.describe(),
+            f"'linear' without unrouted_modules, with {self.kind!r} experts",
+            reason,
+        )
 
     def router_features(self, site: Site) -> int:
         """Features of what a router looks at: those of the module's input, unless the experts show it something else.

@@ -61,14 +61,7 @@ class GridExperts(Experts):
         Raises:
             ConfigError: With the reason.
         """
-        placement = config.placement
-        check(
-            placement.kind == "linear" and placement.unrouted_modules is None,
-            "placement",
-            placement.describe(),
-            "'linear' without unrouted_modules, with 'grid' experts",
-            "Without a router there is no weight for the pairs.",
-        )
+        self.check_router_at_each_linear(config, "Without a router there is no weight for the pairs.")
 
     def params(self, site: Site) -> list[Param]:
         """`A.weight` [I, D] and `B.weight` [O, J] as in a LoRA, and `gate.weight` [1]."""

@@ -72,14 +72,7 @@ class RoundsExperts(Experts):
         Raises:
             ConfigError: With the reason.
         """
-        placement = config.placement
-        check(
-            placement.kind == "linear" and placement.unrouted_modules is None,
-            "placement",
-            placement.describe(),
-            "'linear' without unrouted_modules, with 'lora_rounds' experts",
-            "Without a router there are no rounds.",
-        )
+        self.check_router_at_each_linear(config, "Without a router there are no rounds.")
 
     def router_features(self, site: Site) -> int:
         """H: a router looks at the state."""
