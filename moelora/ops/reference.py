@@ -171,6 +171,20 @@ def intuition_weights(
     return 32 * share * exps / exps.sum() + 4 * (1 - share) * cosines
 
 
+def feed_forward(
+    x_D: Tensor, linear: Callable[[str, Tensor], Tensor], kind: str, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A feed-forward block of the given linears on one token; `kind` and `activation` as in `feed_forward_expert`."""
+    if kind == "gated":
+        hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
+    elif kind == "fused":
+        gate_F, up_F = linear("up", x_D).chunk(2, dim=-1)
+        hidden_F = activation(gate_F) * up_F
+    else:
+        hidden_F = activation(linear("up", x_D))
+    return linear("down", hidden_F)
+
+
 def feed_forward_expert(
     x_D: Tensor,
     expert: int,
@@ -207,14 +221,7 @@ def feed_forward_expert(
                 y = dora(x, weight, a_RD, b_OR, magnitudes[role][expert], scaling)
         return y if bias is None else y + _high(bias)
 
-    if kind == "gated":
-        hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
-    elif kind == "fused":
-        gate_F, up_F = linear("up", x_D).chunk(2, dim=-1)
-        hidden_F = activation(gate_F) * up_F
-    else:
-        hidden_F = activation(linear("up", x_D))
-    return linear("down", hidden_F)
+    return feed_forward(x_D, linear, kind, activation)
 
 
 def mixture_feed_forward(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moelora.ops.reference import mixture_linear
+from moelora.ops.reference import feed_forward, mixture_linear
 
 
 def feed_forward_of_mixtures(
@@ -43,12 +43,5 @@ def feed_forward_of_mixtures(
                 y = y + mixture_linear(x[None], a_ERD, b_EOR, gates_E[None], scaling)[0]
             return y
 
-        if kind == "gated":
-            hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
-        elif kind == "fused":
-            gate_F, up_F = linear("up", x_D).chunk(2)
-            hidden_F = activation(gate_F) * up_F
-        else:
-            hidden_F = activation(linear("up", x_D))
-        rows.append(linear("down", hidden_F))
+        rows.append(feed_forward(x_D, linear, kind, activation))
     return torch.stack(rows)
