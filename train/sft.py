@@ -103,13 +103,13 @@ def new_adapter(base: Any, peft_config: Any, adapter_dtype: str = "auto") -> Any
         peft_config: The adapter.
         adapter_dtype: As in `RunConfig`.
     """
-    model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype != "bfloat16")
+    model = get_peft_model(base, peft_config, autocast_adapter_dtype=adapter_dtype not in ("base", "bfloat16"))
     return set_dtype(model, adapter_dtype)
 
 
 def set_dtype(model: Any, adapter_dtype: str) -> Any:
     """Give what is trained its data type; the model."""
-    if adapter_dtype != "auto":
+    if adapter_dtype not in ("auto", "base"):
         # PEFT knows float32 and the base's own data type; with a base in float32 it would leave bfloat16 undone
         dtype = getattr(torch, adapter_dtype)
         for parameter in model.parameters():

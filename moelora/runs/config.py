@@ -19,6 +19,7 @@ from moelora import presets
 from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
 from moelora.files import write_atomically
+from moelora.runs.precision import fastest_dtype
 from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import sft_arguments
 from moelora.runs.yaml_file import read_words
@@ -171,9 +172,10 @@ class RunConfig:
             adapter that is trained further, such as a composition of LoRAs.
         recipe: The program that trains: "sft" trains one adapter on all rows, "sequential" one expert after the other.
         sequential: How the second does it.
-        dtype: Data type of the base model's weights.
+        dtype: Data type of the base model's weights. "fastest" is bfloat16, or float32 on a machine that computes
+            bfloat16 slower; `load_config` puts the one of the two in its place.
         adapter_dtype: Data type of the adapter's weights; "auto" leaves it to PEFT, which takes float32 where the base
-            has less.
+            has less; "base" is the base's.
         model_kwargs: More arguments of `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
         training: Fields of `trl.SFTConfig`.
         router_training: What is different in training for the adapter's routers: `learning_rate`, `frozen_steps`,
@@ -188,8 +190,8 @@ class RunConfig:
     adapter: dict[str, Any]
     recipe: Literal["sft", "sequential"] = "sft"
     sequential: SequentialConfig | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["fastest", "bfloat16", "float16", "float32"] = "bfloat16"
+    adapter_dtype: Literal["auto", "base", "float32", "bfloat16"] = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     router_training: RouterTraining | None = None
@@ -215,6 +217,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.
     """
     config = build(RunConfig, read_words(path, overrides), "the configuration")
+    if config.dtype == "fastest":
+        config.dtype = fastest_dtype()
     # Everything that can be refused is refused here, before a model is loaded or a file written.
     sft_config(config, Path(config.output_dir))
     adapter_config(config)

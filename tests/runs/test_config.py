@@ -36,7 +36,7 @@ def write(folder: Path, **changes: Any) -> Path:
             r"unknown key 'rows_per_tas' in evaluation. Did you mean 'rows_per_task'",
         ),
         ({"adapter": {"r": 4}}, r"adapter.preset is None; it must be one of .*mixlora, "),
-        ({"dtype": "bf16"}, r"dtype is 'bf16'; allowed: 'bfloat16' or 'float16' or 'float32'"),
+        ({"dtype": "bf16"}, r"dtype is 'bf16'; allowed: 'fastest' or 'bfloat16' or 'float16' or 'float32'"),
         ({"dataset": {"hub": "a/b", "limit": "many"}}, r"dataset.limit is 'many'; allowed: a whole number or null"),
         (
             {"dataset": {"hub": "a/b", "files": "x.csv"}},
