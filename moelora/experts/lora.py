@@ -6,7 +6,7 @@ Shape suffixes: E experts, R rank of one expert, D input features, O output feat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -46,6 +46,8 @@ class LoraExperts(Experts):
     kind: ClassVar[str] = "lora"
     is_low_rank: ClassVar[bool] = True
     has_stacks: ClassVar[bool] = True
+    lora_name: ClassVar[str] = "LoRA"
+    """What one expert is called in a table."""
 
     r: int = 16
     lora_alpha: float = 32
@@ -102,6 +104,23 @@ class LoraExperts(Experts):
     def scaling(self) -> float:
         """The factor of `B A x`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def site_phrase(self, num_experts: int, routed: bool = True, roles: Sequence[str] = ()) -> str:
+        """See `Experts.site_phrase`."""
+        if not routed:
+            return f"plain {self.lora_name}"
+        whole = "feed-forward " if roles else ""
+        name = "" if roles and self.lora_name == "LoRA" else f"{self.lora_name} "
+        at = f" ({', '.join(roles)})" if roles else ""
+        return f"mixture of {self.counted(num_experts)} {whole}{name}experts{at}"
+
+    def counted(self, num_stored: int) -> str:
+        """The number of experts of a mixture, for a table.
+
+        Args:
+            num_stored: How many are stored.
+        """
+        return str(num_stored)
 
     def frozen(self, num_experts: int) -> Self:
         """See `Choice.frozen`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -105,7 +105,7 @@ class ShardExperts(Experts):
                 f"{public + self.private}. Raise equivalent_rank, or lower r."
             )
 
-    def site_phrase(self, num_experts: int) -> str:
+    def site_phrase(self, num_experts: int, routed: bool = True, roles: Sequence[str] = ()) -> str:
         """See `Experts.site_phrase`."""
         return f"pools of shards, for a LoRA of rank {self.r} at each linear of the sort"
 
