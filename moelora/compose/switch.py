@@ -47,8 +47,8 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
     config = layers[0].configs[adapter]
     if config.selection.needs_all:
         raise ComposeError(
-            f"the selection of adapter {adapter!r} is {config.selection.kind!r}; allowed: one whose experts do not depend "
-            "on each other. Here an expert is an edge of a tree, and those below it would hang in the air."
+            f"the selection of adapter {adapter!r} is {config.selection.kind!r}; allowed: one whose experts do not "
+            "depend on each other. Here an expert is an edge of a tree, which leads to others."
         )
     choice = config.experts
     names = list(getattr(choice, "names", []))
