@@ -22,6 +22,7 @@ from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from moelora.runs.precision import say_if_slow
 from moelora.runs.progress import LiveProgress
 from moelora.runs.wording import minutes
 from moelora.training.centroids import fit_unfitted
@@ -89,6 +90,7 @@ def _make_model(config: RunConfig, peft_config: Any) -> Any:
 def show_rows(rows: Any, config: RunConfig) -> None:
     """Print what a run is trained on."""
     say(f"Model     {config.model} in {config.dtype}")
+    say_if_slow(config.dtype)
     tasks = Counter(rows["task"]) if "task" in rows.column_names else {}
     say(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
     row = {key: value for key, value in rows[0].items() if key != "task"}

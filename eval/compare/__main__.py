@@ -61,6 +61,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from eval.compare.work import open_bench
     from moelora.errors import RunError
     from moelora.runs.console import say
+    from moelora.runs.precision import say_if_slow
     from moelora.runs.wording import minutes
 
     config = load_benchmark(options.config, options.overrides)
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     sizes = check_sizes(config)
     for key, size in sizes.items():
         say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active per token")
+    say_if_slow(config.dtype)
     if options.plan:
         plan.show(board, plan.Timing.of(board))
         return
@@ -106,6 +108,7 @@ def _do(bench: Any, cell: Any, done: set[str]) -> bool:
     from eval.compare import plan
     from eval.compare.render import render
     from moelora.runs.console import say
+    from moelora.runs.precision import say_if_slow
     from moelora.runs.wording import minutes
 
     board = bench.board

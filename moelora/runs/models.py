@@ -13,7 +13,6 @@ from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
 from moelora.formats import check_finite, upgrade_keys
 from moelora.runs.config import RunConfig
-from moelora.runs.precision import say_if_slow
 from moelora.runs.wording import one_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -140,7 +139,6 @@ def load_model(config: RunConfig | ModelSource, task_type: str | None = None) ->
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    say_if_slow(config.dtype)
     words = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
     auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
     return _from_pretrained(auto, config.model, words)
