@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test test-oldest check clean
+.PHONY: help quickstart quickstart-joint test soak test-oldest check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -51,6 +51,9 @@ quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equ
 
 test: $(VENV)/dev.stamp ## Run every test
 	@$(BIN)/python -m pytest -n 2
+
+soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
+	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md
 
 test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
