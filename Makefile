@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test soak test-oldest check clean
+.PHONY: help quickstart quickstart-joint test soak test-oldest check release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,6 +62,21 @@ check: $(VENV)/dev.stamp ## Lint, check the format and the types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check them, and say what a maintainer does next
+	@$(PIP_INSTALL) -e ".[release]"
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@MOELORA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/test_release.py
+	@ls -l dist
+	@version=$$($(BIN)/moelora --version | cut -d' ' -f2); printf '%s\n' \
+	  "Next, for a maintainer:" \
+	  "  1. make test, make test-oldest and make check pass on this commit" \
+	  "  2. CHANGELOG.md: [Unreleased] becomes [$$version] with today's date; moelora/version.py says $$version" \
+	  "  3. pip install \"dist/moelora-$$version-py3-none-any.whl[all]\" in an empty environment, then moelora doctor" \
+	  "  4. git tag v$$version, and python -m twine upload dist/* with a token for the name moelora" \
+	  "  5. once it answers, README.md may say pip install moelora"
 
 clean: ## Remove the environment and every cache; runs/ is kept
 	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -50,7 +50,7 @@ def _of_file(words: dict[str, Any]) -> dict[str, Any]:
         raise FormatVersionError(
             f"the adapter has format_version {found!r}, written by moelora "
             f"{words.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads 1 to "
-            f"{FORMAT_VERSION}. Upgrade with `pip install -U moelora`."
+            f"{FORMAT_VERSION}. Install a moelora that is at least as new."
         )
     return {**upgrade_config(words, found), "format_version": FORMAT_VERSION}
 

@@ -28,7 +28,6 @@ LEVELS: list[tuple[str, ...]] = [
     ("hub", "runs"),
     ("export",),  # reads adapters and makes folders as these two do
     ("share",),  # says of an adapter what it can be exported to
-    ("cli",),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -121,7 +120,7 @@ def test_imports_point_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["train", "eval", "tests"])
+@pytest.mark.parametrize("package", ["moelora_cli", "train", "eval", "tests"])
 def test_the_library_imports_nothing_of_the_programs_around_it(package: str) -> None:
     files = modules("moelora")
     wrong = [
@@ -140,7 +139,7 @@ def test_the_configuration_needs_no_layer() -> None:
         if name not in seen:
             seen.add(name)
             rest += edges[name]
-    for other in ("layers", "inject", "model", "presets", "training", "hub", "share", "cli"):
+    for other in ("layers", "inject", "model", "presets", "training", "hub", "share"):
         assert other not in {area(name) for name in seen}
 
 
@@ -153,7 +152,7 @@ def test_importing_the_library_imports_no_trainer() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["moelora", "train", "eval", "tests"])
+@pytest.mark.parametrize("package", ["moelora", "moelora_cli", "train", "eval", "tests"])
 def test_files_stay_small(package: str) -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules(package).values()}
     assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}

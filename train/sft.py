@@ -66,7 +66,14 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         train_stage(
             stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows, trainer_class=trainer
         )
-    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+    say_done(config, folder)
+
+
+def say_done(config: RunConfig, folder: RunDir) -> None:
+    """Say where the run is, and the commands that go on from there."""
+    root = folder.root
+    scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
+    say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")
 
 
 def _reads_tasks(adapter: MoeLoraConfig) -> bool:

@@ -142,7 +142,7 @@ class SequentialConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """How `python -m eval` scores the run.
+    """How `moelora eval` scores the run.
 
     Args:
         rows_per_task: Fresh problems per task.
@@ -226,7 +226,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the whole configuration, defaults included, so that `python -m train` runs it again."""
+    """Write the whole configuration, defaults included, so that `moelora train` runs it again."""
     write_atomically(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
 
 

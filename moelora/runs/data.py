@@ -21,6 +21,8 @@ _BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+SUFFIXES = tuple(_BUILDERS)
+"""Those of the files that rows are read from."""
 _FORMS = (("prompt", "completion"), ("messages",), ("text",))
 _COLUMNS = ("prompt", "completion", "messages", "text", "task")
 

@@ -159,17 +159,48 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
         RunError: If a tensor of the adapter holds NaN or infinity.
     """
     from peft import PeftModel
-    from peft.utils.save_and_load import load_peft_weights
 
     # First without loss into float32 or what is wider, then to what is stored.
     model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, autocast_adapter_dtype=True)
+    _as_stored(model, adapter, "default")
+    return model
+
+
+def add_adapter(model: Any, adapter: str, name: str) -> None:
+    """Load another adapter into a model that has one, as `load_adapter` does; it is not made the active one.
+
+    Args:
+        model: The model with an adapter.
+        adapter: Folder or Hub name of the other one.
+        name: What it is called in the model.
+
+    Raises:
+        RunError: If it cannot be loaded, or holds NaN or infinity. The model is then as it was.
+    """
+    try:
+        model.load_adapter(adapter, name, autocast_adapter_dtype=True)
+        _as_stored(model, adapter, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        if isinstance(error, MoeLoraError):
+            raise
+        raise RunError(
+            f"adapter {adapter!r} cannot be loaded: {one_line(error)} Allowed: a folder or Hub name of an adapter of "
+            "this base model."
+        ) from error
+
+
+def _as_stored(model: Any, adapter: str, name: str) -> None:
+    """Give each tensor of an adapter the data type that it is stored in."""
+    from peft.utils.save_and_load import load_peft_weights
+
     stored = upgrade_keys(load_peft_weights(adapter, device="cpu"))
     check_finite(stored, repr(adapter), RunError)
-    for name, tensor in model.named_parameters():
-        saved = stored.get(re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name))
+    for key, tensor in model.named_parameters():
+        saved = stored.get(re.sub(rf"(\.modules_to_save)?\.{re.escape(name)}(?=\.|$)", "", key))
         if saved is not None and saved.dtype != tensor.dtype:
             tensor.data = saved.to(tensor.device)
-    return model
 
 
 def load_skeleton(config: RunConfig | ModelSource) -> Any:

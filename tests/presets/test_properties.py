@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from moelora import MoeLoraConfig, batch_facts, presets
-from moelora.cli import main
 from moelora.hub import read_adapter
 from moelora.layers.base import MoeLoraLayer
+from moelora_cli import main
 from tests.adapters import (
     BY_TASK,
     FAMILY,
