@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Where each folder of the clone is in the wheel.
 PLACES = {
+    "moelora/cli": "",
     "moelora": "moelora",
-    "moelora_cli": "moelora_cli",
     "train": "moelora/_programs/train",
     "eval": "moelora/_programs/eval",
 }
@@ -50,11 +50,14 @@ def test_the_wheel_has_two_packages_and_every_file_of_them(wheel: zipfile.ZipFil
     """None of them is called train or eval, which are names of many others."""
     names = set(wheel.namelist())
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"moelora", "moelora_cli"}
+    left_out = {ROOT / "eval" / "results", ROOT / "moelora" / "cli"}
     expected = {
-        f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
+        f"{place}/{path.relative_to(ROOT / folder).as_posix()}".lstrip("/")
         for folder, place in PLACES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and (ROOT / "eval" / "results") not in path.parents
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and not (left_out - {ROOT / folder}).intersection(path.parents)
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"moelora/py.typed", "moelora/_programs/eval/page/page.html"} <= expected
@@ -81,7 +84,7 @@ def test_the_sdist_is_what_a_wheel_is_built_from(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "docs/methods.md"):
         assert needed in names
-    for folder in PLACES:
+    for folder in ("moelora", "moelora/cli/moelora_cli", "train", "eval"):
         assert f"{folder}/__init__.py" in names
     assert not {name.partition("/")[0] for name in names} & {"runs", "dist", ".git", ".venv"}
 

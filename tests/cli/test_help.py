@@ -31,7 +31,7 @@ def test_the_help_imports_nothing_but_the_standard_library() -> None:
         "    except SystemExit as error: assert error.code == 0, words\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
     )
-    place = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    place = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'moelora' / 'cli')!r}]"
     bare = [sys.executable, "-I", "-S", "-c", f"{place}\n{code}"]  # no site-packages: none is even there
     done = subprocess.run(bare, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "__main__ eval moelora_cli train"

@@ -1,8 +1,8 @@
 """The command `moelora`: train, evaluate, look at, compose, edit, export and upload adapters.
 
-It is a package beside the library, because importing anything of `moelora` imports torch, transformers and PEFT: that
-takes seconds, and fails where one of them is broken, which is what `moelora doctor` is for. Modules here import the
-library only in the functions that do the work.
+It is a package of its own, which a wheel has beside the library, because importing anything of `moelora` imports torch,
+transformers and PEFT: that takes seconds, and fails where one of them is broken, which is what `moelora doctor` is for.
+Modules here import the library only in the functions that do the work.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Where the library and the programs `train` and `eval` are: beside this package in a clone; in a wheel the programs
-are inside the library's folder.
+"""Where the library and the programs `train` and `eval` are.
+
+In a clone this package is in the library's folder and the programs are beside that; in a wheel it is beside the library
+and the programs are in the library's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ PROGRAMS = {
 
 def library_folder() -> Path:
     """The folder of the package `moelora`, which is not imported."""
-    return Path(__file__).parents[1] / "moelora"
+    beside = Path(__file__).parents[1] / "moelora"
+    return beside if beside.is_dir() else Path(__file__).parents[2]
 
 
 def programs_folder() -> Path:
