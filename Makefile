@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test test-oldest check clean
+.PHONY: help quickstart quickstart-joint test test-oldest check docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ $(BIN)/python -W ignore::SyntaxWarning -m train configs/$(1).yaml; \
 $(BIN)/python -W ignore::SyntaxWarning -m eval runs/$(1); \
 printf 'make $(1) took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
 endef
+
+# The theme's makers print a notice about mkdocs 2, which pyproject.toml does not allow.
+build-docs = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -55,10 +58,15 @@ test: $(VENV)/dev.stamp ## Run every test
 test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-check: $(VENV)/dev.stamp ## Lint, check the format and the types
+check: $(VENV)/dev.stamp ## Lint, check the format and the types, build the documentation site
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(build-docs)
+
+docs: $(VENV)/dev.stamp ## Build the documentation site into build/docs; every warning is an error
+	@$(build-docs)
+	@echo "Open build/docs/index.html in a browser."
 
 clean: ## Remove the environment and every cache; runs/ is kept
 	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
