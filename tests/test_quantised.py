@@ -171,6 +171,7 @@ def test_reference_implementation_on_quantised_linears(scheme: str, load: Load) 
     torch.testing.assert_close(outputs(model), fast, **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # PEFT calls it by its old name
 def test_the_page_on_quantised_bases(load: Load, tmp_path: Path) -> None:
     """docs/distributed.md's block, on a tiny model."""
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()

@@ -70,7 +70,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                     fill(below)
                     below.extend(lists.get(title, []))
 
-    fill(config.nav)  # type: ignore[arg-type]
+    fill(config.nav or [])
     return config
 
 

@@ -13,10 +13,11 @@ from griffe import Docstring, Parser
 from transformers import Trainer
 
 from docs.site import methods, reference
-from docs.site.fields import preset_words
+from docs.site.fields import fields_of, preset_words
 from docs.site.picture import picture
 from moelora import MoeLoraConfig, presets
 from moelora.choices import AXES, kinds
+from moelora.runs.config import RunConfig
 
 
 @pytest.mark.parametrize("preset", presets.available())
@@ -52,10 +53,10 @@ def test_picture_shows_the_chosen_experts() -> None:
 def test_all_choices_and_keys_have_a_meaning() -> None:
     for axis in AXES:
         for kind, cls in kinds(axis).items():
-            missing = [field.name for field in reference.fields_of(cls) if not field.meaning]
+            missing = [field.name for field in fields_of(cls) if not field.meaning]
             assert not missing, f"{axis} {kind}: {missing}"
-    for name, section in {"": reference.run.RunConfig, **reference.SECTIONS}.items():
-        missing = [field.name for field in reference.fields_of(section) if not field.meaning]
+    for name, section in {"": RunConfig, **reference.SECTIONS, **reference.COMPARISON}.items():
+        missing = [field.name for field in fields_of(section) if not field.meaning]
         assert not missing, f"{name}: {missing}"
 
 
