@@ -23,7 +23,7 @@ def picture(config: MoeLoraConfig) -> str:
     parts = [
         _box(10, 85, 90, "input", "of the site"),
         _arrow(100, 110, 330 if not routed else 140, 110),
-        _box(560, 85, 90, "+ base", "output"),
+        _box(505, 85, 85, "+ base", "output"),
     ]
     if routed:
         few = "" if chosen is None else f"{chosen} of {experts}"
@@ -49,13 +49,13 @@ def picture(config: MoeLoraConfig) -> str:
         parts.append(f'<text x="{x + 17}" y="115" text-anchor="middle">{number}</text>')
     what = f"{experts} x {config.experts.kind}" if routed else f"one {config.experts.kind}, no router"
     parts.append(f'<text x="{left}" y="148" class="small">experts: {escape(what)}</text>')
-    parts.append(_arrow(left + drawn * 40 + (14 if drawn < experts else 0), 110, 560, 110))
+    parts.append(_arrow(left + drawn * 40 + (14 if drawn < experts else 0), 110, 505, 110))
     balance = ", ".join(choice.kind for choice in config.balance if choice.coef) or "none"
     parts.append(f'<text x="10" y="175" class="small">routed: {escape(config.placement.phrase())}</text>')
     parts.append(f'<text x="10" y="193" class="small">balance: {escape(balance)}</text>')
     label = f"{config.scores.kind} scores, {config.selection.kind} selection, {what}" if routed else what
     return (
-        f'<div class="method"><svg viewBox="0 0 660 200" role="img" aria-label="{escape(label)}" '
+        f'<div class="method"><svg viewBox="0 0 600 200" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg></div>'
     )
 

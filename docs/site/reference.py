@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import ModuleType
 
 from docs.site.fields import Field, fields_of, summary
@@ -74,11 +75,15 @@ def api_page(name: str) -> str:
     """The page of one module: each public name by itself, so that none can be missing."""
     module = importlib.import_module(name)
     shown = ["available", "words"] if name == "moelora.presets" else public_names(module)
-    # by where they are defined: `moelora.compose.choose` is also the module that holds the function
-    values = [getattr(module, each) for each in shown]
-    blocks = "\n\n".join(f"::: {value.__module__}.{value.__qualname__}" for value in values)
+    blocks = "\n\n".join(f"::: {_address(module, each)}" for each in shown)
     about = (module.__doc__ or "").strip()
     return f"# `{name}`\n\n{API[name]}\n\n{about}\n\n{blocks}\n"
+
+
+def _address(module: ModuleType, name: str) -> str:
+    """How the reference finds a name: `moelora.compose.choose` is a function and also the module that holds it."""
+    address = f"{module.__name__}.{name}"
+    return f"{address}.{name}" if hasattr(module, "__path__") and find_spec(address) else address
 
 
 def configuration() -> str:
