@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test soak test-oldest check release clean
+.PHONY: help quickstart quickstart-joint test soak test-oldest check docs release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ $(BIN)/python -W ignore::SyntaxWarning -m train configs/$(1).yaml; \
 $(BIN)/python -W ignore::SyntaxWarning -m eval runs/$(1); \
 printf 'make $(1) took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
 endef
+
+# The theme's makers print a notice about mkdocs 2, which pyproject.toml does not allow.
+build-docs = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -58,10 +61,15 @@ soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison 
 test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-check: $(VENV)/dev.stamp ## Lint, check the format and the types
+check: $(VENV)/dev.stamp ## Lint, check the format and the types, build the documentation site
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(build-docs)
+
+docs: $(VENV)/dev.stamp ## Build the documentation site into build/docs; every warning is an error
+	@$(build-docs)
+	@echo "Open build/docs/index.html in a browser."
 
 release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check them, and say what a maintainer does next
 	@$(PIP_INSTALL) -e ".[release]"

@@ -234,7 +234,12 @@ class MoeLoraModel(BaseTuner):
 
     @classmethod
     def count_trainable_parameters(cls, model: nn.Module, config: MoeLoraConfig) -> int:
-        """See `MoeLoraConfig.num_trainable_parameters`."""
+        """See `MoeLoraConfig.num_trainable_parameters`.
+
+        Args:
+            model: The base model.
+            config: The configuration that would be put on it.
+        """
         return count_trainable_parameters(model, config)
 
     def unload(self) -> nn.Module:

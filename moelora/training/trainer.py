@@ -325,4 +325,8 @@ def _without_facts(inputs: Any) -> tuple[Any, AbstractContextManager[None]]:
 
 
 class MoeLoraTrainer(MoeLoraTrainerMixin, Trainer):
-    """`transformers.Trainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`."""
+    """`transformers.Trainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `transformers.Trainer`.
+    """
