@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 import moelora
 from docs.site import hook
 from moelora import choices, preset_registry
-from moelora.cli import main
 from moelora.compose import from_loras
 from moelora.export import export_loras
 from moelora.runs.config import load_config
+from moelora_cli import main
 from tests.compose.loras import save_lora
 from tests.conftest import tiny_batch, tiny_model
 from tests.site.pages import PAGES, ROOT, blocks, runnable, tiny_world
