@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -73,9 +72,23 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def is_seed(value: object) -> bool:
+    """Whether `value` is a seed that every library takes."""
+    return is_index(value) and value < 2**32  # type: ignore[operator]
+
+
 def is_real(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that is finite in float32, in which it is computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+# beyond it a number is infinite in float32
+_LARGEST = (2 - 2**-23) * 2.0**127
+
+
+def is_positive(value: object) -> bool:
+    """Whether `value` is a number above 0 that is finite in float32."""
+    return isinstance(value, (int, float)) and is_real(value) and value > 0
 
 
 def is_share(value: object) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
 from moelora.formats import check_finite, upgrade_keys
@@ -205,3 +207,11 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
+    except (
+        TypeError,
+        ValueError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # and for arguments or files that it cannot use
+        words_said = f" with model_kwargs {words}" if words else ""
+        raise RunError(f"model {name!r} cannot be loaded{words_said}: {one_line(error)[:400]}") from error
