@@ -154,22 +154,66 @@ def _read(paths: list[str]) -> Any:
     from datasets import load_dataset
 
     suffix = Path(paths[0]).suffix
+    words: dict[str, Any] = {}
+    if _BUILDERS[suffix] == "csv":
+        delimiter = "\t" if suffix == ".tsv" else ","
+        words = {"delimiter": delimiter, **_csv_words([_check_table(path, delimiter) for path in paths][0])}
+    elif _BUILDERS[suffix] == "json":
+        for path in paths:
+            _check_utf8(path)
     try:
-        words = _csv_words(paths[0], "\t" if suffix == ".tsv" else ",") if _BUILDERS[suffix] == "csv" else {}
         return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **words)
     except Exception as error:  # pandas, pyarrow, gzip, json and datasets each raise their own
         reason = one_line(error.__cause__ or error)[:300]
+        if "corresponds to no data" in reason:
+            raise RunError(f"dataset.files {', '.join(paths)}: no rows.") from error
         raise RunError(f"dataset.files {', '.join(paths)}: not readable as {suffix}: {reason}") from error
 
 
-def _csv_words(path: str, delimiter: str) -> dict[str, Any]:
-    """How a table is read: its cells as they are written, so that "007" and "NA" stay texts; a blank cell is missing."""
+def _csv_words(header: list[str]) -> dict[str, Any]:
+    """How a table is read: cells as they are written, so that "007" and "NA" stay texts; a blank cell is missing."""
     from datasets import Features, Value
 
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file, delimiter=delimiter))
     features = Features({name: Value("string") for name in header})
-    return {"delimiter": delimiter, "features": features, "keep_default_na": False, "na_values": [""]}
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def _check_table(path: str, delimiter: str) -> list[str]:
+    """The header of a table, no row of which has more cells than that: pandas would take the first ones for an index.
+
+    Raises:
+        RunError: Names the line.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader)
+            for row in reader:
+                if len(row) > len(header):
+                    raise RunError(
+                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header {len(header)}; allowed: as "
+                        "many. Put cells that hold the separator into quotes."
+                    )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"line {reader.line_num + 1} of {path} is not readable: {one_line(error)}") from error
+    return header
+
+
+def _check_utf8(path: str) -> None:
+    """Refuse text in another encoding, which pyarrow reads and nobody can use.
+
+    Raises:
+        RunError: Names the line.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # gzip, which `datasets` unpacks
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise RunError(f"line {number} of {path} is not UTF-8: {one_line(error)} Convert the file.") from error
 
 
 def _rename(rows: Any, config: DatasetConfig) -> Any:

@@ -119,8 +119,8 @@ class RunDir:
             save_config(config, self.config_file)
         except OSError as error:
             raise RunError(
-                f"output_dir {str(self.root)!r} cannot be written: {error.strerror}. Give the name of a folder on a disk "
-                "with space, in which you may write."
+                f"output_dir {str(self.root)!r} cannot be written: {error.strerror}. Give the name of a folder in "
+                "which you may write, on a disk with space."
             ) from error
 
     def check_rows(self, rows: Any) -> None:
@@ -140,10 +140,8 @@ class RunDir:
 
     def _remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote has left beside its files; nobody reads it."""
-        for place, names in (
-            (self.root, (ADAPTER, BASELINE, "config.yaml", "rows.json")),
-            (self.root / STAGES, ("*",)),
-        ):
+        files = (ADAPTER, BASELINE, self.config_file.name, "rows.json")
+        for place, names in ((self.root, files), (self.root / STAGES, ("*",))):
             for path in (path for name in names for path in place.glob(f".{name}-*")):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -207,11 +207,6 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
-    except (
-        TypeError,
-        ValueError,
-        ImportError,
-        SafetensorError,
-    ) as error:  # and for arguments or files that it cannot use
-        words_said = f" with model_kwargs {words}" if words else ""
-        raise RunError(f"model {name!r} cannot be loaded{words_said}: {one_line(error)[:400]}") from error
+    except (TypeError, ValueError, ImportError, SafetensorError) as error:  # arguments and files that it cannot use
+        given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
+        raise RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}") from error

@@ -54,7 +54,7 @@ def exit_status(work: Callable[[], object], *, stopped: str, name: str = "error"
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + signal.SIGINT
     except TerminatedError as error:
-        print(f"\n{name}: {error}. {stopped}", file=sys.stderr)
+        print(f"\n{signal.Signals(error.number).name}: {stopped}", file=sys.stderr)
         return 128 + error.number
     except Exception as error:
         # libraries written in Rust say "(os error 28)" in errors of their own: safetensors, tokenizers

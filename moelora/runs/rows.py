@@ -28,7 +28,7 @@ def checked_rows(rows: Any, where: Callable[[int], str]) -> Any:
     for index, row in enumerate(rows):
         for name, value in row.items():
             if value is None:
-                raise RunError(f"{name} of {where(index)} is missing; {_FIX}")
+                raise RunError(f"{name} of {where(index)} is missing. {_FIX}")
             wrong = checks[name](name, value)
             if wrong is not None:
                 raise RunError(f"{name} of {where(index)} is {_short(value)}; {wrong} {_FIX}")
@@ -53,7 +53,7 @@ def _as_texts(rows: Any, name: str, where: Callable[[int], str]) -> Any:
 
     missing = next((index for index, value in enumerate(rows[name]) if value is None), None)
     if missing is not None:
-        raise RunError(f"{name} of {where(missing)} is missing; {_FIX}")
+        raise RunError(f"{name} of {where(missing)} is missing. {_FIX}")
     return rows.cast_column(name, Value("string"))
 
 

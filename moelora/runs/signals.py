@@ -25,6 +25,7 @@ class TerminatedError(BaseException):
 
 
 def raise_terminated(number: int, frame: FrameType | None) -> None:
+    """The handler of `signals_raise`."""
     raise TerminatedError(number)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moelora.errors import TrainingError
 
 _ADVICE = (
-    "Nothing was saved since the last checkpoint. Lower learning_rate, or a coefficient of the balance; where it is always "
+    "Nothing was saved since the last checkpoint. Lower learning_rate, or a coefficient of the balance; if it is always "
     "the same batch, look at its rows."
 )
 
@@ -31,10 +31,8 @@ def check_loss(loss: Tensor, step: int, batch: int, inputs: Any, tokenizer: Any)
         TrainingError: Names step and batch.
     """
     if not bool(torch.isfinite(loss).all()):
-        raise TrainingError(
-            f"the loss is {float(loss.detach().mean())} in step {step}, batch {batch} of the step{_rows(inputs, tokenizer)}. "
-            f"{_ADVICE}"
-        )
+        value, rows = float(loss.detach().mean()), _rows(inputs, tokenizer)
+        raise TrainingError(f"the loss is {value} in step {step}, batch {batch} of the step{rows}. {_ADVICE}")
 
 
 def check_gradient(norm: Any, step: int) -> None:
