@@ -18,7 +18,16 @@ from moelora.errors import ConfigError, FormatVersionError
 from moelora.formats import upgrade_config
 from moelora.peft_plugin import tuner_class
 from moelora.peft_type import PEFT_TYPE
-from moelora.validation import check, check_bool, check_choice, check_keys, check_pattern, is_count, is_index
+from moelora.validation import (
+    check,
+    check_bool,
+    check_choice,
+    check_keys,
+    check_pattern,
+    check_word,
+    is_count,
+    is_index,
+)
 from moelora.version import FORMAT_VERSION, __version__
 
 BalanceScope = Literal["global", "micro_batch"]
@@ -110,7 +119,7 @@ class MoeLoraConfig(PeftConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(" ".join(str(error).split())) from error
         given: Any = getattr(self, "peft_type", None)
         check(given in (None, PEFT_TYPE), "peft_type", given, f"{PEFT_TYPE.value!r}, or None")
         self.peft_type = PEFT_TYPE
@@ -304,6 +313,8 @@ class MoeLoraConfig(PeftConfig):
         own = preset_registry.own_words(name)
         axes = [axis for axis in (*_DEFAULTS, "balance") if axis not in (*own, "compute")]
         check_keys(f"preset {name!r}", words, [*own, *cls.peft_words(), *axes])
+        for word in words.keys() & own.keys():
+            check_word(word, words[word], own[word])
         compute = words.get("compute")
         if isinstance(compute, dict) and set(compute) == {"implementation"}:
             words["compute"] = compute["implementation"]

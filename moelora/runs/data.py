@@ -157,7 +157,8 @@ def _read(paths: list[str]) -> Any:
     words: dict[str, Any] = {}
     if _BUILDERS[suffix] == "csv":
         delimiter = "\t" if suffix == ".tsv" else ","
-        words = {"delimiter": delimiter, **_csv_words([_check_table(path, delimiter) for path in paths][0])}
+        headers = [_check_table(path, delimiter) for path in paths]
+        words = {"delimiter": delimiter, **_csv_words(headers[0])}
     elif _BUILDERS[suffix] == "json":
         for path in paths:
             _check_utf8(path)
@@ -184,18 +185,23 @@ def _check_table(path: str, delimiter: str) -> list[str]:
     Raises:
         RunError: Names the line.
     """
+    longest = csv.field_size_limit(2**31 - 1)
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader)
+            header = next(reader, [])
             for row in reader:
                 if len(row) > len(header):
                     raise RunError(
-                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header {len(header)}; allowed: as "
-                        "many. Put cells that hold the separator into quotes."
+                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header "
+                        f"{len(header)}; allowed: as many. Put cells that hold the separator into quotes."
                     )
     except (csv.Error, UnicodeDecodeError) as error:
         raise RunError(f"line {reader.line_num + 1} of {path} is not readable: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(longest)
+    if len(set(header)) < max(1, len(header)):
+        raise RunError(f"the header of {path} is {header}; needed: a name for each column, no two alike.")
     return header
 
 

@@ -77,13 +77,13 @@ _COUNT: tuple[Callable[[Any], bool], str] = (is_count, "a whole number of at lea
 _SEED: tuple[Callable[[Any], bool], str] = (is_seed, "a whole number of 0 to 4294967295")
 # What transformers and TRL take and then fail on inside, or train nothing with; None is allowed where they have it.
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1; -1 trains for num_train_epochs"),
+    "max_steps": (lambda value: value == -1 or is_count(value), "at least 1; -1 trains for num_train_epochs"),
     "num_train_epochs": _POSITIVE,
     "learning_rate": _POSITIVE,
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
-    "max_length": (lambda value: value >= 2, "at least 2, or null for no limit"),
+    "max_length": (lambda value: is_count(value) and value > 1, "at least 2, or null for no limit"),
     "seed": _SEED,
     "data_seed": _SEED,
     "warmup_steps": _at_least(0),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moelora.errors import TrainingError
 
 _ADVICE = (
-    "Nothing was saved since the last checkpoint. Lower learning_rate, or a coefficient of the balance; if it is always "
-    "the same batch, look at its rows."
+    "Nothing was saved since the last checkpoint. Lower learning_rate, or a coefficient of the balance; if it is "
+    "always the same batch, look at its rows."
 )
 
 
