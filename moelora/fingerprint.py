@@ -94,13 +94,13 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
     if faults:
         raise TargetError(
             f"the base model is not the one that the adapter was saved on: {'; '.join(faults[:3])}. Allowed: "
-            f"{name or 'that model'!r}. To use the adapter on this model all the same, set base_fingerprint to null "
+            f"{repr(name) if name else 'that model'}. To use the adapter on this model all the same, set base_fingerprint to null "
             "in its adapter_config.json."
         )
     if differing:
         warnings.warn(
             f"the base model differs a little from the one that the adapter was saved on ({', '.join(differing)}): it "
-            f"is another revision or a fine-tuned copy of {name or 'it'!r}. The adapter's outputs change with it.",
+            f"is another revision or a fine-tuned copy of {repr(name) if name else 'it'}. The adapter's outputs change with it.",
             stacklevel=2,
         )
     if quantization != _quantization(base):
