@@ -91,16 +91,16 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
                 faults.append(f"the values of {key} are others")
             elif distance > _ROUNDING or weight.dtype != torch.float16:
                 differing.append(key)
+    called = f", {name!r}" if name else ""
     if faults:
         raise TargetError(
-            f"the base model is not the one that the adapter was saved on: {'; '.join(faults[:3])}. Allowed: "
-            f"{repr(name) if name else 'that model'}. To use the adapter on this model all the same, set base_fingerprint to null "
-            "in its adapter_config.json."
+            f"the base model is not the one that the adapter was saved on{called}: {'; '.join(faults[:3])}. Allowed: that "
+            "model. To use the adapter on this one all the same, set base_fingerprint to null in its adapter_config.json."
         )
     if differing:
         warnings.warn(
-            f"the base model differs a little from the one that the adapter was saved on ({', '.join(differing)}): it "
-            f"is another revision or a fine-tuned copy of {repr(name) if name else 'it'}. The adapter's outputs change with it.",
+            f"the base model differs a little from the one that the adapter was saved on{called}: "
+            f"{', '.join(differing)}. It is another revision or a fine-tuned copy, and changes the adapter's outputs.",
             stacklevel=2,
         )
     if quantization != _quantization(base):

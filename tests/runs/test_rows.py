@@ -31,7 +31,7 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "a float": (
         "a.jsonl",
         lines({**GOOD, "completion": 0.5}),
-        "completion of row 1 .* is 0.5; needed: a text, or a list",
+        "completion of row 1 .* is 0.5; needed: a text",
     ),
     "a mapping": ("a.jsonl", lines({**GOOD, "prompt": {"a": 1}}), "prompt of row 1 .* is {'a': 1}; needed"),
     "a list": ("a.jsonl", lines({"text": ["a"]}), r"text of row 1 .* is \['a'\]; needed: a text"),
