@@ -25,7 +25,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("config",),
     ("layers",),
     ("inject",),
-    ("loading", "model"),
+    ("fingerprint", "loading", "model", "undo"),
     ("presets", "training", "compose"),
     ("hub", "runs"),
     ("export",),  # reads adapters and makes folders as these two do

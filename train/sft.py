@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainerState, set_seed
 
 from moelora import MoeLoraConfig, MoeLoraTrainerMixin
 from moelora.errors import RunError
@@ -24,14 +24,32 @@ from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.precision import say_if_slow
 from moelora.runs.progress import LiveProgress
+from moelora.runs.stopping import SaveAndStop
 from moelora.runs.wording import minutes
 from moelora.training.centroids import fit_unfitted
+from moelora.training.finite import check_weights
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
 
 
 class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
+
+    def resume_finished(self, checkpoint: Path) -> None:
+        """Take weights and state of a checkpoint after which there is nothing left to train.
+
+        `train` would make one more step. The optimizer is not read.
+        """
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT gives an adapter in half precision float32 when it reads one
+        before = [(parameter, parameter.dtype) for parameter in self.model.parameters()]
+        super()._load_from_checkpoint(*args, **kwargs)
+        for parameter, dtype in before:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
@@ -130,8 +148,17 @@ def set_dtype(model: Any, adapter_dtype: str) -> Any:
 def make_trainer(
     model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: type[RunTrainer] = RunTrainer
 ) -> RunTrainer:
-    """A trainer of a model's adapter, without a progress display."""
+    """A trainer of a model's adapter, without a progress display.
+
+    Raises:
+        RunError: If no row is short enough to be trained on.
+    """
     trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    if len(trainer.train_dataset) == 0:
+        raise RunError(
+            f"training.max_length is {args.max_length}, and the prompt of every row is at least as long, so that no "
+            "completion is left to train on; allowed: more tokens than the longest prompts have."
+        )
     trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -176,9 +203,16 @@ def train_stage(
     checkpoint = folder.last_checkpoint(stage)
     if checkpoint is not None:
         say(f"Resuming  from {checkpoint}")
+    stop = SaveAndStop()
+    trainer.add_callback(stop)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop.listening(trainer.accelerator.num_processes):
+        if checkpoint is not None and folder.is_last(checkpoint):
+            trainer.resume_finished(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
+    check_weights(model, trainer.state.global_step)
     if trainer.is_world_process_zero():
         earlier = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         record = {

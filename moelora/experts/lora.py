@@ -15,7 +15,7 @@ from moelora.errors import TargetError
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
 from moelora.tensors import AdapterTensors
-from moelora.validation import check, check_bool, check_choice, is_count, is_index, is_real, is_share
+from moelora.validation import check, check_bool, check_choice, is_count, is_index, is_positive, is_real, is_share
 
 Initialisation = Literal["kaiming", "normal"]
 
@@ -61,7 +61,7 @@ class LoraExperts(Experts):
     def __post_init__(self) -> None:
         check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
         check(is_count(self.r), "r", self.r, "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_positive(self.lora_alpha), "lora_alpha", self.lora_alpha, "a positive number")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check_bool("use_rslora", self.use_rslora)
         check_choice("experts.init", self.init, Initialisation)

@@ -24,7 +24,7 @@ from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import sft_arguments
 from moelora.runs.yaml_file import read_words
 from moelora.training.router_training import RouterTraining
-from moelora.validation import check_at_least_one
+from moelora.validation import check, check_at_least_one, is_count, is_positive, is_real, is_seed, is_share
 
 
 @dataclass(kw_only=True)
@@ -77,6 +77,7 @@ class DatasetConfig:
                     f"dataset.tasks.{task} is {options!r}; it must be a mapping, {{}} for the task's defaults."
                 )
         check_at_least_one(self, "dataset", "rows_per_task", "limit")
+        check(is_seed(self.seed), "dataset.seed", self.seed, "a whole number of 0 to 4294967295")
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,14 @@ class BaselineConfig:
     lora_dropout: float | None = None
     target_modules: str | list[str] = "all-linear"
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self.r == "match" or is_count(self.r), "baseline.r", self.r, "an integer of at least 1, or 'match'")
+        alpha, dropout = self.lora_alpha, self.lora_dropout
+        check(alpha is None or is_positive(alpha), "baseline.lora_alpha", alpha, "a positive number, or null")
+        check(
+            dropout is None or is_share(dropout), "baseline.lora_dropout", dropout, "a number of 0 to below 1, or null"
+        )
 
 
 @dataclass(kw_only=True)
@@ -126,8 +135,7 @@ class SequentialConfig:
     replay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.replay < 0:
-            raise RunError(f"sequential.replay is {self.replay}; allowed: a number of at least 0.")
+        check(is_real(self.replay) and self.replay >= 0, "sequential.replay", self.replay, "a number of at least 0")
         if self.router == "centroids" and self.replay > 0:
             raise RunError(
                 f"sequential.replay is {self.replay} with router 'centroids'; allowed: 0. Rows of earlier tasks go "
@@ -158,6 +166,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "evaluation", "rows_per_task", "batch_size", "max_new_tokens")
+        check(is_seed(self.seed), "evaluation.seed", self.seed, "a whole number of 0 to 4294967295")
 
 
 @dataclass(kw_only=True)
@@ -199,6 +208,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        for name in ("model", "output_dir"):
+            value = getattr(self, name)
+            check(bool(value.strip()) and "\0" not in value, name, value, "a name that is not blank and has no NUL")
         if self.router_training is not None and self.recipe == "sequential":
             raise RunError(
                 "router_training is given with recipe 'sequential'; allowed: none. Its centroids are not trained, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig
 from moelora.runs.conversations import as_messages
+from moelora.runs.rows import checked_rows
 from moelora.runs.tasks import problems
 from moelora.runs.wording import one_line
 from moelora.validation import check_keys
@@ -53,6 +55,7 @@ def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
         raise RunError(f"{_source(config)} has no rows.")
     if "messages" in rows.column_names:
         rows = _with_roles(rows, config)
+    rows = checked_rows(rows, lambda index: _row(config, index))
     rows = rows.shuffle(seed=config.seed)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
@@ -105,10 +108,32 @@ def _from_hub(config: DatasetConfig) -> Any:
         ) from error
 
 
-def _from_files(config: DatasetConfig) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _row(config: DatasetConfig, index: int) -> str:
+    """A row by its file and its number in it, for messages."""
+    if config.files:
+        for path in _paths(config):
+            count = len(_read([path]))
+            if index < count:
+                return f"row {index + 1} of {path}"
+            index -= count
+    return f"row {index + 1} of {_source(config)}"
 
+
+def _from_files(config: DatasetConfig) -> Any:
+    paths = _paths(config)
+    suffixes = sorted({Path(path).suffix for path in paths})
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    if None in builders or len(builders) != 1:
+        raise RunError(f"dataset.files are of kind {', '.join(suffixes)}; allowed: one kind of {', '.join(_BUILDERS)}.")
+    return _read(paths)
+
+
+def _paths(config: DatasetConfig) -> list[str]:
+    """The files that the patterns match.
+
+    Raises:
+        RunError: If one matches none, or a file is empty.
+    """
     patterns = [config.files] if isinstance(config.files, str) else list(config.files or [])
     paths: list[str] = []
     for pattern in patterns:
@@ -116,16 +141,87 @@ def _from_files(config: DatasetConfig) -> Any:
         if not found:
             raise RunError(f"dataset.files: no file matches {pattern!r} (from {Path.cwd()}).")
         paths += found
-    suffixes = sorted({Path(path).suffix for path in paths})
-    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
-    if None in builders or len(builders) != 1:
-        raise RunError(f"dataset.files are of kind {', '.join(suffixes)}; allowed: one kind of {', '.join(_BUILDERS)}.")
-    words: dict[str, Any] = {"delimiter": "\t"} if suffixes == [".tsv"] else {}
+    empty = [path for path in paths if Path(path).is_file() and Path(path).stat().st_size == 0]
+    if empty:
+        raise RunError(f"dataset.files: {', '.join(empty)} is empty; needed: rows.")
+    return paths
+
+
+def _read(paths: list[str]) -> Any:
+    """The rows of files of one kind, one after the other.
+
+    Raises:
+        RunError: If one is not readable.
+    """
+    from datasets import load_dataset
+
+    suffix = Path(paths[0]).suffix
+    words: dict[str, Any] = {}
+    if _BUILDERS[suffix] == "csv":
+        delimiter = "\t" if suffix == ".tsv" else ","
+        headers = [_check_table(path, delimiter) for path in paths]
+        words = {"delimiter": delimiter, **_csv_words(headers[0])}
+    elif _BUILDERS[suffix] == "json":
+        for path in paths:
+            _check_utf8(path)
     try:
-        return load_dataset(builders.pop(), data_files=paths, split="train", **words)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = one_line(error.__cause__ or error)
-        raise RunError(f"dataset.files {', '.join(paths)}: not readable as {', '.join(suffixes)}: {reason}") from error
+        return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **words)
+    except Exception as error:  # pandas, pyarrow, gzip, json and datasets each raise their own
+        reason = one_line(error.__cause__ or error)[:300]
+        if "corresponds to no data" in reason:
+            raise RunError(f"dataset.files {', '.join(paths)}: no rows.") from error
+        raise RunError(f"dataset.files {', '.join(paths)}: not readable as {suffix}: {reason}") from error
+
+
+def _csv_words(header: list[str]) -> dict[str, Any]:
+    """How a table is read: cells as they are written, so that "007" and "NA" stay texts; a blank cell is missing."""
+    from datasets import Features, Value
+
+    features = Features({name: Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def _check_table(path: str, delimiter: str) -> list[str]:
+    """The header of a table, no row of which has more cells than that: pandas would take the first ones for an index.
+
+    Raises:
+        RunError: Names the line.
+    """
+    longest = csv.field_size_limit(2**31 - 1)
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader, [])
+            for row in reader:
+                if len(row) > len(header):
+                    raise RunError(
+                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header "
+                        f"{len(header)}; allowed: as many. Put cells that hold the separator into quotes."
+                    )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"line {reader.line_num + 1} of {path} is not readable: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(longest)
+    if len(set(header)) < max(1, len(header)):
+        raise RunError(f"the header of {path} is {header}; needed: a name for each column, no two alike.")
+    return header
+
+
+def _check_utf8(path: str) -> None:
+    """Refuse text in another encoding, which pyarrow reads and nobody can use.
+
+    Raises:
+        RunError: Names the line.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # gzip, which `datasets` unpacks
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise RunError(f"line {number} of {path} is not UTF-8: {one_line(error)} Convert the file.") from error
 
 
 def _rename(rows: Any, config: DatasetConfig) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
 from moelora.formats import check_finite, upgrade_keys
@@ -236,3 +238,6 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
+    except (TypeError, ValueError, ImportError, SafetensorError) as error:  # arguments and files that it cannot use
+        given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
+        raise RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}") from error
