@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Times, and what a resumed run says of being one.
-_PASSING = {"timed_steps", "resumed_from", "tokens_per_second"}
+_PASSING = {"timed_steps", "resumed_from", "tokens_per_second", "finished"}
 _TASKS = {"gcd": {"max_value": 30}, "letter_counting": {"min_words": 2, "max_words": 3}}
 
 
