@@ -94,8 +94,9 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
     called = f", {name!r}" if name else ""
     if faults:
         raise TargetError(
-            f"the base model is not the one that the adapter was saved on{called}: {'; '.join(faults[:3])}. Allowed: that "
-            "model. To use the adapter on this one all the same, set base_fingerprint to null in its adapter_config.json."
+            f"the base model is not the one that the adapter was saved on{called}: {'; '.join(faults[:3])}. Allowed: "
+            "that model. To use the adapter on this one all the same, set base_fingerprint to null in its "
+            "adapter_config.json."
         )
     if differing:
         warnings.warn(
