@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from moelora.errors import TargetError
@@ -142,19 +143,19 @@ def _quantization(base: nn.Module) -> str:
 
 
 def _weights(base: nn.Module) -> dict[str, Tensor]:
-    """The matrices of the base model under their own names, whatever wraps their modules."""
+    """The matrices of the base model under their own names, without those of modules that an adapter brings whole.
+
+    Such a module, a classifier's head say, may start at random each time that the base is loaded.
+    """
     found: dict[str, Tensor] = {}
     for name, module in base_modules(base):
-        for own, parameter in _original(module).named_parameters(recurse=False):
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else unwrapped(module)
+        for own, parameter in inner.named_parameters(recurse=False):
             if parameter.dim() == 2:
                 found[join(name, own)] = parameter.detach()
     return found
-
-
-def _original(module: nn.Module) -> nn.Module:
-    """The module of the base model below PEFT's wrappers."""
-    inner = getattr(module, "original_module", None)
-    return unwrapped(inner if isinstance(inner, nn.Module) else module)
 
 
 def _sampled(base: nn.Module) -> dict[str, Tensor]:
