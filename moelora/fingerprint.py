@@ -113,7 +113,7 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
         )
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> nn.Module:
     found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return found
 
