@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from moelora.errors import TargetError
@@ -94,8 +95,9 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
     called = f", {name!r}" if name else ""
     if faults:
         raise TargetError(
-            f"the base model is not the one that the adapter was saved on{called}: {'; '.join(faults[:3])}. Allowed: that "
-            "model. To use the adapter on this one all the same, set base_fingerprint to null in its adapter_config.json."
+            f"the base model is not the one that the adapter was saved on{called}: {'; '.join(faults[:3])}. Allowed: "
+            "that model. To use the adapter on this one all the same, set base_fingerprint to null in its "
+            "adapter_config.json."
         )
     if differing:
         warnings.warn(
@@ -111,7 +113,7 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
         )
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> nn.Module:
     found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return found
 
@@ -141,19 +143,19 @@ def _quantization(base: nn.Module) -> str:
 
 
 def _weights(base: nn.Module) -> dict[str, Tensor]:
-    """The matrices of the base model under their own names, whatever wraps their modules."""
+    """The matrices of the base model under their own names, without those of modules that an adapter brings whole.
+
+    Such a module, a classifier's head say, may start at random each time that the base is loaded.
+    """
     found: dict[str, Tensor] = {}
     for name, module in base_modules(base):
-        for own, parameter in _original(module).named_parameters(recurse=False):
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else unwrapped(module)
+        for own, parameter in inner.named_parameters(recurse=False):
             if parameter.dim() == 2:
                 found[join(name, own)] = parameter.detach()
     return found
-
-
-def _original(module: nn.Module) -> nn.Module:
-    """The module of the base model below PEFT's wrappers."""
-    inner = getattr(module, "original_module", None)
-    return unwrapped(inner if isinstance(inner, nn.Module) else module)
 
 
 def _sampled(base: nn.Module) -> dict[str, Tensor]:

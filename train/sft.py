@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.precision import say_if_slow
 from moelora.runs.progress import LiveProgress
 from moelora.runs.stopping import SaveAndStop
-from moelora.runs.wording import minutes
+from moelora.runs.wording import minutes, one_line
 from moelora.training.centroids import fit_unfitted
 from moelora.training.finite import check_weights
 from train.baseline import baseline_config
@@ -45,11 +46,11 @@ class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # PEFT gives an adapter in half precision float32 when it reads one
-        before = [(parameter, parameter.dtype) for parameter in self.model.parameters()]
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(*args, **kwargs)
-        for parameter, dtype in before:
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
@@ -176,6 +177,8 @@ def train_stage(
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
+    SIGTERM and SIGHUP end it with a checkpoint after the step under way.
+
     Args:
         stage: Its name in the folder.
         make_model: Makes the base model with the adapter to train; called once the seed is set.
@@ -185,6 +188,10 @@ def train_stage(
         rows: The training rows.
         label: What messages call it; None for the stage's name.
         trainer_class: The trainer.
+
+    Raises:
+        RunError: If a checkpoint cannot be read.
+        TrainingError: If training diverges; what was saved before stays.
     """
     label = label or stage
     if folder.is_finished(stage):
@@ -206,11 +213,17 @@ def train_stage(
     stop = SaveAndStop()
     trainer.add_callback(stop)
     started = time.monotonic()
-    with stop.listening(trainer.accelerator.num_processes):
-        if checkpoint is not None and folder.is_last(checkpoint):
-            trainer.resume_finished(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop.listening(trainer.accelerator.num_processes):
+            if checkpoint is not None and folder.is_last(checkpoint):
+                trainer.resume_finished(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UnpicklingError as error:
+        raise RunError(
+            f"{str(checkpoint)!r} cannot be resumed from: {one_line(error)[:200]} Its files are read as tensors alone; "
+            "allowed: as they were saved. Remove this checkpoint, or give --restart."
+        ) from error
     seconds = time.monotonic() - started
     check_weights(model, trainer.state.global_step)
     if trainer.is_world_process_zero():
