@@ -22,7 +22,7 @@ def picture(config: MoeLoraConfig) -> str:
     drawn = min(experts, _MOST_DRAWN)
     parts = [
         _box(10, 85, 90, "input", "of the site"),
-        _arrow(100, 110, 330 if not routed else 140, 110),
+        _arrow(100, 110, 140, 110),
         _box(505, 85, 85, "+ base", "output"),
     ]
     if routed:
