@@ -43,7 +43,7 @@ def picture(config: MoeLoraConfig) -> str:
         is_last = index == drawn - 1
         number = experts if is_last else index + 1
         gap = "…" if is_last and experts > drawn else ""
-        style = _CHOSEN if chosen is not None and index < chosen else _STYLE
+        style = _CHOSEN if chosen is not None and number <= chosen else _STYLE
         dashed = ";stroke-dasharray:4 3" if chosen is None else ""
         x = left + index * 40 + (drawn < experts and is_last) * 14
         if gap:
