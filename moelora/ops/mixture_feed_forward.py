@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moelora.autocast import no_autocast
 from moelora.ops.activation_vjp import activation_vjp
 from moelora.ops.compiled_kernels import CompiledKernels, compiler_works
 from moelora.ops.expert_segments import SegmentPlan, expert_segments
@@ -160,7 +161,7 @@ def _segments(
         kernels,
         compiled or routing.num_choices <= KEEP_AT_MOST,
     )
-    with torch.autocast(up_TF.device.type, enabled=False):
+    with no_autocast(up_TF.device):
         return expert_segments(
             up_TF,
             gate_TF,

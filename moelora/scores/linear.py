@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moelora.autocast import autocast_dtype, no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.validation import check, check_bool, check_choice, is_index, is_real, is_share
@@ -160,8 +161,8 @@ class LinearScores(Scores):
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
-    if torch.is_autocast_enabled(x_TD.device.type):
-        with torch.autocast(x_TD.device.type, enabled=False):
+    if autocast_dtype(x_TD.device) is not None:
+        with no_autocast(x_TD.device):
             return router_logits(x_TD, weight_ED)
     keeps_half = x_TD.dtype != torch.float32 and torch.is_grad_enabled()
     if not keeps_half or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
