@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.autocast import autocast_dtype
 from moelora.ops.factors import Factors
@@ -63,6 +63,19 @@ class FeedForwardExperts:
     down: Factors | None
     gate: Factors | None
     dropout: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of that dropout, for operations that draw it themselves.
+
+        Raises:
+            TypeError: If it is another function.
+        """
+        if self.dropout is None:
+            return 0.0
+        if not isinstance(self.dropout, nn.Dropout):
+            raise TypeError(f"dropout is {self.dropout!r}; allowed: nn.Dropout or None, since its mask is drawn again.")
+        return self.dropout.p
 
     def in_compute_dtype(self, device: torch.device) -> FeedForwardExperts:
         """The experts in the dtype to compute in: their own, as PEFT's LoRA does, or autocast's, as it would."""
