@@ -197,11 +197,12 @@ class _GroupedExperts(torch.autograd.Function):
         # of the weights, before they are multiplied in
         grad_weights_P = (grad_act_GSF * act_GSF).sum(-1, dtype=weights_GS1.dtype).flatten()
         grad_act_GSF.mul_(weights_GS1)
-        grads = _activation_grads(plan, up_GSF, gate_GSF, active_GSF, grad_act_GSF)
+        grads_GSX, grads = _activation_grads(plan, up_GSF, gate_GSF, active_GSF, grad_act_GSF)
         needs = ctx.needs_input_grad
-        grad_bases = [
-            groups.combine(grad_GSF) if needs[3 + _NUM_INDEX + i] else None for i, grad_GSF in enumerate(grads)
-        ]
+        grad_bases: list[Tensor | None] = [None] * len(bases)
+        if any(needs[3 + _NUM_INDEX :][: len(bases)]):
+            grads_TX = groups.combine(grads_GSX)
+            grad_bases = list(grads_TX.chunk(2, -1)[::-1]) if len(bases) > 1 else [grads_TX]
         grad_x_TD, grad_factors = _low_rank_grads(plan, groups, before, grads, needs[1])
         if grad_x_TD is not None:
             grad_x_TD = grad_x_TD.to(x_TD.dtype)
@@ -250,7 +251,7 @@ def _down_grads(
     else:
         mask_GSF = plan.hidden_dropout.mask(act_GSF)
         seen_GSF = (act_GSF * mask_GSF).to(a_GRF.dtype)
-        grad_act_GSF.add_(torch.bmm(grad_inner_GSR, a_GRF).mul_(mask_GSF))
+        grad_act_GSF.addcmul_(torch.bmm(grad_inner_GSR, a_GRF).to(grad_act_GSF.dtype), mask_GSF)
     inner_GSR = _product(seen_GSF, a_GRF.mT, plan.down_scale).mul_(weights_GS1)
     grad_inner_GSR.mul_(weights_GS1)
     grad_a_ERF = groups.sum_by_expert(torch.bmm(grad_inner_GSR.mT, seen_GSF))
@@ -259,20 +260,20 @@ def _down_grads(
 
 def _activation_grads(
     plan: _Plan, up_GSF: Tensor, gate_GSF: Tensor | None, active_GSF: Tensor, grad_act_GSF: Tensor
-) -> list[Tensor]:
-    """The gradients of the pre-activations, in the order of `_Before.pre`; it writes into `grad_act_GSF`."""
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of the pre-activations in one tensor, and its parts for each of `_Before.pre`.
+
+    It writes into `grad_act_GSF`.
+    """
     if gate_GSF is None:
         grad_up_GSF = torch.empty_like(grad_act_GSF)
         plan.activation.backward(grad_act_GSF, up_GSF, grad_up_GSF)
-        return [grad_up_GSF]
-    if plan.fused:
-        both = grad_act_GSF.new_empty(*grad_act_GSF.shape[:2], 2 * grad_act_GSF.shape[2])
-        grad_gate_GSF, grad_up_GSF = both.chunk(2, -1)
-    else:
-        grad_gate_GSF, grad_up_GSF = torch.empty_like(grad_act_GSF), torch.empty_like(grad_act_GSF)
+        return grad_up_GSF, [grad_up_GSF]
+    both = grad_act_GSF.new_empty(*grad_act_GSF.shape[:2], 2 * grad_act_GSF.shape[2])
+    grad_gate_GSF, grad_up_GSF = both.chunk(2, -1)
     torch.mul(grad_act_GSF, active_GSF, out=grad_up_GSF)
     plan.activation.backward(grad_act_GSF.mul_(up_GSF), gate_GSF, grad_gate_GSF)
-    return [both] if plan.fused else [grad_up_GSF, grad_gate_GSF]
+    return both, [both] if plan.fused else [grad_up_GSF, grad_gate_GSF]
 
 
 def _low_rank_grads(

@@ -59,17 +59,17 @@ class Groups:
         S = group_size(T * K, num_experts, rank)
         # the sum over the experts of their choices over S, each rounded up, is at most this
         G = (T * K + num_experts * (S - 1)) // S
+        number = torch.arange(max(T, G, num_experts), device=ids_TK.device)
         ids_N1 = ids_TK.reshape(-1, 1)
         # the how manieth choice of its expert each one is, from 1
-        rank_NE = (ids_N1 == torch.arange(num_experts, device=ids_TK.device)).cumsum(0)
+        rank_NE = (ids_N1 == number[:num_experts]).cumsum(0)
         groups_E = (rank_NE[-1] + (S - 1)) // S
         last_E = groups_E.cumsum(0)
         first_E = last_E - groups_E
         place_TK = (torch.add(rank_NE, first_E, alpha=S).gather(1, ids_N1) - 1).view(T, K)
         token_P = place_TK.new_zeros(G * S)
-        token_P[place_TK] = torch.arange(T, device=ids_TK.device).unsqueeze(1)
-        order_G = torch.arange(G, device=ids_TK.device)
-        start_T = torch.arange(0, T * K, K, device=ids_TK.device)
+        token_P[place_TK] = number[:T].unsqueeze(1)
+        order_G, start_T = number[:G], torch.arange(0, T * K, K, device=ids_TK.device)
         return cls(token_P, place_TK, torch.searchsorted(last_E[:-1], order_G, right=True), first_E, order_G, start_T)
 
     @classmethod
@@ -102,11 +102,15 @@ class Groups:
         rows_PX = rows_GSX.flatten(0, 1)
         if weights_TK is None:
             return F.embedding_bag(self.place_TK.flatten(), rows_PX, self.start_T, mode="sum")
-        place_TK, high_TK = self.place_TK, weights_TK.to(rows_PX.dtype)
-        if rows_PX.dtype.itemsize < weights_TK.dtype.itemsize:
-            low_TK = (weights_TK - high_TK).to(rows_PX.dtype)
-            high_TK, place_TK = torch.cat([high_TK, low_TK], 1), torch.cat([place_TK, place_TK], 1)
-        return F.embedding_bag(place_TK, rows_PX, mode="sum", per_sample_weights=high_TK)
+        T, K = weights_TK.shape
+        if rows_PX.dtype.itemsize >= weights_TK.dtype.itemsize:
+            place_N, weights_N = self.place_TK.flatten(), weights_TK.to(rows_PX.dtype).flatten()
+            return F.embedding_bag(place_N, rows_PX, self.start_T, mode="sum", per_sample_weights=weights_N)
+        high_low_T2K = rows_PX.new_empty(T, 2, K)
+        high_low_T2K[:, 0] = weights_TK
+        torch.sub(weights_TK, high_low_T2K[:, 0], out=high_low_T2K[:, 1])
+        place_T2K = self.place_TK.unsqueeze(1).expand(T, 2, K).flatten(1)
+        return F.embedding_bag(place_T2K, rows_PX, mode="sum", per_sample_weights=high_low_T2K.flatten(1))
 
     def sum_by_expert(self, parts_GXX: Tensor) -> Tensor:
         """For each expert the sum over its groups, in fp32 inside: [E, X, X]; 0 for one that nobody chose."""

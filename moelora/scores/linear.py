@@ -175,16 +175,18 @@ class _LogitsOfHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return F.linear(x_TD.float(), weight_ED.float())
+        wide_ED = weight_ED.float()
+        ctx.weight_dtype = weight_ED.dtype
+        ctx.save_for_backward(x_TD, wide_ED)
+        return F.linear(x_TD.float(), wide_ED)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
+        x_TD, wide_ED = ctx.saved_tensors
         grad_x_TD, grad_weight_ED = None, None
         if ctx.needs_input_grad[1]:
-            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(ctx.weight_dtype)
         if ctx.needs_input_grad[0]:
-            grad_x_TD = torch.mm(grad_TE, weight_ED.float()).to(x_TD.dtype)
+            grad_x_TD = torch.mm(grad_TE, wide_ED).to(x_TD.dtype)
         return grad_x_TD, grad_weight_ED
