@@ -6,6 +6,7 @@ cannot be read, so that a size of Llama-3-8B is counted in seconds.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,15 @@ _MOVES_NO_DATA = {"detach", "_unsafe_view", "lift_fresh", "is_same_size", "sym_s
 """Operators beside views and allocations that launch no kernel."""
 
 _ATTENTION = "_scaled_dot_product"
+
+
+def _batched_product(rows: Any, left: tuple[int, ...], right: tuple[int, ...], **_: Any) -> int:
+    """FLOPs of `rows += left @ right`, by the shapes."""
+    return 2 * math.prod(left) * right[-1]
+
+
+_IN_PLACE = {torch.ops.aten.baddbmm_: _batched_product}
+"""Matrix products that torch's counter of FLOPs does not know."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ def count(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Count:
         ReadsBackError: If something of the step reads a value back from the device.
     """
     saved = Saved([*module.parameters(), *module.buffers()])
-    with _nothing_is_read_back(), FlopCounterMode(display=False) as flops:
+    with _nothing_is_read_back(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack), FusedDropout(), Launches() as there:
             output = forward()
         upstream = torch.empty_like(output)

@@ -51,9 +51,9 @@ def test_sums_over_tokens_and_over_experts() -> None:
 
 
 def test_the_size_of_a_group() -> None:
-    """A power of two near sqrt(R * N / E): 181 of 16 * 16384 / 8, and 32 of 16 * 4096 / 64."""
-    assert group_size(16384, 8, 16) == 128
-    assert group_size(4096, 64, 16) == 32
+    """A power of two near sqrt(3 R N / 8 E): 110 of 3 * 16 * 16384 / 64, and 19 of 3 * 16 * 4096 / 512."""
+    assert group_size(16384, 8, 16) == 64
+    assert group_size(4096, 64, 16) == 16
     assert group_size(2, 8, 1) == 16
     assert group_size(10**6, 2, 64) == 256
 

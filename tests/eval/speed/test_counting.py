@@ -63,7 +63,7 @@ def test_what_is_read_back_from_the_device_is_named() -> None:
     def forward() -> Tensor:
         return task_numbers(tokens, 0, 3, "any")
 
-    with pytest.raises(ReadsBackError, match=r"read back at moelora/scores/task.py:\d+"):
+    with pytest.raises(ReadsBackError, match=r"read back at moelora/routing/batch.py:\d+"):
         count(nn.Identity(), forward)
 
 
