@@ -15,15 +15,16 @@ from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
 
 from moelora import MoeLoraConfig, MoeLoraTrainerMixin
-from moelora.errors import RunError
+from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
-from moelora.runs.config import RunConfig, adapter_config, sft_config
+from moelora.runs.config import RunConfig, adapter_config, training_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.progress import LiveProgress
-from moelora.runs.wording import minutes
+from moelora.runs.recipes import RECIPES
+from moelora.runs.wording import minutes, one_line
 from moelora.training.centroids import fit_unfitted
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
@@ -33,12 +34,20 @@ class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
 
 
-def run(config: RunConfig, *, restart: bool = False) -> None:
+def run(
+    config: RunConfig,
+    *,
+    restart: bool = False,
+    trainer_class: Callable[..., Any] = RunTrainer,
+    model_words: Callable[[Any, Any], dict[str, Any]] | None = None,
+) -> None:
     """Train what `config` says into `config.output_dir`, from the last checkpoint of an earlier call if there is one.
 
     Args:
         config: The run.
         restart: Throw away what an earlier call has trained.
+        trainer_class: Makes the trainer; recipes differ in it.
+        model_words: Arguments of the base model's `from_pretrained` that depend on the rows and the tokenizer.
 
     Raises:
         RunError: If the run cannot start or be resumed.
@@ -47,37 +56,39 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     if IS_MAIN:
         folder.open(config, restart=restart)
     tokenizer = load_tokenizer(config)
-    rows = load_rows(config.dataset, tokenizer)
+    rows = load_rows(config.dataset, tokenizer, config.recipe)
     if IS_MAIN:
         folder.check_rows(rows)
     show_rows(rows, config)
+    more = {} if model_words is None else model_words(rows, tokenizer)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
-    if isinstance(adapter, MoeLoraConfig) and _reads_tasks(adapter):
+    if reads_tasks(adapter):
         rows = with_task_ids(rows, config.dataset)
     stages = {ADAPTER: (adapter, dict[str, Any]())}
     if config.baseline is not None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
     for stage, (peft_config, changes) in stages.items():
-        args = sft_config(config, folder.checkpoints(stage), changes)
+        args = training_config(config, folder.checkpoints(stage), changes)
         words = {"router_training": config.router_training} if stage == ADAPTER else {}
-        trainer: Any = partial(RunTrainer, **words)
-        train_stage(
-            stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows, trainer_class=trainer
-        )
-    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+        trainer = partial(trainer_class, **words)
+        make_model = partial(_make_model, config, peft_config, more)
+        train_stage(stage, make_model, args, folder, tokenizer, rows, trainer_class=trainer)
+    is_scored = RECIPES[config.recipe].task_type == "CAUSAL_LM"
+    say(f"\nDone: {folder.root}" + (f"\nNext: python -m eval {folder.root}" if is_scored else ""))
 
 
-def _reads_tasks(adapter: MoeLoraConfig) -> bool:
+def reads_tasks(adapter: MoeLoraConfig) -> bool:
     """Whether its routing has a table of tasks, or its balance goes by the task."""
     return hasattr(adapter.scores, "num_tasks") or any("task_ids" in choice.needs for choice in adapter.balance)
 
 
-def _make_model(config: RunConfig, peft_config: Any) -> Any:
+def _make_model(config: RunConfig, peft_config: Any, more: dict[str, Any]) -> Any:
     path = config.adapter.get("path")
+    base = load_model(config, RECIPES[config.recipe].task_type, more)
     if path is None or not isinstance(peft_config, MoeLoraConfig):
-        return new_adapter(load_model(config), peft_config, config.adapter_dtype)
-    model = load_adapter(load_model(config), str(Path(path).expanduser()), is_trainable=True)
+        return new_adapter(base, peft_config, config.adapter_dtype)
+    model = load_adapter(base, str(Path(path).expanduser()), is_trainable=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RunError(
             f"adapter.path {path!r} has nothing to train: its experts are frozen and its router is not trained; "
@@ -119,10 +130,17 @@ def set_dtype(model: Any, adapter_dtype: str) -> Any:
 
 
 def make_trainer(
-    model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: type[RunTrainer] = RunTrainer
-) -> RunTrainer:
-    """A trainer of a model's adapter, without a progress display."""
-    trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: Callable[..., Any] = RunTrainer
+) -> Any:
+    """A trainer of a model's adapter, without a progress display.
+
+    Raises:
+        MoeLoraError: If the trainer refuses the arguments, the rows or the model.
+    """
+    try:
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    except ValueError as error:
+        raise error if isinstance(error, MoeLoraError) else RunError(f"training: {one_line(error)}") from error
     trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -136,19 +154,19 @@ def train_stage(
     rows: Any,
     *,
     label: str | None = None,
-    trainer_class: type[RunTrainer] = RunTrainer,
+    trainer_class: Callable[..., Any] = RunTrainer,
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
     Args:
         stage: Its name in the folder.
         make_model: Makes the base model with the adapter to train; called once the seed is set.
-        args: The `SFTConfig`.
+        args: The trainer's arguments.
         folder: The run's folder.
         tokenizer: The base's tokenizer.
         rows: The training rows.
         label: What messages call it; None for the stage's name.
-        trainer_class: The trainer.
+        trainer_class: Makes the trainer.
     """
     label = label or stage
     if folder.is_finished(stage):
@@ -156,10 +174,11 @@ def train_stage(
         return
     set_seed(args.seed)
     model = make_model()
+    peft_config = model.peft_config[model.active_adapter]
+    # before the trainer adds a copy as its reference
+    trainable, total = model.get_nb_trainable_parameters()
     trainer = make_trainer(model, args, rows, tokenizer, trainer_class)
     fit_unfitted(model, trainer.train_dataset)
-    peft_config = model.peft_config[model.active_adapter]
-    trainable, total = model.get_nb_trainable_parameters()
     experts = getattr(peft_config, "experts", None)
     name = getattr(peft_config, "preset", None) or (f"{experts.num_experts} experts" if experts else "plain LoRA")
     say(f"\nTraining  {label}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
@@ -189,12 +208,13 @@ def train_stage(
 
 def _compact(entry: dict[str, Any]) -> dict[str, Any]:
     """A log without its lines for each layer, which stay in the checkpoint's trainer_state.json."""
-    return {key: value for key, value in entry.items() if key.count("/") <= 1}
+    return {key: value for key, value in entry.items() if not (key.startswith("expert_load/") and key.count("/") > 1)}
 
 
 def _save(model: Any, tokenizer: Any, record: dict[str, Any], folder: Path) -> None:
     """Write the finished adapter; the folder appears with everything in it, or not at all."""
     with new_folder(folder) as ready:
-        model.save_pretrained(str(ready))
+        # a trainer may have added its reference
+        model.save_pretrained(str(ready), selected_adapters=[model.active_adapter])
         tokenizer.save_pretrained(str(ready))
         (ready / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -9,7 +9,9 @@ from typing import Any
 from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig
 from moelora.runs.conversations import as_messages
-from moelora.runs.tasks import problems
+from moelora.runs.generated import generated_rows
+from moelora.runs.recipes import RECIPES, Recipe
+from moelora.runs.row_checks import check_rows
 from moelora.runs.wording import one_line
 from moelora.validation import check_keys
 
@@ -21,40 +23,42 @@ _BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_FORMS = (("prompt", "completion"), ("messages",), ("text",))
-_COLUMNS = ("prompt", "completion", "messages", "text", "task")
 
 
-def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
+def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any:
     """The training rows as a `datasets.Dataset` in a random order that depends on the seed alone.
 
     Args:
         config: Where they come from.
         tokenizer: Decides by its chat template whether prompts become chats, unless `config.chat` says so.
+        recipe: The recipe that trains on them.
 
     Returns:
-        Rows of `prompt` and `completion`, `messages`, or `text`, and of `task` where it is known.
+        Rows of one of the recipe's forms, for sft `prompt` and `completion`, `messages`, or `text`; and of `task` where
+        it is known.
 
     Raises:
-        MoeLoraError: If there are no rows, or they have none of these forms.
+        MoeLoraError: If there are no rows, they have none of these forms, or a row cannot be trained on.
     """
+    kind = RECIPES[recipe]
     if config.tasks:
-        rows = _generated(config)
+        rows = _generated(config, kind)
     elif config.hub:
         rows = _from_hub(config)
     else:
-        rows = _from_files(config)
-    rows = _rename(rows, config)
+        rows = _read_files(_paths(config))
+    rows = _rename(rows, config, recipe)
     if config.task is not None and "task" not in rows.column_names:
         rows = rows.add_column("task", [config.task] * len(rows))
     if len(rows) == 0:
         raise RunError(f"{_source(config)} has no rows.")
-    if "messages" in rows.column_names:
-        rows = _with_roles(rows, config)
+    columns = [column for column in rows.column_names if column != "task"]
+    rows = _with_roles(rows, [column for column in columns if column != "label"], config)
+    check_rows(rows, columns, recipe, lambda index, column: _place(config, index, column))
     rows = rows.shuffle(seed=config.seed)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
-    return _as_chat(rows, config, tokenizer)
+    return _as_chat(rows, config, tokenizer, kind)
 
 
 def with_task_ids(rows: Any, config: DatasetConfig) -> Any:
@@ -80,15 +84,24 @@ def _source(config: DatasetConfig) -> str:
     return f"dataset {config.hub or config.files or list(config.tasks or {})!r}"
 
 
-def _generated(config: DatasetConfig) -> Any:
+def _place(config: DatasetConfig, index: int, column: str) -> str:
+    """Where a value is, by the index of its row before shuffling, in the words of the user's own files."""
+    source = _source(config)
+    paths = _paths(config)
+    if len(paths) > 1:
+        for path in paths:
+            count = len(_read_files([path]))
+            if index < count:
+                source = repr(path)
+                break
+            index -= count
+    return f"column {config.columns.get(column, column)!r} of row {index + 1} of {source}"
+
+
+def _generated(config: DatasetConfig, kind: Recipe) -> Any:
     from datasets import Dataset
 
-    rows = [
-        {"prompt": problem.prompt, "completion": problem.answer, "task": problem.task}
-        for task, options in (config.tasks or {}).items()
-        for problem in problems(task, options, seed=config.seed, size=config.rows_per_task)
-    ]
-    return Dataset.from_list(rows)
+    return Dataset.from_list(list(generated_rows(config, kind.forms[0])))
 
 
 def _from_hub(config: DatasetConfig) -> Any:
@@ -103,10 +116,8 @@ def _from_hub(config: DatasetConfig) -> Any:
         ) from error
 
 
-def _from_files(config: DatasetConfig) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
+def _paths(config: DatasetConfig) -> list[str]:
+    """The files that are meant; none where rows come from elsewhere."""
     patterns = [config.files] if isinstance(config.files, str) else list(config.files or [])
     paths: list[str] = []
     for pattern in patterns:
@@ -114,6 +125,13 @@ def _from_files(config: DatasetConfig) -> Any:
         if not found:
             raise RunError(f"dataset.files: no file matches {pattern!r} (from {Path.cwd()}).")
         paths += found
+    return paths
+
+
+def _read_files(paths: list[str]) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     suffixes = sorted({Path(path).suffix for path in paths})
     builders = {_BUILDERS.get(suffix) for suffix in suffixes}
     if None in builders or len(builders) != 1:
@@ -126,9 +144,12 @@ def _from_files(config: DatasetConfig) -> Any:
         raise RunError(f"dataset.files {', '.join(paths)}: not readable as {', '.join(suffixes)}: {reason}") from error
 
 
-def _rename(rows: Any, config: DatasetConfig) -> Any:
-    """Give our names to the columns, and keep only those."""
-    check_keys("dataset.columns", config.columns, _COLUMNS)
+def _rename(rows: Any, config: DatasetConfig, recipe: str) -> Any:
+    """Give our names to the columns, and keep only those of the recipe; numbers where a text stands become texts."""
+    from datasets import Value
+
+    kind = RECIPES[recipe]
+    check_keys("dataset.columns", config.columns, kind.columns)
     for ours, theirs in config.columns.items():
         if theirs not in rows.column_names:
             raise RunError(
@@ -138,36 +159,51 @@ def _rename(rows: Any, config: DatasetConfig) -> Any:
     # A file's own column of our name gives way to the one asked for.
     clashes = [ours for ours, theirs in config.columns.items() if ours != theirs and ours in rows.column_names]
     rows = rows.remove_columns(clashes).rename_columns({t: o for o, t in config.columns.items() if t != o})
-    form = next((form for form in _FORMS if all(column in rows.column_names for column in form)), None)
+    form = next((form for form in kind.forms if all(column in rows.column_names for column in form)), None)
     if form is None:
+        needed = ", or ".join(" and ".join(form) for form in kind.forms)
+        first = kind.forms[0]
         raise RunError(
-            f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed: prompt and completion, or "
-            "messages, or text. Map them with dataset.columns: `columns: {prompt: question, completion: answer}`."
+            f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed for recipe {recipe}: {needed}. "
+            f"Map them with dataset.columns: `columns: {{{', '.join(f'{column}: NAME' for column in first)}}}`."
         )
     keep = [*form, *(["task"] if "task" in rows.column_names else [])]
-    return rows.select_columns(keep)
+    rows = rows.select_columns(keep)
+    for column in set(form) - {"label"}:
+        feature = rows.features[column]
+        if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float")):
+            rows = rows.cast_column(column, Value("string"))
+    return rows
 
 
-def _with_roles(rows: Any, config: DatasetConfig) -> Any:
+def _with_roles(rows: Any, columns: list[str], config: DatasetConfig) -> Any:
     """Chats as messages of role and content, whichever form the rows have."""
+    from datasets import Value
+
+    chats = [column for column in columns if column == "messages" or not isinstance(rows.features[column], Value)]
+    if not chats:
+        return rows
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {"messages": as_messages(row["messages"], f"row {index + 1} of {_source(config)}")}
+        return {column: as_messages(row[column], _place(config, index, column)) for column in chats}
 
-    return rows.map(convert, with_indices=True, remove_columns=["messages"], desc=None)
+    return rows.map(convert, with_indices=True, remove_columns=chats, desc=None)
 
 
-def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any) -> Any:
-    """Prompts and completions of strings as messages, so that the tokenizer's chat template applies to them."""
+def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any, kind: Recipe) -> Any:
+    """Prompts and the replies to them as messages, so that the tokenizer's chat template applies to them."""
     chat = tokenizer.chat_template is not None if config.chat is None else config.chat
-    strings = "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
+    strings = kind.is_chat and "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
     if config.system is not None and not (chat and strings):
         raise RunError(
-            "dataset.system is set, but there is no prompt to put it before: it needs rows of prompt and completion as "
-            "texts, and a tokenizer with a chat template. Put it into the rows, or leave it out."
+            "dataset.system is set, but there is no prompt to put it before: it needs prompts that are texts, a recipe "
+            "that makes chats of them, and a tokenizer with a chat template. Put it into the rows, or leave it out."
         )
     if config.chat and not strings:
-        raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that is a text.")
+        raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that becomes a chat.")
+    replies = [column for column in kind.replies if column in rows.column_names]
+    if any(isinstance(rows[0][column], list) and rows[0][column][0]["role"] != "assistant" for column in replies):
+        return rows.remove_columns("prompt")  # whole chats, which begin with it
     if not (chat and strings):
         return rows
     if tokenizer.chat_template is None:
@@ -175,10 +211,9 @@ def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any) -> Any:
     system = config.system
 
     def converse(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "prompt": chat_prompt(row["prompt"], system),
-            "completion": [{"role": "assistant", "content": str(row["completion"])}],
-        }
+        answers = {column: [{"role": "assistant", "content": row[column]}] for column in replies}
+        given = {column: row[column] for column in replies if isinstance(row[column], list)}
+        return {"prompt": chat_prompt(row["prompt"], system), **answers, **given}
 
     return rows.map(converse, desc=None)
 
