@@ -106,9 +106,8 @@ def made(kind: str, accumulate: int, changes: dict[str, Any] | None = None, **wo
         model=model,
         args=arguments(
             config_class,
-            per_device_train_batch_size=2,
             gradient_accumulation_steps=accumulate,
-            **{"learning_rate": 0.0, "max_steps": 2, **settings, **(changes or {})},
+            **{"per_device_train_batch_size": 2, "learning_rate": 0.0, "max_steps": 2, **settings, **(changes or {})},
         ),
         train_dataset=rows,
         processing_class=tiny_tokenizer(),
@@ -223,5 +222,5 @@ def test_vllm_is_refused_before_it_starts() -> None:
 def test_grpo_refuses_facts_that_it_would_lose() -> None:
     trainer = made("grpo", 1, {"max_steps": 1})
     trainer.train_dataset = REINFORCED.add_column("task_ids", list(range(8)))
-    with pytest.raises(ConfigError, match="the rows have task_ids, and the trainer makes the model's inputs itself"):
+    with pytest.raises(ConfigError, match="the rows have task_ids, and the trainer .GRPO. makes the model's inputs"):
         trainer.train()

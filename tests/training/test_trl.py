@@ -137,7 +137,7 @@ def test_sft_on_the_assistants_tokens_alone(accumulate: int) -> None:
     rows = Dataset.from_list(
         [{**row, "assistant_masks": list(map(int, mask))} for row, mask in zip(sft_rows(), masks, strict=True)]
     )
-    run = sft_step(rows=rows, batch=4 // accumulate, accumulate=accumulate, assistant_only_loss=True)
+    run = sft_step(rows=rows, batch=4 // accumulate, accumulate=accumulate)
     batch = tiny_batch(batch_size=4)
     for labels, mask in zip(batch["labels"], masks, strict=True):
         labels[: len(mask)][~torch.tensor(mask)] = -100
