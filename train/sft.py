@@ -200,10 +200,18 @@ def train_stage(
             # Of a run that was stopped, only the last part is timed.
             "timed_steps": trainer.state.global_step - earlier,
             "resumed_from": checkpoint.name if checkpoint else None,
+            **_classes(model),
             "log": [_compact(entry) for entry in trainer.state.log_history if "loss" in entry],
         }
         _save(model, tokenizer, record, folder.stage(stage))
         say(f"Saved     {folder.stage(stage)} after {minutes(seconds)}")
+
+
+def _classes(model: Any) -> dict[str, list[str]]:
+    """The names of a classifier's classes in their order, which its adapter does not hold."""
+    count = getattr(model.config, "num_labels", 0)
+    is_classifier = model.active_peft_config.task_type == "SEQ_CLS" and count > 1
+    return {"classes": [model.config.id2label[number] for number in range(count)]} if is_classifier else {}
 
 
 def _compact(entry: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from moelora.runs.config import DatasetConfig, load_config
@@ -52,12 +54,17 @@ def of_model(models: Path, recipe: str) -> Path:
     return models / recipe if (models / recipe).exists() else models / "llama"
 
 
-def trained(recipe: str, models: Path, folder: Path, *changes: str) -> list[dict[str, Any]]:
-    """What two steps of a shipped configuration log, with all eight rows in each."""
-    tiny = ["dtype=float32", "dataset.rows_per_task=4", "adapter.r=2", "training.max_steps=2"]
+def tiny_run(recipe: str, models: Path, folder: Path, adapter: str = "adapter.r=2") -> list[str]:
+    """Two steps of a shipped configuration, with all eight rows in each."""
+    tiny = ["dtype=float32", "dataset.rows_per_task=4", adapter, "training.max_steps=2"]
     tiny += ["training.logging_steps=1", "training.per_device_train_batch_size=8"]
     tiny += ["training.dataloader_pin_memory=false", f"model={of_model(models, recipe)}", f"output_dir={folder}"]
-    assert main([str(CONFIGS / f"{recipe}.yaml"), *tiny, *changes]) == 0
+    return [str(CONFIGS / f"{recipe}.yaml"), *tiny]
+
+
+def trained(recipe: str, models: Path, folder: Path, *changes: str) -> list[dict[str, Any]]:
+    """What they log."""
+    assert main([*tiny_run(recipe, models, folder), *changes]) == 0
     assert not (folder / "adapter" / "ref").exists()  # TRL's reference, which is no result
     log: list[dict[str, Any]] = json.loads((folder / "adapter" / "training.json").read_text())["log"]
     assert len(log) == 2
@@ -86,6 +93,32 @@ def test_the_first_step(recipe: str, expected: dict[str, Any], models: Path, tmp
     for name, value in expected.items():
         assert first[name] == value, name
     assert second["task_loss"] != first["task_loss"]
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    classes = ["chain_sum", "word_sequence_reversal"] if recipe == "classification" else None
+    assert record.get("classes") == classes
+
+
+@QUIET
+def test_dpo_of_a_trained_adapter_resumes_bit_exactly(models: Path, tmp_path: Path) -> None:
+    """Its reference is the adapter as it was, also after a stop."""
+    trained("dpo", models, tmp_path / "first", "training.learning_rate=1e-2")
+    words = tiny_run("dpo", models, tmp_path / "run", f"adapter={{path: {tmp_path / 'first' / 'adapter'}}}")
+    words += ["training.save_steps=1", "training.learning_rate=1e-2"]
+    assert main(words) == 0
+    adapter = tmp_path / "run" / "adapter"
+    log = json.loads((adapter / "training.json").read_text())["log"]
+    assert log[0]["rewards/margins"] == NOTHING
+    assert log[1]["rewards/margins"] != NOTHING
+    expected = load_file(adapter / "adapter_model.safetensors")
+    shutil.rmtree(adapter)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "adapter" / "checkpoint-2")
+    assert main(words) == 0
+    record = json.loads((adapter / "training.json").read_text())
+    assert record["resumed_from"] == "checkpoint-1"
+    assert record["log"][1]["rewards/margins"] == log[1]["rewards/margins"]
+    found = load_file(adapter / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
 
 
 @QUIET
@@ -128,6 +161,16 @@ def test_the_reward_is_the_verifiers_score() -> None:
     assert reward(prompts=prompts, completions=completions, task=["gcd"] * 3) == [1.0, 1.0, 0.0]
     exact = reward_of(DatasetConfig(files="rows.jsonl"))
     assert exact(prompts=["a", "b"], completions=["x ", "y"], answer=["x", "x"]) == [1.0, 0.0]
+
+
+def test_the_page_has_a_line_for_every_recipe() -> None:
+    page = (CONFIGS.parent.parent / "docs" / "recipes.md").read_text()
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert lines.keys() == RECIPES.keys()
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == RECIPES.keys() - {"sft", "sequential"}
+    for name, recipe in RECIPES.items():
+        assert f"`{recipe.arguments.rpartition('.')[2]}`" in lines[name]
+        assert all(f"`{column}`" in lines[name] for column in recipe.forms[0])
 
 
 ROWS: dict[str, dict[str, Any]] = {
