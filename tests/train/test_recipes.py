@@ -243,22 +243,19 @@ def test_errors_of_recipes_are_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.real_model
 def test_grpo_on_the_real_model(tmp_path: Path) -> None:
-    """A few steps in which answers of one group earn different rewards, so that there is something to learn."""
+    """Two steps; in one of them answers of a group earn different rewards, so that there is something to learn."""
     words = [
         "dtype=float32",
         f"output_dir={tmp_path}",
         "dataset.rows_per_task=8",
-        "model_kwargs.attn_implementation=eager",
+        "adapter.r=2",
+        "adapter.num_experts=2",
     ]
-    words += ["dataset.tasks={letter_counting: {min_words: 2, max_words: 3}}", "adapter.r=2", "adapter.num_experts=2"]
-    words += ["training.max_steps=3", "training.logging_steps=1", "training.per_device_train_batch_size=8"]
-    words += ["training.max_completion_length=8", "training.learning_rate=1e-3", "training.save_strategy=no"]
-    assert main([str(CONFIGS / "grpo.yaml"), *words]) == 0
+    words += ["model_kwargs.attn_implementation=eager", "training.max_steps=2", "training.logging_steps=1"]
+    words += ["training.per_device_train_batch_size=8", "training.max_completion_length=16"]
+    assert main([str(CONFIGS / "grpo.yaml"), *words, "training.save_strategy=no"]) == 0
     log = json.loads((tmp_path / "adapter" / "training.json").read_text())["log"]
     assert log[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert all(0 <= entry["rewards/verified/mean"] <= 1 for entry in log)
     assert all(math.isfinite(entry["loss"]) for entry in log)
-    learnt = [entry["step"] for entry in log if entry["reward_std"] > 0]
-    assert learnt, log
-    if learnt[0] < 3:  # the step after the first that moved B
-        assert log[learnt[0]]["kl"] > 0
+    assert any(entry["reward_std"] > 0 and entry["grad_norm"] > 0.1 for entry in log), log

@@ -26,6 +26,7 @@ from tests.training.runs import (
     assert_same_step,
     checkpointing_words,
     one_step,
+    preference_rows,
     sft_rows,
     tiny_tokenizer,
     train,
@@ -56,17 +57,6 @@ def sft_step(
         arguments_class=SFTConfig,
         trainer_words=trainer_words,
         **settings,
-    )
-
-
-def preference_rows(count: int = 4) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{token}" for token in torch.randint(4, 97, (length,), generator=generator).tolist())
-
-    return Dataset.from_list(
-        [{"prompt": text(3 + i), "chosen": " " + text(4), "rejected": " " + text(6 - i % 3)} for i in range(count)]
     )
 
 
