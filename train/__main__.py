@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = [] if options.recipe is None else [f"recipe={options.recipe}"]
     config = load_config(options.config, [*options.overrides, *recipe])
     # each needs only its own trainer
-    importlib.import_module(f"train.{config.recipe}").run(config, restart=options.restart)
+    importlib.import_module(f".{config.recipe}", __package__).run(config, restart=options.restart)
 
 
 if __name__ == "__main__":
