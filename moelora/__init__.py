@@ -28,17 +28,26 @@ from moelora.version import __version__
 if TYPE_CHECKING:
     from moelora.share import push_to_hub
     from moelora.training.centroids import fit_centroids
+    from moelora.training.grpo import MoeLoraGRPOTrainer
+    from moelora.training.orpo import MoeLoraORPOTrainer
+    from moelora.training.preference import MoeLoraDPOTrainer, MoeLoraKTOTrainer, MoeLoraRewardTrainer
     from moelora.training.router_training import RouterTraining
     from moelora.training.sft import MoeLoraSFTTrainer
-    from moelora.training.trainer import MoeLoraTrainer, MoeLoraTrainerMixin
+    from moelora.training.trainer import MoeLoraSeq2SeqTrainer, MoeLoraTrainer, MoeLoraTrainerMixin
 
 register(MoeLoraConfig, MoeLoraModel, loading)
 
 __all__ = [
     "MoeLoraConfig",
+    "MoeLoraDPOTrainer",
     "MoeLoraError",
+    "MoeLoraGRPOTrainer",
+    "MoeLoraKTOTrainer",
     "MoeLoraModel",
+    "MoeLoraORPOTrainer",
+    "MoeLoraRewardTrainer",
     "MoeLoraSFTTrainer",
+    "MoeLoraSeq2SeqTrainer",
     "MoeLoraTrainer",
     "MoeLoraTrainerMixin",
     "RouterTraining",
@@ -55,7 +64,13 @@ __all__ = [
 _LAZY = {
     "MoeLoraTrainerMixin": "moelora.training.trainer",
     "MoeLoraTrainer": "moelora.training.trainer",
+    "MoeLoraSeq2SeqTrainer": "moelora.training.trainer",
     "MoeLoraSFTTrainer": "moelora.training.sft",
+    "MoeLoraDPOTrainer": "moelora.training.preference",
+    "MoeLoraKTOTrainer": "moelora.training.preference",
+    "MoeLoraRewardTrainer": "moelora.training.preference",
+    "MoeLoraORPOTrainer": "moelora.training.orpo",
+    "MoeLoraGRPOTrainer": "moelora.training.grpo",
     "RouterTraining": "moelora.training.router_training",
     "push_to_hub": "moelora.share",
     "fit_centroids": "moelora.training.centroids",

@@ -7,6 +7,7 @@ Run the same command again to resume a run that was stopped. In a clone `python 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a value of the file; dots for nesting"
     )
-    parser.add_argument("--recipe", help="the program that trains, as `recipe` in the file: sft, or sequential")
+    parser.add_argument("--recipe", help="the program that trains, as `recipe` in the file: sft, dpo, ...")
     parser.add_argument("--restart", action="store_true", help="throw away what this run has trained so far")
 
 
@@ -58,10 +59,8 @@ def run(options: argparse.Namespace) -> None:
     quiet_libraries()
     recipe = [] if options.recipe is None else [f"recipe={options.recipe}"]
     config = load_config(options.config, [*options.overrides, *recipe])
-    from train import sequential, sft
-
-    recipes = {"sft": sft.run, "sequential": sequential.run}
-    recipes[config.recipe](config, restart=options.restart)
+    # each needs only its own trainer
+    importlib.import_module(f".{config.recipe}", __package__).run(config, restart=options.restart)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def baseline_config(config: RunConfig, baseline: BaselineConfig, adapter: Any) -
 
 
 def sizes_to_match(config: RunConfig, target_modules: str | list[str], adapter: Any) -> tuple[int, int]:
-    """Trainable parameters of an adapter, and of a LoRA of rank one.
+    """Trainable parameters of an adapter, and of a LoRA of rank one, without the head of a classifier.
 
     Args:
         config: The run.
@@ -56,6 +56,9 @@ def sizes_to_match(config: RunConfig, target_modules: str | list[str], adapter: 
     """
     from peft import LoraConfig
 
-    target = count_parameters(load_skeleton(config), adapter).trainable
-    of_rank_one = LoraConfig(r=1, target_modules=target_modules)
-    return target, count_parameters(load_skeleton(config), of_rank_one).trainable
+    def trainable(peft_config: Any) -> int:
+        return count_parameters(load_skeleton(config, adapter.task_type), peft_config).trainable
+
+    one, two = (trainable(LoraConfig(r=r, target_modules=target_modules, task_type=adapter.task_type)) for r in (1, 2))
+    head = 2 * one - two
+    return trainable(adapter) - head, one - head

@@ -28,7 +28,7 @@ from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.layers.base import MoeLoraLayer
-from moelora.runs.config import BaselineConfig, RunConfig, SequentialConfig, adapter_config, sft_config
+from moelora.runs.config import BaselineConfig, RunConfig, SequentialConfig, adapter_config, training_config
 from moelora.runs.console import IS_MAIN
 from moelora.runs.data import load_rows
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir, task_stage
@@ -74,7 +74,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         of_task,
         folder,
         tokenizer,
-        lambda stage: sft_config(config, folder.checkpoints(stage)),
+        lambda stage: training_config(config, folder.checkpoints(stage)),
         config.adapter_dtype,
     )
     _finish(folder, ADAPTER, done)
@@ -97,7 +97,7 @@ def _train_baseline(
                 return new_adapter(load_model(config), peft_config, config.adapter_dtype)
             return load_adapter(load_model(config), str(before), is_trainable=True)
 
-        args = sft_config(config, folder.checkpoints(stage), words.training)
+        args = training_config(config, folder.checkpoints(stage), words.training)
         train_stage(stage, make_model, args, folder, tokenizer, own, label=f"one LoRA on {task}")
         done.append(folder.stage(stage))
     return done

@@ -16,15 +16,16 @@ from peft import get_peft_model
 from transformers import ProgressCallback, TrainerState, set_seed
 
 from moelora import MoeLoraConfig, MoeLoraTrainerMixin
-from moelora.errors import RunError
+from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
-from moelora.runs.config import RunConfig, adapter_config, sft_config
+from moelora.runs.config import RunConfig, adapter_config, training_config
 from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
 from moelora.runs.precision import say_if_slow
 from moelora.runs.progress import LiveProgress
+from moelora.runs.recipes import RECIPES
 from moelora.runs.stopping import SaveAndStop
 from moelora.runs.wording import minutes, one_line
 from moelora.training.centroids import fit_unfitted
@@ -36,29 +37,21 @@ from train.completion_loss import CompletionLossTrainer
 class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
 
-    def resume_finished(self, checkpoint: Path) -> None:
-        """Take weights and state of a checkpoint after which there is nothing left to train.
 
-        `train` would make one more step. The optimizer is not read.
-        """
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self._load_from_checkpoint(str(checkpoint))
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # PEFT gives an adapter in half precision float32 when it reads one
-        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype != before[name]:
-                parameter.data = parameter.data.to(before[name])
-
-
-def run(config: RunConfig, *, restart: bool = False) -> None:
+def run(
+    config: RunConfig,
+    *,
+    restart: bool = False,
+    trainer_class: Callable[..., Any] = RunTrainer,
+    model_words: Callable[[Any, Any], dict[str, Any]] | None = None,
+) -> None:
     """Train what `config` says into `config.output_dir`, from the last checkpoint of an earlier call if there is one.
 
     Args:
         config: The run.
         restart: Throw away what an earlier call has trained.
+        trainer_class: Makes the trainer; recipes differ in it.
+        model_words: Arguments of the base model's `from_pretrained` that depend on the rows and the tokenizer.
 
     Raises:
         RunError: If the run cannot start or be resumed.
@@ -67,24 +60,24 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     if IS_MAIN:
         folder.open(config, restart=restart)
     tokenizer = load_tokenizer(config)
-    rows = load_rows(config.dataset, tokenizer)
+    rows = load_rows(config.dataset, tokenizer, config.recipe)
     if IS_MAIN:
         folder.check_rows(rows)
     show_rows(rows, config)
+    more = {} if model_words is None else model_words(rows, tokenizer)
     # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
     adapter = adapter_config(config)
-    if isinstance(adapter, MoeLoraConfig) and _reads_tasks(adapter):
+    if reads_tasks(adapter):
         rows = with_task_ids(rows, config.dataset)
     stages = {ADAPTER: (adapter, dict[str, Any]())}
     if config.baseline is not None:
         stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
     for stage, (peft_config, changes) in stages.items():
-        args = sft_config(config, folder.checkpoints(stage), changes)
+        args = training_config(config, folder.checkpoints(stage), changes)
         words = {"router_training": config.router_training} if stage == ADAPTER else {}
-        trainer: Any = partial(RunTrainer, **words)
-        train_stage(
-            stage, partial(_make_model, config, peft_config), args, folder, tokenizer, rows, trainer_class=trainer
-        )
+        trainer = partial(trainer_class, **words)
+        make_model = partial(_make_model, config, peft_config, more)
+        train_stage(stage, make_model, args, folder, tokenizer, rows, trainer_class=trainer)
     say_done(config, folder)
 
 
@@ -92,19 +85,22 @@ def say_done(config: RunConfig, folder: RunDir) -> None:
     """Say where the run is, and the commands that go on from there."""
     root = folder.root
     scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
-    say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")
+    answers = RECIPES[config.recipe].task_type == "CAUSAL_LM"
+    verbs = [scored, f"moelora chat {root}"] if answers else []
+    say(f"\nDone: {root}\nNext: " + "\n      ".join([*verbs, f"moelora report {root}"]))
 
 
-def _reads_tasks(adapter: MoeLoraConfig) -> bool:
+def reads_tasks(adapter: MoeLoraConfig) -> bool:
     """Whether its routing has a table of tasks, or its balance goes by the task."""
     return hasattr(adapter.scores, "num_tasks") or any("task_ids" in choice.needs for choice in adapter.balance)
 
 
-def _make_model(config: RunConfig, peft_config: Any) -> Any:
+def _make_model(config: RunConfig, peft_config: Any, more: dict[str, Any]) -> Any:
     path = config.adapter.get("path")
+    base = load_model(config, RECIPES[config.recipe].task_type, more)
     if path is None or not isinstance(peft_config, MoeLoraConfig):
-        return new_adapter(load_model(config), peft_config, config.adapter_dtype)
-    model = load_adapter(load_model(config), str(Path(path).expanduser()), is_trainable=True)
+        return new_adapter(base, peft_config, config.adapter_dtype)
+    model = load_adapter(base, str(Path(path).expanduser()), is_trainable=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RunError(
             f"adapter.path {path!r} has nothing to train: its experts are frozen and its router is not trained; "
@@ -147,14 +143,18 @@ def set_dtype(model: Any, adapter_dtype: str) -> Any:
 
 
 def make_trainer(
-    model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: type[RunTrainer] = RunTrainer
-) -> RunTrainer:
+    model: Any, args: Any, rows: Any, tokenizer: Any, trainer_class: Callable[..., Any] = RunTrainer
+) -> Any:
     """A trainer of a model's adapter, without a progress display.
 
     Raises:
-        RunError: If no row is short enough to be trained on.
+        MoeLoraError: If the trainer refuses the arguments, the rows or the model, or no row is short enough to be
+            trained on.
     """
-    trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    try:
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    except ValueError as error:
+        raise error if isinstance(error, MoeLoraError) else RunError(f"training: {one_line(error)}") from error
     if len(trainer.train_dataset) == 0:
         raise RunError(
             f"training.max_length is {args.max_length}, and the prompt of every row is at least as long, so that no "
@@ -173,7 +173,7 @@ def train_stage(
     rows: Any,
     *,
     label: str | None = None,
-    trainer_class: type[RunTrainer] = RunTrainer,
+    trainer_class: Callable[..., Any] = RunTrainer,
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
@@ -182,12 +182,12 @@ def train_stage(
     Args:
         stage: Its name in the folder.
         make_model: Makes the base model with the adapter to train; called once the seed is set.
-        args: The `SFTConfig`.
+        args: The trainer's arguments.
         folder: The run's folder.
         tokenizer: The base's tokenizer.
         rows: The training rows.
         label: What messages call it; None for the stage's name.
-        trainer_class: The trainer.
+        trainer_class: Makes the trainer.
 
     Raises:
         RunError: If a checkpoint cannot be read.
@@ -199,10 +199,11 @@ def train_stage(
         return
     set_seed(args.seed)
     model = make_model()
+    peft_config = model.peft_config[model.active_adapter]
+    # before the trainer adds a copy as its reference
+    trainable, total = model.get_nb_trainable_parameters()
     trainer = make_trainer(model, args, rows, tokenizer, trainer_class)
     fit_unfitted(model, trainer.train_dataset)
-    peft_config = model.peft_config[model.active_adapter]
-    trainable, total = model.get_nb_trainable_parameters()
     experts = getattr(peft_config, "experts", None)
     name = getattr(peft_config, "preset", None) or (f"{experts.num_experts} experts" if experts else "plain LoRA")
     say(f"\nTraining  {label}: {name}, {trainable:,} trainable parameters ({trainable / total:.1%})")
@@ -216,7 +217,7 @@ def train_stage(
     try:
         with stop.listening(trainer.accelerator.num_processes):
             if checkpoint is not None and folder.is_last(checkpoint):
-                trainer.resume_finished(checkpoint)
+                _resume_finished(trainer, checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
@@ -237,20 +238,38 @@ def train_stage(
             # Of a run that was stopped, only the last part is timed.
             "timed_steps": trainer.state.global_step - earlier,
             "resumed_from": checkpoint.name if checkpoint else None,
+            **_classes(model),
             "log": [_compact(entry) for entry in trainer.state.log_history if "loss" in entry],
         }
         _save(model, tokenizer, record, folder.stage(stage))
         say(f"Saved     {folder.stage(stage)} after {minutes(seconds)}")
 
 
+def _resume_finished(trainer: Any, checkpoint: Path) -> None:
+    """Take weights and state of a checkpoint after which there is nothing left to train.
+
+    `train` would make one more step. The optimizer is not read.
+    """
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+
+
+def _classes(model: Any) -> dict[str, list[str]]:
+    """The names of a classifier's classes in their order, which its adapter does not hold."""
+    count = getattr(model.config, "num_labels", 0)
+    is_classifier = model.active_peft_config.task_type == "SEQ_CLS" and count > 1
+    return {"classes": [model.config.id2label[number] for number in range(count)]} if is_classifier else {}
+
+
 def _compact(entry: dict[str, Any]) -> dict[str, Any]:
     """A log without its lines for each layer, which stay in the checkpoint's trainer_state.json."""
-    return {key: value for key, value in entry.items() if key.count("/") <= 1}
+    return {key: value for key, value in entry.items() if not (key.startswith("expert_load/") and key.count("/") > 1)}
 
 
 def _save(model: Any, tokenizer: Any, record: dict[str, Any], folder: Path) -> None:
     """Write the finished adapter; the folder appears with everything in it, or not at all."""
     with new_folder(folder) as ready:
-        model.save_pretrained(str(ready))
+        # a trainer may have added its reference
+        model.save_pretrained(str(ready), selected_adapters=[model.active_adapter])
         tokenizer.save_pretrained(str(ready))
         (ready / "training.json").write_text(json.dumps(record, indent=2) + "\n")

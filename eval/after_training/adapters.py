@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
-from moelora.runs.config import RunConfig, sft_config
+from moelora.runs.config import RunConfig, training_config
 from moelora.runs.data import load_rows
 from moelora.runs.folder import ADAPTER, STAGES, RunDir
 from moelora.runs.models import load_model, load_tokenizer
@@ -59,7 +59,7 @@ def _train_loras(config: RunConfig, root: Path) -> dict[str, Path]:
     for task in config.dataset.tasks or {}:
         stage = f"{STAGES}/{task}"
         rows = rows_of_task(config, task, tokenizer)
-        args = sft_config(config, folder.checkpoints(stage))
+        args = training_config(config, folder.checkpoints(stage))
         sft.train_stage(stage, new_lora, args, folder, tokenizer, rows, label=f"LoRA of {task}")
         loras[task] = folder.stage(stage)
     return loras

@@ -16,7 +16,7 @@ from eval.scoring.suite_run import card_metrics
 from moelora.files import write_atomically
 from moelora.runs.folder import RunDir
 from moelora.runs.parameters import ParameterCount
-from moelora.runs.trainer_arguments import sft_arguments
+from moelora.runs.trainer_arguments import trainer_arguments
 
 # Between two checkpoints: what a kill can cost.
 STEPS_BETWEEN_CHECKPOINTS = 25
@@ -89,7 +89,7 @@ class Bench:
         """The trainer's arguments: they differ between methods in the learning rate alone."""
         checkpoints = {"save_steps": STEPS_BETWEEN_CHECKPOINTS, "logging_steps": 5}
         fixed = {"learning_rate": cell.learning_rate, "seed": cell.seed}
-        return sft_arguments({**checkpoints, **self.config.training, **fixed, **changes}, folder)
+        return trainer_arguments("sft", {**checkpoints, **self.config.training, **fixed, **changes}, folder)
 
     def _write(self, cell: Cell, scores: ModelScores, training: dict[str, Any]) -> None:
         scores.receipt["command"] = self.command

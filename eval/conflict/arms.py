@@ -17,7 +17,7 @@ from eval.conflict.plan import ARMS, OWN, RANDOM, SHARED, Plan, warmup
 from eval.conflict.split import Split, at_random
 from moelora.compose.tokens import tokenize
 from moelora.files import write_atomically
-from moelora.runs.config import RunConfig, sft_config
+from moelora.runs.config import RunConfig, training_config
 from moelora.runs.console import say
 from moelora.runs.folder import RunDir
 from moelora.runs.models import ModelSource, load_model
@@ -66,7 +66,7 @@ class Arms:
 
     def __init__(self, config: RunConfig, plan: Plan, split: Split, folder: RunDir, tokenizer: Any) -> None:
         self.config, self.plan, self.split, self.folder, self.tokenizer = config, plan, split, folder, tokenizer
-        self.seed = sft_config(config, folder.root).seed
+        self.seed = training_config(config, folder.root).seed
         self.selection = self._tokenized(split.selection)
         self.scored = self._tokenized(split.scored)
 
@@ -154,9 +154,9 @@ class Arms:
 
         def arguments(stage: str, **changes: Any) -> Any:
             ours = {"save_steps": _STEPS_BETWEEN_CHECKPOINTS, "save_strategy": "steps"} | config.training
-            given = sft_config(config, self.folder.root)
+            given = training_config(config, self.folder.root)
             ours |= {"warmup_steps": warmup(given, changes["max_steps"], self.plan.steps)}
-            return sft_config(config, self.folder.checkpoints(stage), ours | changes)
+            return training_config(config, self.folder.checkpoints(stage), ours | changes)
 
         return Work(
             source=ModelSource(config.model, config.dtype, config.model_kwargs),

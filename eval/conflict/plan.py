@@ -15,7 +15,7 @@ from typing import Any
 from eval.conflict.split import Split
 from moelora.errors import RunError
 from moelora.files import write_atomically
-from moelora.runs.config import BaselineConfig, RunConfig, adapter_config, sft_config
+from moelora.runs.config import BaselineConfig, RunConfig, adapter_config, training_config
 from moelora.runs.folder import STAGES
 from moelora.runs.models import ModelSource, load_model
 
@@ -138,7 +138,7 @@ def make_plan(config: RunConfig, split: Split, options: Options) -> Plan:
     targets = (config.baseline or BaselineConfig()).target_modules
     whole, unit = sizes_to_match(config, targets, adapter)
     count = len(split.train)
-    arguments = sft_config(config, Path(config.output_dir))
+    arguments = training_config(config, Path(config.output_dir))
     step_rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     sizes = [len(rows) for rows in split.train.values()]
     steps = arguments.max_steps
@@ -192,7 +192,7 @@ def seconds_a_step(config: RunConfig, plan: Plan, rows: Any, tokenizer: Any) -> 
     base = load_model(ModelSource(config.model, config.dtype, config.model_kwargs))
     with tempfile.TemporaryDirectory() as folder:
         changes = {"max_steps": 1, "save_strategy": "no", "logging_strategy": "no", "warmup_steps": 0}
-        arguments = sft_config(config, Path(folder), changes)
+        arguments = training_config(config, Path(folder), changes)
         trainer = make_trainer(new_adapter(base, plan.lora(SHARED), config.adapter_dtype), arguments, some, tokenizer)
         trainer.train()  # the first step pays for what is set up once
         trainer.args.max_steps = _PROBE_STEPS

@@ -58,6 +58,8 @@ def diagnose(
         RunError: If the rows do not do, the folder is taken, or something that is needed is not installed.
     """
     _check_installed()
+    if config.recipe not in ("sft", "sequential"):
+        raise RunError(f"recipe is {config.recipe!r}; allowed: sft, sequential. A diagnosis trains on texts.")
     folder = RunDir(place.folder)
     _check_place(folder.root)
     tokenizer = load_tokenizer(config)

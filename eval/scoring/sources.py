@@ -12,6 +12,7 @@ from moelora.errors import RunError
 from moelora.runs.config import RunConfig, load_config
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import ModelSource, load_adapter, load_model
+from moelora.runs.recipes import RECIPES
 
 # What tables call a preset.
 TITLES = {
@@ -62,6 +63,10 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         if not run.is_finished(ADAPTER):
             raise RunError(f"the run {source!r} has no finished adapter; `moelora train {run.config_file}` resumes it.")
         config = load_config(run.config_file)
+        if RECIPES[config.recipe].task_type != "CAUSAL_LM":
+            raise RunError(
+                f"the run {source!r} is of recipe {config.recipe!r}; allowed: one of a causal language model."
+            )
         contestants = [Contestant("base", "base")]
         if run.is_finished(BASELINE):
             baseline = _of_run(run, BASELINE)

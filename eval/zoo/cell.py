@@ -23,7 +23,7 @@ from eval.zoo.bases import HELD_OUT_SEED, TASKS, TRAIN_SEED, Base, base_of, rows
 from moelora import MoeLoraConfig, MoeLoraTrainer, batch_facts
 from moelora.routing.run import find_hooks
 from moelora.runs.parameters import count_parameters
-from moelora.runs.trainer_arguments import sft_arguments
+from moelora.runs.trainer_arguments import trainer_arguments
 from moelora.training.centroids import fit_unfitted
 from train.sft import RunTrainer, set_dtype
 
@@ -110,7 +110,7 @@ class _Trained:
                 processing_class=tokens,
             )
         else:
-            arguments = sft_arguments(words, Path(folder))
+            arguments = trainer_arguments("sft", words, Path(folder))
             self.trainer = RunTrainer(
                 model=self.model,
                 args=arguments,

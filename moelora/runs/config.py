@@ -1,7 +1,7 @@
 """What a run's YAML may say: one dataclass a section.
 
 Two sections belong to other libraries and are checked against them: `adapter` (the words of a moelora preset) and
-`training` (the fields of `trl.SFTConfig`).
+`training` (the fields of the arguments of the recipe's trainer).
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
 from moelora.files import write_atomically
 from moelora.runs.precision import fastest_dtype
+from moelora.runs.recipes import RECIPES
 from moelora.runs.schema import build
-from moelora.runs.trainer_arguments import sft_arguments
+from moelora.runs.trainer_arguments import trainer_arguments
 from moelora.runs.yaml_file import read_words
 from moelora.training.router_training import RouterTraining
 from moelora.validation import check, check_at_least_one, is_count, is_positive, is_real, is_seed, is_share
+
+Recipes = Literal["sft", "sequential", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
 
 
 @dataclass(kw_only=True)
 class DatasetConfig:
     """Where the training rows come from: exactly one of `tasks`, `hub` and `files`.
 
-    A row has `prompt` and `completion`, or `messages`, or `text`; it may have `task`. Messages have role and content;
-    ShareGPT's, with from and value, are converted: `columns: {messages: conversations}`.
+    Which columns a row has depends on the recipe: for sft `prompt` and `completion`, or `messages`, or `text`; for the
+    others see `docs/recipes.md`. It may have `task`. Messages have role and content; ShareGPT's, with from and value,
+    are converted: `columns: {messages: conversations}`.
 
     Args:
-        tasks: reasoning-gym data sets by name, each with its own options (an empty mapping for the defaults).
+        tasks: reasoning-gym data sets by name, each with its own options (an empty mapping for the defaults). Where a
+            recipe wants wrong answers too, they are answers to other problems of the task.
         rows_per_task: Rows to generate for each of `tasks`.
         seed: Seed of `tasks` and of the order of the rows.
         hub: Name of a data set on the Hub.
@@ -179,14 +184,16 @@ class RunConfig:
         dataset: The training rows.
         adapter: `preset` and the words of that preset (see `moelora.presets.words`); or `path`, the folder of an
             adapter that is trained further, such as a composition of LoRAs.
-        recipe: The program that trains: "sft" trains one adapter on all rows, "sequential" one expert after the other.
+        recipe: The program that trains (`train/<recipe>.py`): "sft" on texts, "sequential" one expert after the other,
+            "dpo", "kto" and "orpo" on preferences, "grpo" on rewards; "reward" and "classification" train a model with
+            a head in place of a language model's, "seq2seq" an encoder-decoder.
         sequential: How the second does it.
         dtype: Data type of the base model's weights. "fastest" is bfloat16, or float32 on a machine that computes
             bfloat16 slower; `load_config` puts the one of the two in its place.
         adapter_dtype: Data type of the adapter's weights; "auto" leaves it to PEFT, which takes float32 where the base
             has less; "base" is the base's.
         model_kwargs: More arguments of `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
-        training: Fields of `trl.SFTConfig`.
+        training: Fields of the arguments of the recipe's trainer, such as `trl.SFTConfig` (see `moelora.runs.recipes`).
         router_training: What is different in training for the adapter's routers: `learning_rate`, `frozen_steps`,
             `warmup_steps`; see `moelora.RouterTraining`. Not with `recipe: sequential`.
         baseline: A plain LoRA to train for comparison; None for no baseline.
@@ -197,7 +204,7 @@ class RunConfig:
     output_dir: str
     dataset: DatasetConfig
     adapter: dict[str, Any]
-    recipe: Literal["sft", "sequential"] = "sft"
+    recipe: Recipes = "sft"
     sequential: SequentialConfig | None = None
     dtype: Literal["fastest", "bfloat16", "float16", "float32"] = "bfloat16"
     adapter_dtype: Literal["auto", "base", "float32", "bfloat16"] = "auto"
@@ -232,7 +239,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if config.dtype == "fastest":
         config.dtype = fastest_dtype()
     # Everything that can be refused is refused here, before a model is loaded or a file written.
-    sft_config(config, Path(config.output_dir))
+    training_config(config, Path(config.output_dir))
     adapter_config(config)
     return config
 
@@ -246,10 +253,19 @@ def adapter_config(config: RunConfig) -> Any:
     """The `MoeLoraConfig` of the section `adapter`.
 
     Raises:
-        RunError: If the section names no preset and no folder of an adapter.
+        RunError: If the section names no preset and no folder of an adapter, or one of another task type.
         moelora.errors.ConfigError: If the preset or one of its words is unknown or not valid.
     """
-    return preset_config(config.adapter) if "path" not in config.adapter else _saved_config(config.adapter)
+    wanted = RECIPES[config.recipe].task_type
+    if "path" in config.adapter:
+        adapter = _saved_config(config.adapter)
+    else:
+        adapter = preset_config({"task_type": wanted, **config.adapter})
+    if (adapter.task_type or "CAUSAL_LM") != wanted:
+        raise RunError(
+            f"the adapter's task_type is {adapter.task_type!r} with recipe {config.recipe!r}; allowed: {wanted!r}."
+        )
+    return adapter
 
 
 def _saved_config(words: dict[str, Any]) -> Any:
@@ -288,8 +304,8 @@ def preset_config(words: dict[str, Any]) -> Any:
     return MoeLoraConfig.from_preset(preset, **{"task_type": "CAUSAL_LM", **words})
 
 
-def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | None = None) -> Any:
-    """The `SFTConfig` of the section `training`, with defaults that suit these programs.
+def training_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | None = None) -> Any:
+    """The trainer's arguments of the section `training`, with defaults that suit these programs.
 
     Args:
         config: The run.
@@ -299,4 +315,4 @@ def sft_config(config: RunConfig, output_dir: Path, changes: dict[str, Any] | No
     Raises:
         MoeLoraError: If a field is unknown or its value is refused.
     """
-    return sft_arguments({**config.training, **(changes or {})}, output_dir)
+    return trainer_arguments(config.recipe, {**config.training, **(changes or {})}, output_dir)

@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
-import csv
-import glob
-from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
+from moelora.runs import row_files
 from moelora.runs.config import DatasetConfig
 from moelora.runs.conversations import as_messages
+from moelora.runs.generated import generated_rows
+from moelora.runs.recipes import RECIPES, Recipe
 from moelora.runs.rows import checked_rows
-from moelora.runs.tasks import problems
 from moelora.runs.wording import one_line
 from moelora.validation import check_keys
 
-# Suffixes of the files that `datasets` reads, and its name for them.
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-SUFFIXES = tuple(_BUILDERS)
-"""Those of the files that rows are read from."""
-_FORMS = (("prompt", "completion"), ("messages",), ("text",))
-_COLUMNS = ("prompt", "completion", "messages", "text", "task")
 
-
-def load_rows(config: DatasetConfig, tokenizer: Any) -> Any:
+def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any:
     """The training rows as a `datasets.Dataset` in a random order that depends on the seed alone.
 
     Args:
         config: Where they come from.
         tokenizer: Decides by its chat template whether prompts become chats, unless `config.chat` says so.
+        recipe: The recipe that trains on them.
 
     Returns:
-        Rows of `prompt` and `completion`, `messages`, or `text`, and of `task` where it is known.
+        Rows of one of the recipe's forms, for sft `prompt` and `completion`, `messages`, or `text`; and of `task` where
+        it is known.
 
     Raises:
-        MoeLoraError: If there are no rows, or they have none of these forms.
+        MoeLoraError: If there are no rows, they have none of these forms, or a row cannot be trained on.
     """
+    kind = RECIPES[recipe]
     if config.tasks:
-        rows = _generated(config)
+        rows = _generated(config, kind)
     elif config.hub:
         rows = _from_hub(config)
     else:
-        rows = _from_files(config)
-    rows = _rename(rows, config)
+        rows = row_files.read(row_files.matching(config.files))
+    rows = _rename(rows, config, recipe)
     if config.task is not None and "task" not in rows.column_names:
         rows = rows.add_column("task", [config.task] * len(rows))
     if len(rows) == 0:
         raise RunError(f"{_source(config)} has no rows.")
-    if "messages" in rows.column_names:
-        rows = _with_roles(rows, config)
-    rows = checked_rows(rows, lambda index: _row(config, index))
+    rows = _with_roles(rows, config)
+    rows = checked_rows(rows, lambda index: _row(config, index), recipe)
     rows = rows.shuffle(seed=config.seed)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
-    return _as_chat(rows, config, tokenizer)
+    return _as_chat(rows, config, tokenizer, kind)
 
 
 def with_task_ids(rows: Any, config: DatasetConfig) -> Any:
@@ -85,15 +73,20 @@ def _source(config: DatasetConfig) -> str:
     return f"dataset {config.hub or config.files or list(config.tasks or {})!r}"
 
 
-def _generated(config: DatasetConfig) -> Any:
+def _row(config: DatasetConfig, index: int) -> str:
+    """A row before shuffling by its file and its number in it, for messages."""
+    for path in row_files.matching(config.files):
+        count = len(row_files.read([path]))
+        if index < count:
+            return f"row {index + 1} of {path}"
+        index -= count
+    return f"row {index + 1} of {_source(config)}"
+
+
+def _generated(config: DatasetConfig, kind: Recipe) -> Any:
     from datasets import Dataset
 
-    rows = [
-        {"prompt": problem.prompt, "completion": problem.answer, "task": problem.task}
-        for task, options in (config.tasks or {}).items()
-        for problem in problems(task, options, seed=config.seed, size=config.rows_per_task)
-    ]
-    return Dataset.from_list(rows)
+    return Dataset.from_list(list(generated_rows(config, kind.forms[0])))
 
 
 def _from_hub(config: DatasetConfig) -> Any:
@@ -108,125 +101,10 @@ def _from_hub(config: DatasetConfig) -> Any:
         ) from error
 
 
-def _row(config: DatasetConfig, index: int) -> str:
-    """A row by its file and its number in it, for messages."""
-    if config.files:
-        for path in _paths(config):
-            count = len(_read([path]))
-            if index < count:
-                return f"row {index + 1} of {path}"
-            index -= count
-    return f"row {index + 1} of {_source(config)}"
-
-
-def _from_files(config: DatasetConfig) -> Any:
-    paths = _paths(config)
-    suffixes = sorted({Path(path).suffix for path in paths})
-    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
-    if None in builders or len(builders) != 1:
-        raise RunError(f"dataset.files are of kind {', '.join(suffixes)}; allowed: one kind of {', '.join(_BUILDERS)}.")
-    return _read(paths)
-
-
-def _paths(config: DatasetConfig) -> list[str]:
-    """The files that the patterns match.
-
-    Raises:
-        RunError: If one matches none, or a file is empty.
-    """
-    patterns = [config.files] if isinstance(config.files, str) else list(config.files or [])
-    paths: list[str] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - absolute ones too
-        if not found:
-            raise RunError(f"dataset.files: no file matches {pattern!r} (from {Path.cwd()}).")
-        paths += found
-    empty = [path for path in paths if Path(path).is_file() and Path(path).stat().st_size == 0]
-    if empty:
-        raise RunError(f"dataset.files: {', '.join(empty)} is empty; needed: rows.")
-    return paths
-
-
-def _read(paths: list[str]) -> Any:
-    """The rows of files of one kind, one after the other.
-
-    Raises:
-        RunError: If one is not readable.
-    """
-    from datasets import load_dataset
-
-    suffix = Path(paths[0]).suffix
-    words: dict[str, Any] = {}
-    if _BUILDERS[suffix] == "csv":
-        delimiter = "\t" if suffix == ".tsv" else ","
-        headers = [_check_table(path, delimiter) for path in paths]
-        words = {"delimiter": delimiter, **_csv_words(headers[0])}
-    elif _BUILDERS[suffix] == "json":
-        for path in paths:
-            _check_utf8(path)
-    try:
-        return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **words)
-    except Exception as error:  # pandas, pyarrow, gzip, json and datasets each raise their own
-        reason = one_line(error.__cause__ or error)[:300]
-        if "corresponds to no data" in reason:
-            raise RunError(f"dataset.files {', '.join(paths)}: no rows.") from error
-        raise RunError(f"dataset.files {', '.join(paths)}: not readable as {suffix}: {reason}") from error
-
-
-def _csv_words(header: list[str]) -> dict[str, Any]:
-    """How a table is read: cells as they are written, so that "007" and "NA" stay texts; a blank cell is missing."""
-    from datasets import Features, Value
-
-    features = Features({name: Value("string") for name in header})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
-
-
-def _check_table(path: str, delimiter: str) -> list[str]:
-    """The header of a table, no row of which has more cells than that: pandas would take the first ones for an index.
-
-    Raises:
-        RunError: Names the line.
-    """
-    longest = csv.field_size_limit(2**31 - 1)
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader, [])
-            for row in reader:
-                if len(row) > len(header):
-                    raise RunError(
-                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header "
-                        f"{len(header)}; allowed: as many. Put cells that hold the separator into quotes."
-                    )
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise RunError(f"line {reader.line_num + 1} of {path} is not readable: {one_line(error)}") from error
-    finally:
-        csv.field_size_limit(longest)
-    if len(set(header)) < max(1, len(header)):
-        raise RunError(f"the header of {path} is {header}; needed: a name for each column, no two alike.")
-    return header
-
-
-def _check_utf8(path: str) -> None:
-    """Refuse text in another encoding, which pyarrow reads and nobody can use.
-
-    Raises:
-        RunError: Names the line.
-    """
-    with Path(path).open("rb") as file:
-        if file.read(2) == b"\x1f\x8b":  # gzip, which `datasets` unpacks
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise RunError(f"line {number} of {path} is not UTF-8: {one_line(error)} Convert the file.") from error
-
-
-def _rename(rows: Any, config: DatasetConfig) -> Any:
-    """Give our names to the columns, and keep only those."""
-    check_keys("dataset.columns", config.columns, _COLUMNS)
+def _rename(rows: Any, config: DatasetConfig, recipe: str) -> Any:
+    """Give our names to the columns, and keep only those of the recipe."""
+    kind = RECIPES[recipe]
+    check_keys("dataset.columns", config.columns, kind.columns)
     for ours, theirs in config.columns.items():
         if theirs not in rows.column_names:
             raise RunError(
@@ -236,11 +114,13 @@ def _rename(rows: Any, config: DatasetConfig) -> Any:
     # A file's own column of our name gives way to the one asked for.
     clashes = [ours for ours, theirs in config.columns.items() if ours != theirs and ours in rows.column_names]
     rows = rows.remove_columns(clashes).rename_columns({t: o for o, t in config.columns.items() if t != o})
-    form = next((form for form in _FORMS if all(column in rows.column_names for column in form)), None)
+    form = next((form for form in kind.forms if all(column in rows.column_names for column in form)), None)
     if form is None:
+        needed = ", or ".join(" and ".join(form) for form in kind.forms)
+        first = kind.forms[0]
         raise RunError(
-            f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed: prompt and completion, or "
-            "messages, or text. Map them with dataset.columns: `columns: {prompt: question, completion: answer}`."
+            f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed for recipe {recipe}: {needed}. "
+            f"Map them with dataset.columns: `columns: {{{', '.join(f'{column}: NAME' for column in first)}}}`."
         )
     keep = [*form, *(["task"] if "task" in rows.column_names else [])]
     return rows.select_columns(keep)
@@ -248,24 +128,41 @@ def _rename(rows: Any, config: DatasetConfig) -> Any:
 
 def _with_roles(rows: Any, config: DatasetConfig) -> Any:
     """Chats as messages of role and content, whichever form the rows have."""
+    from datasets import Value
+
+    of_texts = {"task", "label", "text"}
+    chats = [
+        column
+        for column in rows.column_names
+        if column == "messages" or (column not in of_texts and not isinstance(rows.features[column], Value))
+    ]
+    if not chats:
+        return rows
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {"messages": as_messages(row["messages"], f"row {index + 1} of {_source(config)}")}
+        return {column: as_messages(row[column], _cell(config, index, column)) for column in chats}
 
-    return rows.map(convert, with_indices=True, remove_columns=["messages"], desc=None)
+    return rows.map(convert, with_indices=True, remove_columns=chats, desc=None)
 
 
-def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any) -> Any:
-    """Prompts and completions of strings as messages, so that the tokenizer's chat template applies to them."""
+def _cell(config: DatasetConfig, index: int, column: str) -> str:
+    return f"column {config.columns.get(column, column)!r} of {_row(config, index)}"
+
+
+def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any, kind: Recipe) -> Any:
+    """Prompts and the replies to them as messages, so that the tokenizer's chat template applies to them."""
     chat = tokenizer.chat_template is not None if config.chat is None else config.chat
-    strings = "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
+    strings = kind.is_chat and "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
     if config.system is not None and not (chat and strings):
         raise RunError(
-            "dataset.system is set, but there is no prompt to put it before: it needs rows of prompt and completion as "
-            "texts, and a tokenizer with a chat template. Put it into the rows, or leave it out."
+            "dataset.system is set, but there is no prompt to put it before: it needs prompts that are texts, a recipe "
+            "that makes chats of them, and a tokenizer with a chat template. Put it into the rows, or leave it out."
         )
     if config.chat and not strings:
-        raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that is a text.")
+        raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that becomes a chat.")
+    replies = [column for column in kind.replies if column in rows.column_names]
+    if any(isinstance(rows[0][column], list) and rows[0][column][0]["role"] != "assistant" for column in replies):
+        return rows.remove_columns("prompt")  # whole chats, which begin with it
     if not (chat and strings):
         return rows
     if tokenizer.chat_template is None:
@@ -273,10 +170,9 @@ def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any) -> Any:
     system = config.system
 
     def converse(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "prompt": chat_prompt(row["prompt"], system),
-            "completion": [{"role": "assistant", "content": str(row["completion"])}],
-        }
+        answers = {column: [{"role": "assistant", "content": row[column]}] for column in replies}
+        given = {column: row[column] for column in replies if isinstance(row[column], list)}
+        return {"prompt": chat_prompt(row["prompt"], system), **answers, **given}
 
     return rows.map(converse, desc=None)
 

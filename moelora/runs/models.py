@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,22 +129,31 @@ def load_tokenizer(config: RunConfig | ModelSource) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig | ModelSource, task_type: str | None = None) -> Any:
+def load_model(
+    config: RunConfig | ModelSource, task_type: str | None = None, more: Mapping[str, Any] | None = None
+) -> Any:
     """The base model of a run.
 
     Args:
         config: Which.
-        task_type: PEFT's task type: "SEQ_CLS" is a classifier or reward model, anything else a causal language model.
+        task_type: PEFT's task type: "SEQ_CLS" is a classifier or reward model, "SEQ_2_SEQ_LM" an encoder-decoder,
+            anything else a causal language model.
+        more: More arguments of `from_pretrained`; those of `model_kwargs` are stronger.
 
     Raises:
-        RunError: If the model cannot be found or reached.
+        RunError: If the model cannot be found or reached, or is of another kind.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    words = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
-    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
-    return _from_pretrained(auto, config.model, words)
+    words = {"dtype": getattr(torch, config.dtype), **(more or {}), **config.model_kwargs}
+    return _from_pretrained(_auto_class(task_type), config.model, words)
+
+
+def _auto_class(task_type: str | None) -> Any:
+    import transformers
+
+    names = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+    return getattr(transformers, names.get(task_type or "", "AutoModelForCausalLM"))
 
 
 def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
@@ -205,18 +215,22 @@ def _as_stored(model: Any, adapter: str, name: str) -> None:
             tensor.data = saved.to(tensor.device)
 
 
-def load_skeleton(config: RunConfig | ModelSource) -> Any:
+def load_skeleton(config: RunConfig | ModelSource, task_type: str | None = None) -> Any:
     """The base model of a run without weights, for counting.
+
+    Args:
+        config: Which.
+        task_type: As in `load_model`.
 
     Raises:
         RunError: If the model cannot be found or reached.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model_config = _from_pretrained(AutoConfig, config.model, _repository_words(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return _auto_class(task_type).from_config(
             model_config, trust_remote_code=config.model_kwargs.get("trust_remote_code", False)
         )
 
@@ -233,11 +247,23 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
         return kind.from_pretrained(resolve_model(name), **words)
     except MoeLoraError:
         raise
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise _unusable(name, words, error) from error
+        found = str(error).partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+        raise RunError(
+            f"model {name!r} has a {found}, of which there is no {kind.__name__}; the recipe needs one."
+        ) from error
     except OSError as error:  # what transformers raises for a repository that is missing, private or out of reach
         raise RunError(
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
-    except (TypeError, ValueError, ImportError, SafetensorError) as error:  # arguments and files that it cannot use
-        given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
-        raise RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}") from error
+    except (TypeError, ImportError, SafetensorError) as error:
+        raise _unusable(name, words, error) from error
+
+
+def _unusable(name: str, words: dict[str, Any], error: Exception) -> RunError:
+    """For arguments and files that transformers cannot use."""
+    given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
+    return RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}")

@@ -6,37 +6,42 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moelora.errors import RunError
+from moelora.runs.recipes import RECIPES
 
-_TEXT = ("prompt", "completion", "text")
+_CHATS = ("prompt", "completion", "chosen", "rejected")
+_TEXTS = ("text", "answer")
 
 
-def checked_rows(rows: Any, where: Callable[[int], str]) -> Any:
+def checked_rows(rows: Any, where: Callable[[int], str], recipe: str = "sft") -> Any:
     """The rows, with whole numbers in place of texts written out.
 
     Args:
-        rows: A `datasets.Dataset` with the columns prompt and completion, messages, or text; it may have task.
+        rows: A `datasets.Dataset` with the columns of the recipe; it may have task.
         where: Names a row by its number, for messages: its file and its place in it.
+        recipe: The recipe that trains on them.
 
     Raises:
-        RunError: Names the row and the field that is missing, of another type, or empty in all rows.
+        RunError: Names the row and the field that is missing, of another type, or blank. Of a recipe that trains on
+            completions some may be blank, but not all.
     """
-    for name in _TEXT:
+    for name in (*_CHATS, *_TEXTS):
         if name in rows.column_names and getattr(rows.features[name], "dtype", "").startswith(("int", "uint")):
             rows = _as_texts(rows, name, where)
-    checks = {**dict.fromkeys(_TEXT, _check_text_or_chat), "messages": _check_chat, "task": _check_task}
+    may_be_blank = {"completion", "text"} if recipe in ("sft", "sequential") else set()
     filled = False
     for index, row in enumerate(rows):
         for name, value in row.items():
             if value is None:
                 raise RunError(f"{name} of {where(index)} is missing. {_FIX}")
-            wrong = checks[name](name, value)
+            wrong = _wrong(name, value, recipe, name in may_be_blank)
             if wrong is not None:
-                raise RunError(f"{name} of {where(index)} is {_short(value)}; {wrong} {_FIX}")
-        if "prompt" in row and isinstance(row["prompt"], str) is not isinstance(row["completion"], str):
+                raise RunError(f"{name} of {where(index)} is {_short(value)}; needed: {wrong}. {_FIX}")
+        kinds = {isinstance(row[name], str) for name in ("prompt", "completion") if name in row}
+        if may_be_blank and len(kinds) > 1:
             raise RunError(
                 f"{where(index)} has a text and a chat as prompt and completion; needed: two texts, or two chats."
             )
-        filled = filled or _is_filled(row)
+        filled = filled or not may_be_blank or _is_filled(row)
     if len(rows) and not filled:
         name = next(name for name in ("completion", "text", "messages") if name in rows.column_names)
         raise RunError(
@@ -57,29 +62,39 @@ def _as_texts(rows: Any, name: str, where: Callable[[int], str]) -> Any:
     return rows.cast_column(name, Value("string"))
 
 
-def _check_text_or_chat(name: str, value: Any) -> str | None:
-    if isinstance(value, str):
-        return "needed: a text that is not blank." if name == "prompt" and not value.strip() else None
-    if name == "text" or not isinstance(value, list):
-        return "needed: a text." if name == "text" else "needed: a text, or a list of messages."
-    return _check_chat(name, value)
+def _wrong(name: str, value: Any, recipe: str, may_be_blank: bool) -> str | None:
+    """What should stand in place of a value, or None if it is right."""
+    if name == "task":
+        return None if isinstance(value, (str, int)) and not isinstance(value, bool) else "the name of a task"
+    if name == "label":
+        return _wrong_label(value, recipe)
+    if isinstance(value, str) and name != "messages":
+        return None if may_be_blank or value.strip() else "a text that is not blank"
+    if name in _TEXTS:
+        return "a text"
+    if name in RECIPES[recipe].columns and isinstance(value, list):
+        return _wrong_chat(value)
+    return "a list of messages" if name == "messages" else "a text, or a list of messages"
 
 
-def _check_chat(name: str, value: Any) -> str | None:
-    if not isinstance(value, list) or not value:
-        return "needed: a list of messages."
-    for message in value:
+def _wrong_label(value: Any, recipe: str) -> str | None:
+    if recipe == "kto":
+        return None if isinstance(value, bool) or value in (0, 1) else "true or false"
+    fits = isinstance(value, int) or (isinstance(value, str) and value.strip())
+    return None if fits else "a class, as a text or a whole number"
+
+
+def _wrong_chat(messages: list[Any]) -> str | None:
+    if not messages:
+        return "a list of messages"
+    for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return "needed: messages that have a role and content."
+            return "messages that have a role and content"
         content, more = message.get("content"), {k: v for k, v in message.items() if k not in ("role", "content")}
         # a call of a tool has no content of its own
         if not isinstance(content, (str, list)) and not any(v is not None for v in more.values()):
-            return "needed: messages whose content is a text."
+            return "messages whose content is a text"
     return None
-
-
-def _check_task(name: str, value: Any) -> str | None:
-    return None if isinstance(value, (str, int)) and not isinstance(value, bool) else "needed: the name of a task."
 
 
 def _is_filled(row: Mapping[str, Any]) -> bool:

@@ -84,3 +84,20 @@ def fresh_problems(
         if len(fresh) == size:
             break
     return list(fresh.values()), dropped
+
+
+class Verifier:
+    """reasoning-gym's verifier of a task's answers.
+
+    Args:
+        task: Name of the data set.
+        options: Its options.
+    """
+
+    def __init__(self, task: str, options: Mapping[str, Any]) -> None:
+        self.task = task
+        self._data = task_data_set(task, options, seed=0, size=1)
+
+    def score(self, problem: Problem, answer: str) -> float:
+        """How right an answer is, from 0 to 1."""
+        return float(self._data.score_answer(answer.strip(), problem.entry))

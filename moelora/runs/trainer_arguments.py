@@ -1,4 +1,4 @@
-"""The arguments of TRL's trainer from the words of a YAML file."""
+"""The arguments of a recipe's trainer from the words of a YAML file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moelora.errors import RunError
+from moelora.runs.recipes import RECIPES
 from moelora.runs.wording import one_line
 from moelora.validation import check, check_keys, is_count, is_positive, is_real, is_seed
 
 
-def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
-    """An `SFTConfig` of its fields, with defaults that suit these programs.
+def trainer_arguments(recipe: str, words: dict[str, Any], output_dir: Path) -> Any:
+    """The arguments of a recipe's trainer, such as an `SFTConfig`, with defaults that suit these programs.
 
     Args:
-        words: The fields.
+        recipe: The recipe.
+        words: Their fields.
         output_dir: Folder of the checkpoints.
 
     Raises:
         MoeLoraError: If a field is unknown or its value is refused.
     """
     import torch
-    from trl import SFTConfig, TrlParser
+    from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:  # argparse would print its whole usage and exit
@@ -38,7 +40,13 @@ def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
     for key, reason in ours.items():
         if key in words:
             raise RunError(f"training.{key} cannot be set: {reason}.")
-    fields = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
+    if words.get("use_vllm"):
+        raise RunError(
+            f"training.use_vllm is {words['use_vllm']!r}; allowed: false. vLLM is given the weights with the adapter "
+            "merged into them, and a routed mixture cannot be merged, since it depends on its input."
+        )
+    arguments_class = RECIPES[recipe].arguments_class()
+    fields = {f.name for f in dataclasses.fields(arguments_class) if f.init}
     check_keys("training", words, fields - set(ours))
     # transformers 5.23 warns at the old name, which TRL's own default still uses.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
@@ -55,7 +63,7 @@ def sft_arguments(words: dict[str, Any], output_dir: Path) -> Any:
         "logging_steps": 5,
         "save_total_limit": 2,
     }
-    parser = Parser((SFTConfig,))
+    parser = Parser((arguments_class,))
     parser.set_defaults_with_config(**{**defaults, **words}, output_dir=str(output_dir))
     try:
         (parsed,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)

@@ -75,11 +75,20 @@ def fit_unfitted(model: Any, dataset: Any) -> None:
     Args:
         model: The model; one without such an adapter is left alone.
         dataset: Tokenised rows: `input_ids`, and `completion_mask` or `labels` where prompt and answer are told apart.
+
+    Raises:
+        ConfigError: If the rows have no `input_ids`, as those of preferences.
     """
     active: Any = getattr(model, "active_adapters", [])
     for adapter in active() if callable(active) else active:
         scores = getattr(model.peft_config[adapter], "scores", None)
         if scores is not None and not getattr(scores, "fitted", True):
+            if "input_ids" not in dataset[0]:
+                raise ConfigError(
+                    f"the centroids of adapter {adapter!r} are fitted to rows with input_ids, and these have "
+                    f"{', '.join(dataset[0])}; allowed: rows of texts (recipe sft). Fit them with it first, or call "
+                    "moelora.fit_centroids."
+                )
             fit_centroids(model, [_example(row) for row in dataset], adapter_name=adapter)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class FactColumns:
         """The batch of the trainer's collator, with a tensor for each fact: one entry for each example.
 
         Raises:
-            ConfigError: If only some examples have a fact.
+            ConfigError: If only some examples have a fact, or the trainer's batches are no inputs of a model.
         """
         if not examples or not isinstance(examples[0], dict):
             return self.collator(examples)
@@ -41,7 +41,13 @@ class FactColumns:
                 raise ConfigError(f"{lacking} of {len(examples)} rows have no {name}; allowed: all rows, or none.")
         facts = {name: _stacked(name, [example[name] for example in examples]) for name in found}
         rest = [{key: value for key, value in example.items() if key not in found} for example in examples]
-        return {**self.collator(rest), **facts}
+        batch = self.collator(rest)
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"the rows have {', '.join(found)}, and the trainer (GRPO) makes the model's inputs itself, without "
+                "them; allowed: rows without them, and a routing that does not read them."
+            )
+        return {**batch, **facts}
 
     def __getattr__(self, name: str) -> Any:
         # trainers set and read options of their collator

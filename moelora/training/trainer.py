@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import TransformersKwargs
 
 from moelora.balance.totals import RoutingTotals, world_size
@@ -65,7 +65,7 @@ class MoeLoraTrainerMixin(_Base):
             logged as `router_learning_rate`. None treats them as all else. The other arguments are the trainer's.
 
     Raises:
-        ConfigError: If the trainer would wrap the model in `DataParallel`.
+        ConfigError: If the trainer would wrap the model in `DataParallel`, or generate with vLLM.
     """
 
     data_collator: Any
@@ -81,6 +81,8 @@ class MoeLoraTrainerMixin(_Base):
 
     def __init__(self, *args: Any, router_training: RouterTraining | None = None, **kwargs: Any) -> None:
         self.router_training = router_training
+        # before the trainer starts an engine
+        _refuse_vllm(inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
         self.data_collator = FactColumns(self.data_collator)
         if self.args.n_gpu > 1:
@@ -138,6 +140,14 @@ class MoeLoraTrainerMixin(_Base):
         if not self.args.fp16:  # there the scaler skips steps whose gradients are infinite
             check_gradient(norm, self.state.global_step + 1)
         return norm
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT gives an adapter in half precision float32 when it reads one
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save what is finite; see `Trainer.save_model`, which writes checkpoints too.
@@ -346,6 +356,17 @@ class MoeLoraTrainerMixin(_Base):
         return {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
+def _refuse_vllm(given: Mapping[str, Any]) -> None:
+    """Refuse generation by vLLM of a model with an adapter of ours; a plain LoRA may use it."""
+    model, config = given.get("model"), given.get("peft_config")
+    ours = isinstance(config, MoeLoraConfig) or (isinstance(model, nn.Module) and find_hooks(model) is not None)
+    if ours and getattr(given.get("args"), "use_vllm", False):
+        raise ConfigError(
+            "use_vllm is True; allowed: False. vLLM is given the weights with the adapter merged into them, and a "
+            "routed mixture cannot be merged, since it depends on its input. Without vLLM transformers generates."
+        )
+
+
 def _without_facts(inputs: Any) -> tuple[Any, AbstractContextManager[None]]:
     """A batch without the facts in it, and the context that gives them to the routing."""
     if not isinstance(inputs, Mapping) or not set(FACTS) & set(inputs):
@@ -359,4 +380,12 @@ class MoeLoraTrainer(MoeLoraTrainerMixin, Trainer):
 
     Args:
         router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `transformers.Trainer`.
+    """
+
+
+class MoeLoraSeq2SeqTrainer(MoeLoraTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `transformers.Seq2SeqTrainer`.
     """

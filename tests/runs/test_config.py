@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moelora.errors import ConfigError, MoeLoraError
-from moelora.runs.config import adapter_config, load_config, save_config, sft_config
+from moelora.runs.config import adapter_config, load_config, save_config, training_config
 from moelora.runs.yaml_file import apply_override, parse_yaml
 from tests.runs.tiny import WORDS
 
@@ -161,10 +161,10 @@ def test_training_takes_the_fields_of_sft_config(tmp_path: Path) -> None:
         "lr_scheduler_kwargs": {"a": 1},
     }
     config = load_config(write(tmp_path, training=training))
-    args = sft_config(config, tmp_path, {"seed": 11})
+    args = training_config(config, tmp_path, {"seed": 11})
     assert (args.learning_rate, args.max_steps, args.seed) == (3e-4, 7, 11)
     assert args.gradient_checkpointing is True
     assert args.lr_scheduler_kwargs == {"a": 1}
     assert args.output_dir == str(tmp_path)
     assert args.report_to == []
-    assert sft_config(load_config(write(tmp_path)), tmp_path).gradient_checkpointing is False
+    assert training_config(load_config(write(tmp_path)), tmp_path).gradient_checkpointing is False

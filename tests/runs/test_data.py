@@ -138,7 +138,7 @@ def test_a_data_set_that_is_not_on_the_hub(hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words", "message"),
     [
-        ("a.jsonl", '{"question": "x"}', {}, r"has the columns question; needed: prompt and completion"),
+        ("a.jsonl", '{"question": "x"}', {}, r"has the columns question; needed for recipe sft: prompt and completion"),
         ("a.jsonl", '{"text": "x"}', {"columns": {"text": "body"}}, r"dataset.columns.text is 'body', which .* text"),
         (
             "a.jsonl",

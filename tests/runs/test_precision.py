@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moelora.runs import precision
@@ -13,7 +14,7 @@ from tests.runs.test_config import write
 @pytest.fixture(params=[9.0, 0.4])
 def slowdown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(precision, "cpu_slowdown", lambda dtype: request.param)
-    monkeypatch.setattr(precision.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return float(request.param)
 
 
@@ -35,7 +36,6 @@ def test_a_slow_data_type_is_named_with_what_to_do(slowdown: float, capsys: pyte
 
 @pytest.mark.parametrize(("emulated", "expected"), [(True, "float32"), (False, "bfloat16")])
 def test_a_gpu_without_bfloat16_takes_float32(monkeypatch: pytest.MonkeyPatch, emulated: bool, expected: str) -> None:
-    torch = precision.torch
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from moelora import record_routing
 from moelora.compose.tokens import batches, tokenize
-from moelora.runs.config import load_config, sft_config
+from moelora.runs.config import load_config, training_config
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter, load_tokenizer
 from tests.runs.tiny import write_run
@@ -71,7 +71,7 @@ def test_training_routes_by_the_prompt_alone_as_the_finished_model_does(tmp_path
         AutoModelForCausalLM.from_pretrained(config.model), str(stage(tmp_path / "a", 2)), is_trainable=True
     )
     rows = load_rows(config.dataset, tokenizer)
-    trainer = sft.make_trainer(model, sft_config(config, tmp_path / "checkpoints"), rows, tokenizer)
+    trainer = sft.make_trainer(model, training_config(config, tmp_path / "checkpoints"), rows, tokenizer)
 
     def cosines(run: Callable[[], Any]) -> Tensor:
         with record_routing(model) as listener:
@@ -204,7 +204,7 @@ def test_the_baseline_is_one_lora_of_the_same_size_on_the_tasks_in_turn(tmp_path
     base = AutoModelForCausalLM.from_pretrained(config.model)
     set_seed(3)
     model = load_adapter(base, str(run / f"stages/baseline-1-{TASKS[0]}"), is_trainable=True)
-    arguments = sft_config(config, tmp_path / "checkpoints", {"seed": 3})
+    arguments = training_config(config, tmp_path / "checkpoints", {"seed": 3})
     sft.make_trainer(model, arguments, second, tokenizer).train()
     found = load_file(run / "baseline/adapter_model.safetensors")
     for name, tensor in get_peft_model_state_dict(model).items():

@@ -48,6 +48,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def preference_rows(count: int = 4) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{token}" for token in torch.randint(4, 97, (length,), generator=generator).tolist())
+
+    return Dataset.from_list(
+        [{"prompt": text(3 + i), "chosen": " " + text(4), "rejected": " " + text(6 - i % 3)} for i in range(count)]
+    )
+
+
 def arguments(cls: type[TrainingArguments] = TrainingArguments, **words: Any) -> TrainingArguments:
     """Training arguments for a short, quiet run on the CPU in the order of the rows, without clipping."""
     defaults: dict[str, Any] = {

@@ -10,13 +10,14 @@ import torch
 from tests.adapters import adapted, adapter_tensors
 from tests.training.processes import run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
-from tests.training.two_processes import CASES, SMORA
+from tests.training.two_processes import CASES, SMORA, checkpointed
 
 pytestmark = pytest.mark.distributed
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """All cases in one test: starting the processes takes far longer than running them."""
+    straight = checkpointed(f"{tmp_path}/results-one", 1)
     ranks = run_two_processes("tests.training.two_processes", tmp_path / "results")
     for name, run in CASES.items():
         expected = run(1)
@@ -31,6 +32,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             for key, bias_E in expected["biases"].items():
                 assert bias_E.abs().max() > 0
                 torch.testing.assert_close(found["biases"][key], bias_E, rtol=0, atol=1e-7)
+    # a checkpoint of one process goes on with two, and of two with one
+    resumed = checkpointed(f"{tmp_path}/results-two", 1, resume=True)
+    for found in (resumed, *(rank[name] for rank in ranks for name in ("saved", "resumed"))):
+        assert found.keys() == straight.keys()
+        for key, tensor in straight.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_one_process_alone_would_move_the_biases_otherwise() -> None:

@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
-from moelora import MoeLoraSFTTrainer, MoeLoraTrainerMixin, record_routing
+from moelora import MoeLoraDPOTrainer, MoeLoraKTOTrainer, MoeLoraSFTTrainer, record_routing
 from moelora.balance.losses import balance_losses
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.z_loss import ZLoss
@@ -26,6 +26,7 @@ from tests.training.runs import (
     assert_same_step,
     checkpointing_words,
     one_step,
+    preference_rows,
     sft_rows,
     tiny_tokenizer,
     train,
@@ -41,38 +42,21 @@ DEPRECATED = pytest.mark.filterwarnings(
 BOTH = (SwitchBalance(), ZLoss())
 
 
-class MoeLoraDPOTrainer(MoeLoraTrainerMixin, DPOTrainer):
-    """As a user would write it."""
-
-
-class MoeLoraKTOTrainer(MoeLoraTrainerMixin, KTOTrainer):
-    """As a user would write it."""
-
-
 BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1, "lora_alpha": 0.3}
 
 
-def sft_step(preset: str = "mixlora", *, words: dict[str, Any] | None = None, **settings: Any) -> Run:
+def sft_step(
+    preset: str = "mixlora", *, words: dict[str, Any] | None = None, rows: Dataset | None = None, **settings: Any
+) -> Run:
     trainer_words = {"processing_class": tiny_tokenizer(), **settings.pop("trainer_words", {})}
     return one_step(
         preset,
-        sft_rows(),
+        sft_rows() if rows is None else rows,
         words=BALANCED if words is None else words,
         trainer_class=MoeLoraSFTTrainer,
         arguments_class=SFTConfig,
         trainer_words=trainer_words,
         **settings,
-    )
-
-
-def preference_rows(count: int = 4) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{token}" for token in torch.randint(4, 97, (length,), generator=generator).tolist())
-
-    return Dataset.from_list(
-        [{"prompt": text(3 + i), "chosen": " " + text(4), "rejected": " " + text(6 - i % 3)} for i in range(count)]
     )
 
 
@@ -129,6 +113,38 @@ def test_sft_padding_free_equals_padded(accumulate: int) -> None:
     """One row of concatenated sequences without any mask: every token counts, and counting sees the same boundaries."""
     run = sft_step(padding_free=True, max_length=None, batch=4 // accumulate, accumulate=accumulate)
     assert_same_step(run, whole_sft())
+
+
+def test_sft_packed_equals_padded() -> None:
+    """All rows in one, as TRL packs them: each is a sequence of its own."""
+    assert_same_step(sft_step(packing=True, max_length=64, batch=1), whole_sft())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sft_on_the_assistants_tokens_alone(accumulate: int) -> None:
+    """Their labels are fewer, and the tokens that are balanced stay all."""
+    masks = [[place % 3 == 0 for place in range(len(row["input_ids"]))] for row in sft_rows()]
+    rows = Dataset.from_list(
+        [{**row, "assistant_masks": list(map(int, mask))} for row, mask in zip(sft_rows(), masks, strict=True)]
+    )
+    run = sft_step(rows=rows, batch=4 // accumulate, accumulate=accumulate)
+    batch = tiny_batch(batch_size=4)
+    for labels, mask in zip(batch["labels"], masks, strict=True):
+        labels[: len(mask)][~torch.tensor(mask)] = -100
+    model = adapted("mixlora", **BALANCED)
+    with torch.no_grad():
+        task = model(**batch).loss.item()
+    log, whole = run.logs[0], whole_sft().logs[0]
+    assert log["balance_loss"] == pytest.approx(whole["balance_loss"], rel=1e-5)
+    assert log["loss"] == pytest.approx(task + log["balance_loss"] + 0.1 * log["z_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sft_with_the_loss_dft(accumulate: int) -> None:
+    cut: dict[str, Any] = {"batch": 4 // accumulate, "accumulate": accumulate, "loss_type": "dft"}
+    log = sft_step(**cut).logs[0]
+    pure = sft_step(words=BALANCED | {"balance_coef": 0.0, "z_loss_coef": 0.0}, **cut).logs[0]
+    assert log["loss"] == pytest.approx(pure["loss"] + log["balance_loss"] + 0.1 * log["z_loss"], rel=1e-5)
 
 
 def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

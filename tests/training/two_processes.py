@@ -14,12 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from trl import SFTConfig
+from torch import Tensor
+from trl import DPOConfig, SFTConfig
 
-from moelora import MoeLoraSFTTrainer
+from moelora import MoeLoraDPOTrainer, MoeLoraSFTTrainer, MoeLoraTrainer
 from tests.adapters import adapted, adapter_tensors
 from tests.training.draws import fixed_draws
-from tests.training.runs import checkpointing_words, sft_rows, tiny_tokenizer, toy_rows, train
+from tests.training.runs import (
+    Run,
+    arguments,
+    checkpointing_words,
+    preference_rows,
+    sft_rows,
+    tiny_tokenizer,
+    toy_rows,
+    train,
+)
 
 BALANCED: dict[str, Any] = {"balance_coef": 1.0, "z_loss_coef": 0.1, "lora_alpha": 0.3}
 SMORA: dict[str, Any] = {"bias_update_rate": 0.05, "balance_coef": 1.0, "lora_alpha": 0.3}
@@ -37,10 +47,18 @@ def supervised() -> dict[str, Any]:
     }
 
 
+def preferences() -> dict[str, Any]:
+    return {
+        "trainer_class": MoeLoraDPOTrainer,
+        "arguments_class": DPOConfig,
+        "trainer_words": {"processing_class": tiny_tokenizer()},
+    }
+
+
 def case(
-    preset: str, words: dict[str, Any], *, accumulate: int = 1, sft: bool = False, **settings: Any
+    preset: str, words: dict[str, Any], *, accumulate: int = 1, of: str = "", **settings: Any
 ) -> Callable[[int], dict[str, Any]]:
-    """A run of two steps over eight rows."""
+    """A run of two steps over eight rows, of the plain trainer, "sft" or "dpo"."""
 
     def run(world: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -48,21 +66,61 @@ def case(
         with fixed_draws():  # of the one preset that draws
             found = train(
                 model,
-                toy_rows(8) if not sft else sft_rows(8),
+                {"sft": sft_rows, "dpo": preference_rows}.get(of, toy_rows)(8),
                 batch=4 // accumulate // world,
                 accumulate=accumulate,
                 max_steps=2,
                 ddp_backend="gloo" if world > 1 else None,
-                **FIND_NONE | settings | (supervised() if sft else {}),
+                **FIND_NONE | settings | {"sft": supervised, "dpo": preferences}.get(of, dict)(),
             )
-        biases = {name: tensor for name, tensor in adapter_tensors(model).items() if name.endswith(".bias")}
-        logs = [
-            {key: value for key, value in log.items() if key == "loss" or key.endswith("_loss") or "load" in key}
-            for log in found.logs
-        ]
-        return {"gradients": found.gradients, "logs": logs, "biases": biases}
+        return results_of(found)
 
     return run
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """What is compared."""
+    tensors = adapter_tensors(run.trainer.model)
+    logs = [
+        {key: value for key, value in log.items() if key == "loss" or key.endswith("_loss") or "load" in key}
+        for log in run.logs
+    ]
+    biases = {name: tensor for name, tensor in tensors.items() if name.endswith(".bias")}
+    return {"gradients": run.gradients, "logs": logs, "biases": biases}
+
+
+def uneven(world: int) -> dict[str, Any]:
+    """One step of three micro-batches, of which one process has two and the other one: nobody waits for a second."""
+    torch.manual_seed(0)
+    found = train(
+        adapted("mixlora", **BALANCED),
+        toy_rows(8)[:6],
+        batch=2,
+        accumulate=3 if world == 1 else 2,
+        ddp_backend="gloo" if world > 1 else None,
+        accelerator_config={"even_batches": False},
+        **FIND_NONE,
+    )
+    return results_of(found)
+
+
+def checkpointed(folder: str, world: int, *, resume: bool = False) -> dict[str, Tensor]:
+    """What an adapter is after four steps with a checkpoint after the third, or after one from there on."""
+    torch.manual_seed(0)
+    model = adapted("mixlora", **BALANCED)
+    args = arguments(
+        output_dir=folder,
+        per_device_train_batch_size=4 // world,
+        max_steps=4,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=3,
+        ddp_backend="gloo" if world > 1 else None,
+        **FIND_NONE,
+    )
+    trainer = MoeLoraTrainer(model=model, args=args, train_dataset=toy_rows(8))
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
+    return adapter_tensors(model)
 
 
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -79,12 +137,16 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "smora-non-reentrant": case("smora", SMORA, **checkpointing_words(False)),
     "thor": case("thor", {"consistency_coef": 3.0}),
     "thor-accumulate": case("thor", {"consistency_coef": 3.0}, accumulate=2, ddp_find_unused_parameters=None),
-    "sft-accumulate": case("mixlora", BALANCED, accumulate=2, sft=True),
+    "sft-accumulate": case("mixlora", BALANCED, accumulate=2, of="sft"),
+    "dpo-accumulate": case("mixlora", BALANCED, accumulate=2, of="dpo"),
+    "uneven": uneven,
 }
 
 
 def main(path: str) -> None:
     results = {name: run(2) for name, run in CASES.items()}
+    results["saved"] = checkpointed(f"{path}-two", 2)
+    results["resumed"] = checkpointed(f"{path}-one", 2, resume=True)
     assert dist.get_world_size() == 2
     torch.save(results, f"{path}.{os.environ['RANK']}")
     dist.barrier()
