@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test test-oldest check clean
+.PHONY: help quickstart quickstart-joint test soak test-oldest check docs release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ $(BIN)/python -W ignore::SyntaxWarning -m train configs/$(1).yaml; \
 $(BIN)/python -W ignore::SyntaxWarning -m eval runs/$(1); \
 printf 'make $(1) took %d min %02d s, installation included.\n' $$(((SECONDS - start) / 60)) $$(((SECONDS - start) % 60))
 endef
+
+# The theme's makers print a notice about mkdocs 2, which pyproject.toml does not allow.
+build-docs = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,13 +55,36 @@ quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equ
 test: $(VENV)/dev.stamp ## Run every test
 	@$(BIN)/python -m pytest -n 2
 
+soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
+	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md
+
 test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-check: $(VENV)/dev.stamp ## Lint, check the format and the types
+check: $(VENV)/dev.stamp ## Lint, check the format and the types, build the documentation site
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(build-docs)
+
+docs: $(VENV)/dev.stamp ## Build the documentation site into build/docs; every warning is an error
+	@$(build-docs)
+	@echo "Open build/docs/index.html in a browser."
+
+release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check them, and say what a maintainer does next
+	@$(PIP_INSTALL) -e ".[release]"
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@MOELORA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/test_release.py
+	@ls -l dist
+	@version=$$($(BIN)/moelora --version | cut -d' ' -f2); printf '%s\n' \
+	  "Next, for a maintainer:" \
+	  "  1. make test, make test-oldest and make check pass on this commit" \
+	  "  2. CHANGELOG.md: [Unreleased] becomes [$$version] with today's date; moelora/version.py says $$version" \
+	  "  3. pip install \"dist/moelora-$$version-py3-none-any.whl[all]\" in an empty environment, then moelora doctor" \
+	  "  4. git tag v$$version, and python -m twine upload dist/* with a token for the name moelora" \
+	  "  5. once it answers, README.md may say pip install moelora"
 
 clean: ## Remove the environment and every cache; runs/ is kept
 	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

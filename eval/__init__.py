@@ -1,1 +1,1 @@
-"""Evaluation: `python -m eval RUN_DIR`."""
+"""Evaluation: `moelora eval RUN_DIR`."""

@@ -1,8 +1,7 @@
 """Score a trained run or an adapter beside its base model and its baseline.
 
-For example `python -m eval runs/quickstart` on the run's own reasoning-gym tasks, `python -m eval runs/quickstart
---suite commonsense --limit 400` on the eight commonsense tasks, or any adapter on any task that lm-eval knows:
-`python -m eval owner/adapter --suite arc_easy,mmlu --beside owner/lora`.
+The tasks are fresh problems of the reasoning-gym tasks that the run was trained on, or with --suite the eight
+commonsense tasks or any task that lm-eval knows. In a clone `python -m eval` is the same as `moelora eval`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,36 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+STOPPED = "Stopped; nothing was written."
+EXAMPLES = """\
+Examples:
+    moelora eval runs/quickstart
+    moelora eval runs/quickstart --suite commonsense --limit 400
+    moelora eval owner/adapter --suite arc_easy,mmlu --beside owner/lora"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="folder of a run, folder of an adapter, or an adapter's name on the Hub")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+
+    # after the words are read, so that --help answers at once
+    from moelora.runs.program import exit_status
+
+    return exit_status(lambda: run(options), stopped=STOPPED)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words of the program."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of a run, folder of an adapter, or an adapter's name on the Hub"
+    )
     parser.add_argument(
         "--suite",
         help="commonsense; reasoning; tasks of lm-eval by name, or YAML files of tasks, separated by commas (default: "
@@ -26,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--protocol", help="of the suite commonsense: loglik (default), letters (MixLoRA's), instruct (LLM-Adapters')"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="rows per task (default: all, or as the run says)")
+    parser.add_argument(
+        "--limit", type=_at_least_one, metavar="N", help="rows per task (default: all, or as the run says)"
+    )
     parser.add_argument(
         "--config", metavar="YAML", help="the run's configuration, where the source is an adapter alone"
     )
@@ -39,20 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="another adapter of the same base, or a result that was written before, for the table; repeatable",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="rows at once (default: 32; of a run's own tasks, as the run says)"
+        "--batch-size",
+        type=_at_least_one,
+        metavar="N",
+        help="rows at once (default: 32; of a run's own tasks, as the run says)",
     )
-    options = parser.parse_args(arguments)
-    for name in ("limit", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
 
-    # after the words are read, so that --help answers at once
-    from moelora.runs.program import exit_status
-    from moelora.runs.quiet import quiet_libraries
 
-    quiet_libraries()
-    return exit_status(lambda: run(options), stopped="Stopped; nothing was written.")
+def _at_least_one(word: str) -> int:
+    """A count, for argparse."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"it is {word}; allowed: at least 1")
+    return int(word)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -62,7 +84,9 @@ def run(options: argparse.Namespace) -> None:
         RunError: If there is nothing to evaluate, or a word does not apply.
     """
     from moelora.errors import RunError
+    from moelora.runs.quiet import quiet_libraries
 
+    quiet_libraries()
     own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
     if options.suite is None or own:
         refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}

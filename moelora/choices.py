@@ -57,12 +57,6 @@ class Init:
         else:
             nn.init.zeros_(tensor)
 
-    def may_be(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor may still hold its initial values; what starts at random always may."""
-        if tensor.is_meta or self.kind not in ("zeros", "ones"):
-            return True
-        return not bool((tensor != float(self.kind == "ones")).any())
-
 
 @dataclass(frozen=True)
 class Param:

@@ -18,7 +18,16 @@ from moelora.errors import ConfigError, FormatVersionError
 from moelora.formats import upgrade_config
 from moelora.peft_plugin import tuner_class
 from moelora.peft_type import PEFT_TYPE
-from moelora.validation import check, check_bool, check_choice, check_keys, check_pattern, is_count, is_index
+from moelora.validation import (
+    check,
+    check_bool,
+    check_choice,
+    check_keys,
+    check_pattern,
+    check_word,
+    is_count,
+    is_index,
+)
 from moelora.version import FORMAT_VERSION, __version__
 
 BalanceScope = Literal["global", "micro_batch"]
@@ -50,7 +59,7 @@ def _of_file(words: dict[str, Any]) -> dict[str, Any]:
         raise FormatVersionError(
             f"the adapter has format_version {found!r}, written by moelora "
             f"{words.get('moelora_version', 'of an unknown version')}; moelora {__version__} reads 1 to "
-            f"{FORMAT_VERSION}. Upgrade with `pip install -U moelora`."
+            f"{FORMAT_VERSION}. Install a moelora that is at least as new."
         )
     return {**upgrade_config(words, found), "format_version": FORMAT_VERSION}
 
@@ -77,6 +86,8 @@ class MoeLoraConfig(PeftConfig):
             micro-batches and all processes, so that the loss does not depend on how the batch was cut (with gradient
             accumulation this costs one more forward without gradients per micro-batch); "micro_batch" takes each alone.
         preset: Name of the preset this came from, for information.
+        base_fingerprint: What the base model was when the adapter was saved, written by saving; see
+            `moelora.fingerprint`. Loading refuses another base. None compares nothing.
         moelora_version: Version of moelora that wrote it.
         format_version: Version of the file format.
 
@@ -100,6 +111,7 @@ class MoeLoraConfig(PeftConfig):
     balance_scope: BalanceScope = field(default="global")
     compute: Any = field(default=_DEFAULTS["compute"])
     preset: str | None = field(default=None)
+    base_fingerprint: dict[str, Any] | None = field(default=None)
     moelora_version: str = field(default=__version__)
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -107,7 +119,7 @@ class MoeLoraConfig(PeftConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(" ".join(str(error).split())) from error
         given: Any = getattr(self, "peft_type", None)
         check(given in (None, PEFT_TYPE), "peft_type", given, f"{PEFT_TYPE.value!r}, or None")
         self.peft_type = PEFT_TYPE
@@ -116,11 +128,11 @@ class MoeLoraConfig(PeftConfig):
         balance = self.balance if isinstance(self.balance, (list, tuple)) else [self.balance]
         self.balance = [read("balance", choice) for choice in balance]
         check_choice("balance_scope", self.balance_scope, BalanceScope)
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
         check_bool("inference_mode", self.inference_mode)
+        stored = self.base_fingerprint
+        check(
+            stored is None or isinstance(stored, dict), "base_fingerprint", stored, "what saving wrote there, or None"
+        )
         self._check_targets()
         for choice in self.choices():
             choice.check(self)
@@ -153,6 +165,10 @@ class MoeLoraConfig(PeftConfig):
         )
         if self.exclude_modules is not None:
             check_pattern("exclude_modules", self.exclude_modules, "name endings, a regex, or None")
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
         for name in ("modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             names = value if isinstance(value, (list, set, tuple)) else [value]
@@ -164,8 +180,9 @@ class MoeLoraConfig(PeftConfig):
                 "a list of names, or None",
             )
         tokens = self.trainable_token_indices
+        lists = tokens.values() if isinstance(tokens, dict) else [tokens]
         check(
-            tokens is None or isinstance(tokens, (list, dict)),
+            tokens is None or all(isinstance(each, list) and all(map(is_index, each)) for each in lists),
             "trainable_token_indices",
             tokens,
             "a list of token indices, a dict of such lists by the name of an embedding, or None",
@@ -296,6 +313,8 @@ class MoeLoraConfig(PeftConfig):
         own = preset_registry.own_words(name)
         axes = [axis for axis in (*_DEFAULTS, "balance") if axis not in (*own, "compute")]
         check_keys(f"preset {name!r}", words, [*own, *cls.peft_words(), *axes])
+        for word in words.keys() & own.keys():
+            check_word(word, words[word], own[word])
         compute = words.get("compute")
         if isinstance(compute, dict) and set(compute) == {"implementation"}:
             words["compute"] = compute["implementation"]
@@ -311,7 +330,7 @@ class MoeLoraConfig(PeftConfig):
     def peft_words(cls) -> list[str]:
         """The words that every preset takes beside its own."""
         ours = {"self", "args", "kwargs", "auto_mapping", "peft_type", "peft_version", "balance"}
-        ours |= {"preset", "moelora_version", "format_version", *_DEFAULTS} - {"compute"}
+        ours |= {"preset", "base_fingerprint", "moelora_version", "format_version", *_DEFAULTS} - {"compute"}
         return sorted(set(inspect.signature(cls.__init__).parameters) - ours)
 
     def num_trainable_parameters(self, model: nn.Module) -> int:

@@ -27,6 +27,10 @@ class FormatVersionError(MoeLoraError):
     """An adapter was written in a format newer than this version of moelora can read."""
 
 
+class AdapterFileError(MoeLoraError):
+    """The files of an adapter are missing, damaged, or hold what no adapter can."""
+
+
 class RegistrationError(MoeLoraError):
     """PEFT's method tables already hold another package's MOELORA."""
 
@@ -45,6 +49,10 @@ class ReportError(MoeLoraError):
 
 class RunError(MoeLoraError):
     """A program cannot start what it was asked for, or cannot resume it."""
+
+
+class TrainingError(MoeLoraError):
+    """Training went wrong: its loss, a gradient or a weight is no number."""
 
 
 class ExportError(MoeLoraError):

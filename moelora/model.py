@@ -15,6 +15,7 @@ from torch import nn
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterNameError, MergeError, TargetError
+from moelora.fingerprint import fingerprint
 from moelora.formats import upgrade_keys
 from moelora.inject.base_modules import base_modules
 from moelora.inject.plan import count_trainable_parameters, plan_sites
@@ -27,7 +28,7 @@ from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
 from moelora.layers.modules import unwrapped
 from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough, wrap_down
-from moelora.loading import check_weights
+from moelora.loading import checked_weights
 from moelora.peft_type import PREFIX
 from moelora.routing.batch import FACTS
 from moelora.routing.run import (
@@ -39,6 +40,8 @@ from moelora.routing.run import (
     known_facts,
     own_hooks,
 )
+from moelora.undo import undone_on_error
+from moelora.validation import unusable_name
 
 TAGS = ["moelora", "mixture-of-lora-experts"]
 
@@ -64,7 +67,8 @@ class MoeLoraModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         check_not_wrapped(model, peft_config)
-        super().__init__(model, peft_config, *args, **kwargs)
+        with undone_on_error(model):
+            super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -76,17 +80,19 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         """See `BaseTuner.inject_adapter`; the hooks are installed once the adapter is in place."""
         self.__dict__["_state_dict_keys"] = tuple(state_dict or ())
+        is_new = not any(layer.has_adapter(adapter_name) for layer in _layers(model))
         try:
             _check_adapter_name(model, adapter_name)
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except Exception:
-            if not any(layer.has_adapter(adapter_name) for layer in _layers(model)):
+            with undone_on_error(self):
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
+        except BaseException:
+            if is_new:
                 self.peft_config.pop(adapter_name, None)  # PEFT notes it before it looks at the model
             raise
         plan: dict[str, PlannedSite] = self.__dict__["_plan"]
@@ -189,8 +195,14 @@ class MoeLoraModel(BaseTuner):
         weights: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, upgrade_keys(state_dict)
         )
-        check_weights(model, adapter_name, config, weights)
-        return weights
+        return checked_weights(model, adapter_name, config, weights)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: MoeLoraConfig, **kwargs: Any) -> dict[str, torch.Tensor]:
+        # PEFT asks for the tensors, then writes the configuration
+        config.base_fingerprint = fingerprint(model) or config.base_fingerprint
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(model=model, config=config, **kwargs)
+        return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version reads `.weight` of what it replaces, which a block does not have; the adapter has been
@@ -234,7 +246,12 @@ class MoeLoraModel(BaseTuner):
 
     @classmethod
     def count_trainable_parameters(cls, model: nn.Module, config: MoeLoraConfig) -> int:
-        """See `MoeLoraConfig.num_trainable_parameters`."""
+        """See `MoeLoraConfig.num_trainable_parameters`.
+
+        Args:
+            model: The base model.
+            config: The configuration that would be put on it.
+        """
         return count_trainable_parameters(model, config)
 
     def unload(self) -> nn.Module:
@@ -324,15 +341,20 @@ _RESERVED_NAMES = frozenset(
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT drops every parameter whose path contains the name of another adapter when it saves one, silently."""
     components = {component for name, _ in base_modules(model) for component in name.split(".")}
+    reason = unusable_name(adapter_name)
+    if reason is not None:
+        raise AdapterNameError(
+            f"adapter name {str(adapter_name)[:60]!r} {reason}; allowed: a name that a folder can have. PEFT "
+            "saves each adapter in a folder of its name."
+        )
     if (
-        not adapter_name
-        or any(character in adapter_name for character in "./\\")
+        "." in adapter_name
         or adapter_name.startswith((PREFIX, "__"))
         or adapter_name in components | _RESERVED_NAMES
         or hasattr(nn.ModuleDict, adapter_name)
     ):
         raise AdapterNameError(
-            f"adapter name {adapter_name!r} is empty, has a dot or a slash, starts with '{PREFIX}' or '__', or is part "
+            f"adapter name {adapter_name!r} has a dot, starts with '{PREFIX}' or '__', or is part "
             f"of a module's path in {type(model).__name__} or of PEFT's; allowed: any other name. PEFT would drop or "
             "mix up parameters when saving."
         )

@@ -6,8 +6,12 @@ tables are filled directly, under a str-Enum of our own: PEFT, transformers and 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+from peft import PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -18,13 +22,16 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from moelora.errors import RegistrationError
 from moelora.peft_type import PEFT_TYPE, PREFIX
 
+Loading = Callable[[Any, Any], AbstractContextManager[None]]
 
-def register(config_cls: type[Any], model_cls: type[Any]) -> None:
+
+def register(config_cls: type[Any], model_cls: type[Any], loading: Loading) -> None:
     """Make `peft.get_peft_model` and `PeftModel.from_pretrained` know the method.
 
     Args:
         config_cls: `MoeLoraConfig`.
         model_cls: `MoeLoraModel`.
+        loading: Makes the context in which a model gets an adapter from a place; it undoes what fails.
 
     Raises:
         RegistrationError: If another package has registered the name or the parameter prefix.
@@ -43,6 +50,29 @@ def register(config_cls: type[Any], model_cls: type[Any]) -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
     CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = ["experts", "placement", "scores", "selection"]
+    _guard_loading(loading)
+
+
+def _guard_loading(loading: Loading) -> None:
+    """Run PEFT's two ways to load an adapter within `loading`.
+
+    PEFT wraps the base model, then reads the weights, and calls nothing of a method's in between: where they cannot be
+    read, only who called it can put the model back.
+    """
+    load_adapter, from_pretrained = PeftModel.load_adapter, PeftModel.from_pretrained.__func__
+
+    @functools.wraps(load_adapter)
+    def guarded_load(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        with loading(self, model_id):
+            return load_adapter(self, model_id, *args, **kwargs)
+
+    @functools.wraps(from_pretrained)
+    def guarded_from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        with loading(model, model_id):
+            return from_pretrained(cls, model, model_id, *args, **kwargs)
+
+    PeftModel.load_adapter = guarded_load
+    PeftModel.from_pretrained = classmethod(guarded_from_pretrained)
 
 
 def tuner_class() -> Any:

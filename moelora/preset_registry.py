@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -85,11 +86,13 @@ def find(name: str) -> Callable[..., Any]:
     return _PRESETS[name]
 
 
-def own_words(name: str) -> list[str]:
-    """The keyword words of a preset beside those of PEFT.
+def own_words(name: str) -> dict[str, Any]:
+    """The types of the keyword words of a preset beside those of PEFT, by name.
 
     Raises:
         ConfigError: If there is no such preset.
     """
-    parameters = inspect.signature(find(name)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    function = find(name)
+    parameters = inspect.signature(function).parameters.values()
+    hints = typing.get_type_hints(inspect.unwrap(function))
+    return {each.name: hints[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}

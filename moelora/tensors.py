@@ -56,10 +56,6 @@ class AdapterTensors(nn.Module):
         """All tensors by name."""
         return {name: self.tensor(name) for name in (*self.pieces, *self.elsewhere)}
 
-    def may_be_fresh(self) -> bool:
-        """Whether all tensors that it holds may still be as they started."""
-        return all(param.init.may_be(self.get_parameter(name)) for name, param in self.declared.items())
-
     def freeze_untrained(self) -> None:
         """Take the gradient from what is declared as not trained; PEFT asks for gradients by adapter, not by tensor."""
         for name, param in self.declared.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moelora.cli import main
-from moelora.cli.export import TARGETS
+from moelora_cli import main
+from moelora_cli.export import TARGETS
 from tests.compose.loras import three_loras
 from tests.runs.tiny import tiny_folder
 

@@ -34,7 +34,7 @@ def test_a_shipped_configuration_is_valid_and_says_how_to_run_it(file: Path) -> 
     config = load_config(file)
     name = file.relative_to(CONFIGS).as_posix()
     header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"python -m train configs/{name}" in header
+    assert f"moelora train configs/{name}" in header
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
     if file.parent.name == "recipes":
         assert config.recipe == file.stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,18 @@ def test_reference_implementation_on_quantised_linears(scheme: str, load: Load) 
     fast = outputs(model)
     model.peft_config["default"].compute = Reference()
     torch.testing.assert_close(outputs(model), fast, **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # PEFT calls it by its old name
+def test_the_page_on_quantised_bases(load: Load, tmp_path: Path) -> None:
+    """docs/distributed.md's block, on a tiny model."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    base = load("nf4-bf16")
+    tiny = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base.config._name_or_path)
+    assert tiny != code
+    names: dict[str, Any] = {}
+    exec(compile(tiny, "distributed.md", "exec"), names)
+    layers = [module for module in names["model"].modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert torch.isfinite(names["model"](**tiny_batch()).logits).all()

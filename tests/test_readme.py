@@ -65,7 +65,7 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
 def test_the_table_of_methods_is_that_of_the_presets(page: str) -> None:
-    """If it fails: `moelora methods --write README.md docs/methods.md`."""
+    """If it fails: `moelora presets --write README.md docs/methods.md`."""
     text = (README.parent / page).read_text()
     assert with_table(text) == text
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import eval.lm_eval as lm_eval
-from eval.__main__ import main as score
-from eval.compare.__main__ import main as compare
-from moelora.cli import main as moelora
+from moelora_cli import main as moelora
 from tests.eval.compare.tiny import write_benchmark
 from tests.eval.suites.test_registry import write_task
 from tests.eval.tiny_suite import write_rows
@@ -28,6 +27,10 @@ def _commands() -> list[list[str]]:
     section = README.read_text().split("\n## Benchmarks\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
     return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def _moelora(verb: str, words: list[str]) -> int:
+    return moelora([verb, *words])
 
 
 def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +55,10 @@ def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "moelora_commonsense": "moelora_commonsense --limit 1 --device cpu --batch_size 8",
     }
     programs: dict[str, Callable[[list[str]], int | None]] = {
-        "python -m eval": score,
-        "python -m eval.compare": compare,
+        "moelora eval": partial(_moelora, "eval"),
+        "moelora compare": partial(_moelora, "compare"),
+        "moelora report": partial(_moelora, "report"),
         "python -m eval.lm_eval": lm_eval.main,
-        "moelora report": lambda words: moelora(["report", *words]),
     }
     monkeypatch.setenv("MOELORA_DATA_DIR", str(write_rows(tmp_path / "rows")))
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "task" / "manager.py"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Tools whose newest fitting version is as good as the oldest.
-TOOLS = {"ruff", "mypy", "types-pyyaml", "moelora"}
+TOOLS = {"ruff", "mypy", "types-pyyaml", "build", "twine", "hatchling", "moelora"}
 
 
 def canonical(name: str) -> str:

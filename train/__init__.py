@@ -1,1 +1,1 @@
-"""Training programs: `python -m train CONFIG.yaml [key=value ...]`."""
+"""Training programs: `moelora train CONFIG.yaml [key=value ...]`."""

@@ -29,12 +29,12 @@ from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.layers.base import MoeLoraLayer
 from moelora.runs.config import BaselineConfig, RunConfig, SequentialConfig, adapter_config, training_config
-from moelora.runs.console import IS_MAIN, say
+from moelora.runs.console import IS_MAIN
 from moelora.runs.data import load_rows
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir, task_stage
 from moelora.runs.models import ModelSource, load_adapter, load_model, load_tokenizer
 from train.baseline import baseline_config
-from train.sft import new_adapter, show_rows, train_stage
+from train.sft import new_adapter, say_done, show_rows, train_stage
 
 # A mean embedding hardly moves with more rows than this.
 CENTROID_ROWS = 256
@@ -80,7 +80,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     _finish(folder, ADAPTER, done)
     if config.baseline is not None:
         _finish(folder, BASELINE, _train_baseline(config, config.baseline, lora, of_task, folder, tokenizer))
-    say(f"\nDone: {folder.root}\nNext: python -m eval {folder.root}")
+    say_done(config, folder)
 
 
 def _train_baseline(

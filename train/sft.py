@@ -22,15 +22,19 @@ from moelora.runs.console import IS_MAIN, say
 from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from moelora.runs.precision import say_if_slow
 from moelora.runs.progress import LiveProgress
 from moelora.runs.recipes import RECIPES
+from moelora.runs.stopping import SaveAndStop
 from moelora.runs.wording import minutes, one_line
 from moelora.training.centroids import fit_unfitted
+from moelora.training.finite import check_weights
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
+from train.resuming import Resumable
 
 
-class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
+class RunTrainer(Resumable, MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
 
 
@@ -74,8 +78,17 @@ def run(
         trainer = partial(trainer_class, **words)
         make_model = partial(_make_model, config, peft_config, more)
         train_stage(stage, make_model, args, folder, tokenizer, rows, trainer_class=trainer)
-    is_scored = RECIPES[config.recipe].task_type == "CAUSAL_LM"
-    say(f"\nDone: {folder.root}" + (f"\nNext: python -m eval {folder.root}" if is_scored else ""))
+    say_done(config, folder)
+
+
+def say_done(config: RunConfig, folder: RunDir) -> None:
+    """Say where the run is, and the commands that go on from there."""
+    root = folder.root
+    if RECIPES[config.recipe].task_type != "CAUSAL_LM":
+        say(f"\nDone: {root}")
+        return
+    scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
+    say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")
 
 
 def reads_tasks(adapter: MoeLoraConfig) -> bool:
@@ -100,6 +113,7 @@ def _make_model(config: RunConfig, peft_config: Any, more: dict[str, Any]) -> An
 def show_rows(rows: Any, config: RunConfig) -> None:
     """Print what a run is trained on."""
     say(f"Model     {config.model} in {config.dtype}")
+    say_if_slow(config.dtype)
     tasks = Counter(rows["task"]) if "task" in rows.column_names else {}
     say(f"Rows      {len(rows)}" + (f": {', '.join(f'{t} {n}' for t, n in sorted(tasks.items()))}" if tasks else ""))
     row = {key: value for key, value in rows[0].items() if key != "task"}
@@ -135,12 +149,17 @@ def make_trainer(
     """A trainer of a model's adapter, without a progress display.
 
     Raises:
-        MoeLoraError: If the trainer refuses the arguments, the rows or the model.
+        MoeLoraError: If the trainer refuses the arguments or the model, or no row is short enough to be trained on.
     """
     try:
         trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     except ValueError as error:
         raise error if isinstance(error, MoeLoraError) else RunError(f"training: {one_line(error)}") from error
+    if len(trainer.train_dataset) == 0:
+        raise RunError(
+            f"training.max_length is {args.max_length}, and the prompt of every row is at least as long, so that no "
+            "completion is left to train on; allowed: more tokens than the longest prompts have."
+        )
     trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -186,9 +205,16 @@ def train_stage(
     checkpoint = folder.last_checkpoint(stage)
     if checkpoint is not None:
         say(f"Resuming  from {checkpoint}")
+    stop = SaveAndStop()
+    trainer.add_callback(stop)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop.listening(trainer.accelerator.num_processes):
+        if checkpoint is not None and folder.is_last(checkpoint):
+            trainer.resume_finished(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
+    check_weights(model, trainer.state.global_step)
     if trainer.is_world_process_zero():
         earlier = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         record = {

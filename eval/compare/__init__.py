@@ -1,1 +1,1 @@
-"""Train and score several methods alike: `python -m eval.compare configs/benchmarks/commonsense.yaml`."""
+"""Train and score several methods alike: `moelora compare configs/benchmarks/commonsense.yaml`."""

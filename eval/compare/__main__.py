@@ -1,27 +1,49 @@
 """Train and score several methods alike, and render the table.
 
-For example `python -m eval.compare configs/benchmarks/commonsense.yaml`. It says first what it will do and how long
-that takes. Run the same command again to resume it after it was stopped, however it was stopped; what is finished is
-never done again. Run it twice at once, with a thread each, and the two share the work. `--plan` only says, `--render`
-only draws the tables of what is there.
+It says first what it will do and how long that takes. Run the same command again to resume it after it was stopped,
+however it was stopped; what is finished is never done again. Run it twice at once, with a thread each, and the two
+share the work. --plan only says, --render only draws the tables of what is there. In a clone `python -m eval.compare`
+is the same as `moelora compare`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+STOPPED = "Stopped. Run the same command again to resume it."
+EXAMPLES = """\
+Examples:
+    moelora compare configs/benchmarks/commonsense.yaml --plan
+    moelora compare configs/benchmarks/commonsense.yaml
+    moelora compare configs/benchmarks/commonsense.yaml --only lora --only '*-lr'"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.compare",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="the YAML file of the comparison")
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+
+    # after the words are read, so that --help answers at once
+    from moelora.runs.program import exit_status
+
+    return exit_status(lambda: run(options), stopped=STOPPED)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words of the program."""
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the comparison")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a value of the file; dots for nesting"
     )
@@ -35,18 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="do only cells whose names begin so, '*' for anything: lora, '*-lr' for all trials; repeatable",
     )
     parser.add_argument("--no-probe", action="store_true", help="do not time a few steps for the estimate")
-    options = parser.parse_intermixed_args(arguments)
-
-    # after the words are read, so that --help answers at once
-    from moelora.runs.program import exit_status
-    from moelora.runs.quiet import quiet_libraries
-
-    quiet_libraries()
-    command = f"python -m eval.compare {' '.join([options.config, *options.overrides])}"
-    return exit_status(lambda: run(options, command), stopped="Stopped. Run the same command again to resume it.")
 
 
-def run(options: argparse.Namespace, command: str) -> None:
+def run(options: argparse.Namespace) -> None:
     """Do what is left of a comparison.
 
     Raises:
@@ -61,8 +74,12 @@ def run(options: argparse.Namespace, command: str) -> None:
     from eval.compare.work import open_bench
     from moelora.errors import RunError
     from moelora.runs.console import say
+    from moelora.runs.precision import say_if_slow
+    from moelora.runs.quiet import quiet_libraries
     from moelora.runs.wording import minutes
 
+    quiet_libraries()
+    command = shlex.join(["moelora", "compare", options.config, *options.overrides])
     config = load_benchmark(options.config, options.overrides)
     board = Board(config)
     if options.render:
@@ -74,6 +91,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     sizes = check_sizes(config)
     for key, size in sizes.items():
         say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active per token")
+    say_if_slow(config.dtype)
     if options.plan:
         plan.show(board, plan.Timing.of(board))
         return

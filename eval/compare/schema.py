@@ -295,7 +295,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
 
     Args:
         path: The YAML file.
-        overrides: `key=value` each, as for `python -m train`.
+        overrides: `key=value` each, as for `moelora train`.
 
     Raises:
         MoeLoraError: If the file cannot be read, or a key or value in it is not allowed.

@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moelora.cli.diagnose import DESCRIPTION, EPILOG, add_arguments, run
 from moelora.runs.program import exit_status
+from moelora_cli.diagnose import DESCRIPTION, EPILOG, add_arguments, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def next_steps(
     """
     # a configuration may train its tasks one after the other; what is advised first is to train them at once
     recipe = [] if config.recipe == "sft" else ["--recipe", "sft"]
-    train = ["python", "-m", "train", *place.config, *recipe]
+    train = ["moelora", "train", *place.config, *recipe]
     if verdict.kind == "lora":
         words = [_lora(plan, plan.rank), "baseline=null", f"output_dir={config.output_dir}-lora"]
         return [_step("Train one LoRA on all tasks", [*train, *words])]
@@ -75,7 +75,7 @@ def next_steps(
         if not all(re.fullmatch(r"[A-Za-z0-9_][\w.-]*", task) for task in plan.tasks):
             return [compose]
         order = f"sequential={{order: {json.dumps(plan.tasks)}}}"
-        in_turn = ["python", "-m", "train", *place.config, "--recipe", "sequential"]
+        in_turn = ["moelora", "train", *place.config, "--recipe", "sequential"]
         in_turn += [_lora(plan, plan.part_rank), order, "baseline=null", f"output_dir={config.output_dir}-sequential"]
         return [compose, _step("Where tasks come one after the other, train an expert for each", in_turn)]
     preset = config.adapter["preset"]

@@ -109,7 +109,7 @@ def _check_installed() -> None:
     if missing:
         raise RunError(
             f"a diagnosis trains with TRL and draws with matplotlib; not installed: {', '.join(missing)}. "
-            "pip install 'moelora[trl,report]'"
+            "pip install trl matplotlib jinja2"
         )
 
 

@@ -80,7 +80,7 @@ def _by_task(rows: Any) -> dict[str, list[int]]:
     if len(by_task) < 2:
         raise RunError(
             f"all rows are of the task {next(iter(by_task))!r}; allowed: at least two tasks. One task needs no "
-            "mixture by task; train a LoRA, and a mixture beside it if you are curious (`python -m train`)."
+            "mixture by task; train a LoRA, and a mixture beside it if you are curious (`moelora train`)."
         )
     return dict(sorted(by_task.items()))
 

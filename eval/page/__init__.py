@@ -15,7 +15,7 @@ def build_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a run; it needs no network to be read.
 
     Args:
-        run: Folder of a run, or of an adapter, with what `python -m train` and `python -m eval` have left in it.
+        run: Folder of a run, or of an adapter, with what `moelora train` and `moelora eval` have left in it.
         output: The HTML file; None for `report.html` in the run's folder.
 
     Returns:

@@ -1,6 +1,6 @@
 """What a run's folder holds, in the form that the page shows.
 
-The files are those of `python -m train` (`config.yaml`, `<stage>/training.json`), `python -m eval` (`metrics.json`
+The files are those of `moelora train` (`config.yaml`, `<stage>/training.json`), `moelora eval` (`metrics.json`
 and `routing.json`, in the folder itself and in `results/<suite>`) and `moelora diagnose` (`diagnosis.json`); each may
 be missing.
 """
@@ -59,7 +59,7 @@ def read_run(run: Path) -> Json:
     if not (words or evaluations or routing or training or diagnosis):
         raise ReportError(
             f"{str(run)!r} holds nothing to report: no adapter, no training.json, no metrics.json, no routing.json and "
-            "no diagnosis.json. Give the folder of a run that `python -m train` and `python -m eval`, or `moelora "
+            "no diagnosis.json. Give the folder of a run that `moelora train` and `moelora eval`, or `moelora "
             "diagnose`, have written."
         )
     alone = diagnosis is not None and not (words or evaluations or routing or training)
@@ -211,7 +211,7 @@ def _routing(name: str, content: Json) -> Json:
             "texts": content["texts"],
         }
     except (KeyError, TypeError) as error:
-        raise ReportError(f"routing.json of {name!r} lacks {error}; let `python -m eval` write it again.") from error
+        raise ReportError(f"routing.json of {name!r} lacks {error}; let `moelora eval` write it again.") from error
 
 
 def _kind(layer: str) -> str:
@@ -235,9 +235,9 @@ def _missing(evaluations: list[Json], training: Mapping[str, Json], routing: lis
     """What the page could show and the folder does not have."""
     missing = []
     if not evaluations:
-        missing.append("No scores yet: `python -m eval RUN --suite commonsense` makes them.")
+        missing.append("No scores yet: `moelora eval RUN --suite commonsense` makes them.")
     if "adapter" not in training:
         missing.append("No training curves: the folder has no training.json of the adapter.")
     if not routing:
-        missing.append("No routing: the adapter has no routers, or `python -m eval` has not analysed it yet.")
+        missing.append("No routing: the adapter has no routers, or `moelora eval` has not analysed it yet.")
     return missing

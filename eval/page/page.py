@@ -23,7 +23,7 @@ def render_page(content: dict[str, Any]) -> str:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise ReportError(
-            "the page is made with jinja2, which is not installed: pip install 'moelora[report]'."
+            "the page is made with jinja2, which is not installed: pip install jinja2 matplotlib."
         ) from error
     files = resources.files("eval.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

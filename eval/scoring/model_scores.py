@@ -112,7 +112,7 @@ class ModelScores:
             return cls(tasks=tasks, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
-                f"{str(file)!r} is not a result of `python -m eval --suite` ({type(error).__name__}: {error})."
+                f"{str(file)!r} is not a result of `moelora eval --suite` ({type(error).__name__}: {error})."
             ) from error
 
 

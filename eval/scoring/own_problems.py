@@ -21,7 +21,7 @@ def evaluate(
     """Score a run on fresh problems of its tasks and write metrics.json, report.md and the pictures.
 
     Args:
-        source: As on the command line of `python -m eval`.
+        source: As on the command line of `moelora eval`.
         config_file: As there.
         limit: As there.
         batch_size: As there.
@@ -39,7 +39,7 @@ def evaluate(
         write_atomically(folder / "routing.json", json.dumps(as_json(routing, results.views)) + "\n")
     command = " ".join(
         [
-            "python -m eval",
+            "moelora eval",
             source,
             *([f"--config {config_file}"] if config_file else []),
             *([f"--limit {limit}"] if limit else []),

@@ -61,9 +61,7 @@ def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, l
         if config_file is not None:
             raise RunError(f"{source!r} is a run and has its own config.yaml; leave --config out.")
         if not run.is_finished(ADAPTER):
-            raise RunError(
-                f"the run {source!r} has no finished adapter; `python -m train {run.config_file}` resumes it."
-            )
+            raise RunError(f"the run {source!r} has no finished adapter; `moelora train {run.config_file}` resumes it.")
         config = load_config(run.config_file)
         if RECIPES[config.recipe].task_type != "CAUSAL_LM":
             raise RunError(

@@ -126,7 +126,7 @@ def score_model(
             config={"model": base.model, "dtype": base.dtype, "model_kwargs": base.model_kwargs, "batch": batch_size},
             seeds={},
             seconds=time.monotonic() - started,
-            command=f"python -m eval {contestant.adapter or '...'} --suite {suite.name}"
+            command=f"moelora eval {contestant.adapter or '...'} --suite {suite.name}"
             + (f" --protocol {suite.protocol}" if suite.name == "commonsense" else "")
             + (f" --limit {limit}" if limit else "")
             + f" --batch-size {batch_size}",

@@ -116,7 +116,7 @@ def _task_manager() -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RunError(
-            f"scoring is done by lm-eval, which cannot be imported ({error}): pip install 'moelora[eval]'."
+            f"scoring is done by lm-eval, which cannot be imported ({error}): pip install lm-eval."
         ) from error
     # It says at the level of warnings what its users meant by the very words they gave.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

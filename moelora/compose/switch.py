@@ -31,7 +31,7 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
 
     Raises:
         ComposeError: If the model has no such adapter with a router, or several are active and none is named, or the
-            adapter has no such expert.
+            adapter has no such expert, or its experts cannot be switched one by one (a tree of residuals).
     """
     if adapter is None:
         adapter = _active(model)
@@ -44,7 +44,13 @@ def switch_experts(model: nn.Module, experts: Mapping[str | int, bool], adapter:
         routed = {name for each in model.modules() if isinstance(each, MoeLoraLayer) for name in each.routers}
         allowed = ", ".join(sorted(routed)) or "a model with a mixture"
         raise ComposeError(f"the model has no mixture of an adapter {adapter!r}; allowed: {allowed}.")
-    choice = layers[0].configs[adapter].experts
+    config = layers[0].configs[adapter]
+    if config.selection.needs_all:
+        raise ComposeError(
+            f"the selection of adapter {adapter!r} is {config.selection.kind!r}; allowed: one whose experts do not "
+            "depend on each other. Here an expert is an edge of a tree, which leads to others."
+        )
+    choice = config.experts
     names = list(getattr(choice, "names", []))
     E = choice.fewest  # what every layer has
     if choice.num_experts > E:

@@ -118,8 +118,14 @@ class Experts(Choice):
         """The factor of what an expert adds."""
         return 1.0
 
-    def site_phrase(self, num_experts: int) -> str:
-        """What stands at a site, for a table; of experts that are no stacks of LoRAs."""
+    def site_phrase(self, num_experts: int, routed: bool = True, roles: Sequence[str] = ()) -> str:
+        """What stands at a site, for a table.
+
+        Args:
+            num_experts: How many experts are stored there.
+            routed: Whether there is a mixture.
+            roles: The linears of a feed-forward block that have experts.
+        """
         return f"mixture of {num_experts} {self.kind} experts" if num_experts > 1 else f"{self.kind} adapter"
 
     def check_router_at_each_linear(self, config: Any, reason: str) -> None:

@@ -40,6 +40,7 @@ class DoraExperts(LoraExperts):
 
     kind: ClassVar[str] = "dora"
     is_low_rank: ClassVar[bool] = False
+    lora_name: ClassVar[str] = "DoRA"
 
     def check(self, config: Any) -> None:
         """Refuse whole blocks without a weight, and the compiled form.

@@ -6,7 +6,7 @@ Shape suffixes: E experts, R rank of one expert, D input features, O output feat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from moelora.errors import TargetError
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
 from moelora.tensors import AdapterTensors
-from moelora.validation import check, check_bool, check_choice, is_count, is_index, is_real, is_share
+from moelora.validation import check, check_bool, check_choice, is_count, is_index, is_positive, is_real, is_share
 
 Initialisation = Literal["kaiming", "normal"]
 
@@ -46,6 +46,8 @@ class LoraExperts(Experts):
     kind: ClassVar[str] = "lora"
     is_low_rank: ClassVar[bool] = True
     has_stacks: ClassVar[bool] = True
+    lora_name: ClassVar[str] = "LoRA"
+    """What one expert is called in a table."""
 
     r: int = 16
     lora_alpha: float = 32
@@ -59,7 +61,7 @@ class LoraExperts(Experts):
     def __post_init__(self) -> None:
         check(is_count(self.num_experts), "num_experts", self.num_experts, "an integer of at least 1")
         check(is_count(self.r), "r", self.r, "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_positive(self.lora_alpha), "lora_alpha", self.lora_alpha, "a positive number")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check_bool("use_rslora", self.use_rslora)
         check_choice("experts.init", self.init, Initialisation)
@@ -102,6 +104,23 @@ class LoraExperts(Experts):
     def scaling(self) -> float:
         """The factor of `B A x`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def site_phrase(self, num_experts: int, routed: bool = True, roles: Sequence[str] = ()) -> str:
+        """See `Experts.site_phrase`."""
+        if not routed:
+            return f"plain {self.lora_name}"
+        whole = "feed-forward " if roles else ""
+        name = "" if roles and self.lora_name == "LoRA" else f"{self.lora_name} "
+        at = f" ({', '.join(roles)})" if roles else ""
+        return f"mixture of {self.counted(num_experts)} {whole}{name}experts{at}"
+
+    def counted(self, num_stored: int) -> str:
+        """The number of experts of a mixture, for a table.
+
+        Args:
+            num_stored: How many are stored.
+        """
+        return str(num_stored)
 
     def frozen(self, num_experts: int) -> Self:
         """See `Choice.frozen`."""

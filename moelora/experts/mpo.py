@@ -18,7 +18,7 @@ from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
 from moelora.tensors import AdapterTensors
-from moelora.validation import check, check_bool, is_count, is_real, is_share
+from moelora.validation import check, check_bool, is_count, is_positive, is_share
 
 
 @register
@@ -61,7 +61,7 @@ class MpoExperts(Experts):
     def __post_init__(self) -> None:
         for name in ("num_experts", "r", "ends"):
             check(is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_positive(self.lora_alpha), "lora_alpha", self.lora_alpha, "a positive number")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check_bool("use_rslora", self.use_rslora)
         check(is_share(self.gradient_mask), "gradient_mask", self.gradient_mask, "0 <= gradient_mask < 1")

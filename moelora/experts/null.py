@@ -57,6 +57,10 @@ class NullLoraExperts(LoraExperts):
         """See `Experts.null_experts`."""
         return self.num_null
 
+    def counted(self, num_stored: int) -> str:
+        """See `LoraExperts.counted`."""
+        return f"{num_stored} and {self.num_null} null"
+
     def params(self, site: Site) -> list[Param]:
         """As of `LoraExperts`, of the experts that are not null."""
         return super().params(replace(site, num_experts=site.num_experts - site.num_null))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import ExpertInput, Experts
 from moelora.scores.tree import by_level, check_sizes, num_edges
-from moelora.validation import check, check_choice, is_count, is_real, is_share
+from moelora.validation import check, check_choice, is_count, is_positive, is_share
 
 Activation = Literal["tanh", "relu", "identity"]
 Position = Literal["all", "child"]
@@ -62,7 +62,7 @@ class ResidualTreeExperts(Experts):
         check(self.num_experts == E, "experts.num_experts", self.num_experts, f"{E}, the edges of the tree")
         check(is_count(self.r), "r", self.r, "an integer of at least 1")
         alpha = self.alpha
-        check(alpha is None or is_real(alpha), "lora_alpha", alpha, "a finite number, or None")
+        check(alpha is None or is_positive(alpha), "lora_alpha", alpha, "a positive number, or None")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check_choice("activation", self.activation, Activation)
         check_choice("position", self.position, Position)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import ExpertInput, Experts
-from moelora.validation import check, is_count, is_real, is_share
+from moelora.validation import check, is_count, is_positive, is_share
 
 
 @register
@@ -55,7 +55,7 @@ class RoundsExperts(Experts):
     def __post_init__(self) -> None:
         for name in ("num_experts", "r"):
             check(is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_positive(self.lora_alpha), "lora_alpha", self.lora_alpha, "a positive number")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check(is_count(self.features), "state_features", self.features, "an integer of at least 1")
         T = self.rounds

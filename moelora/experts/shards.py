@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from moelora.errors import ConfigError
 from moelora.experts.base import Experts
 from moelora.ops.factors import Factors
 from moelora.tensors import AdapterTensors
-from moelora.validation import check, check_bool, is_count, is_index, is_real, is_share
+from moelora.validation import check, check_bool, is_count, is_index, is_positive, is_share
 
 
 @register
@@ -61,7 +61,7 @@ class ShardExperts(Experts):
         check(self.num_experts == 1, "experts.num_experts", self.num_experts, "1 with 'shards' experts")
         for name in ("r", "equivalent_rank", "shards"):
             check(is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
-        check(is_real(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        check(is_positive(self.lora_alpha), "lora_alpha", self.lora_alpha, "a positive number")
         check(is_share(self.lora_dropout), "lora_dropout", self.lora_dropout, "0 <= lora_dropout < 1")
         check_bool("use_rslora", self.use_rslora)
         check(is_index(self.seed), "seed", self.seed, "an integer of at least 0")
@@ -105,7 +105,7 @@ class ShardExperts(Experts):
                 f"{public + self.private}. Raise equivalent_rank, or lower r."
             )
 
-    def site_phrase(self, num_experts: int) -> str:
+    def site_phrase(self, num_experts: int, routed: bool = True, roles: Sequence[str] = ()) -> str:
         """See `Experts.site_phrase`."""
         return f"pools of shards, for a LoRA of rank {self.r} at each linear of the sort"
 

@@ -62,6 +62,10 @@ class SharedLoraExperts(LoraExperts):
             "The block is inside every expert, and weights that sum to more than one would scale it; take 'linear'.",
         )
 
+    def counted(self, num_stored: int) -> str:
+        """See `LoraExperts.counted`."""
+        return f"{num_stored - self.num_shared} routed and {self.num_shared} shared"
+
     def _num_stored(self, site: Site) -> int:
         return site.num_experts + (self.num_shared if site.routed else 0)
 

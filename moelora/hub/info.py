@@ -42,9 +42,9 @@ class Site:
     Attributes:
         module: Their name in the base model, with `*` for the layer's number.
         kind: What sits there.
-        num_experts: Experts of each (1 for plain LoRA, 0 where a module is saved whole).
+        num_experts: Stored experts of each (1 for plain LoRA, 0 where a module is saved whole).
         roles: Which linears of a feed-forward block have experts.
-        experts: What stands there, where the experts are no stacks of LoRAs.
+        experts: What stands there; empty where a module is saved whole.
         layers: The layers' numbers.
         count: Number of modules.
         num_parameters: Stored values of all of them, buffers included.
@@ -63,13 +63,7 @@ class Site:
 
     def describe(self) -> str:
         """One phrase for a table."""
-        if self.kind == "feed-forward mixture":
-            return f"mixture of {self.num_experts} feed-forward experts ({', '.join(self.roles)})"
-        if self.kind == "linear mixture":
-            return f"mixture of {self.num_experts} LoRA experts"
-        if self.kind == "own experts":
-            return self.experts
-        return self.kind
+        return self.experts or self.kind
 
     def layer_ranges(self) -> str:
         """The layers as ranges: "0-3, 7"; empty outside numbered layers."""
@@ -133,14 +127,15 @@ class AdapterInfo:
         sites = []
         for (pattern, kind, num_experts, roles), members in groups.items():
             tensors = [tensor for module in members for tensor in modules[module]]
-            trained = self._trained_names(num_experts, roles, kind != "plain LoRA")
+            routed = kind != "plain LoRA"
+            trained = self._trained_names(num_experts, roles, routed)
             layers = {int(match[0]) for module in members if (match := re.search(r"(?<=\.)\d+(?=\.|$)", module))}
             site = Site(
                 module=pattern,
                 kind=kind,
                 num_experts=num_experts,
                 roles=roles,
-                experts=self.config.experts.site_phrase(num_experts) if kind == "own experts" else "",
+                experts=self.config.experts.site_phrase(num_experts, routed, roles) if num_experts else "",
                 layers=tuple(sorted(layers)),
                 count=len(members),
                 num_parameters=sum(tensor.numel for tensor in tensors),

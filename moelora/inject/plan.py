@@ -7,14 +7,17 @@ was.
 from __future__ import annotations
 
 import copy
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from moelora.choices import Param
 from moelora.config import MoeLoraConfig
-from moelora.errors import TargetError
+from moelora.errors import ConfigError, TargetError
 from moelora.inject.base_modules import base_modules
 from moelora.inject.besides import check_besides, count_besides
 from moelora.inject.parts import features_of, is_causal
@@ -57,6 +60,7 @@ def plan_sites(model: nn.Module, config: MoeLoraConfig) -> dict[str, PlannedSite
             choice.check_site(declared)
         config.expert_params(declared)  # what does not fit is refused before any module is replaced
     check_besides(model, modules, config, sites)
+    _check_size(modules, config, sites)
     return sites
 
 
@@ -93,14 +97,41 @@ def count_trainable_parameters(model: nn.Module, config: MoeLoraConfig) -> int:
     sites = plan_sites(model, planned)
     modules = dict(base_modules(model))
     total = count_besides(model, modules, planned, sites)
+    return total + sum(param.num_trainable for param in _declared(modules, planned, sites))
+
+
+def _declared(modules: dict[str, nn.Module], config: MoeLoraConfig, sites: dict[str, PlannedSite]) -> Iterator[Param]:
+    """The tensors of all experts and routers; those that sites share come once."""
     seen: set[tuple[str, str]] = set()
     for site in sites.values():
-        sizes = site.sizes(modules)
-        declared = site.declare(planned, sizes)
-        params = [*planned.expert_params(declared), *planned.router_params(declared)]
-        total += sum(param.num_trainable for param in params if (param.shared, param.name) not in seen)
+        declared = site.declare(config, site.sizes(modules))
+        params = [*config.expert_params(declared), *config.router_params(declared)]
+        yield from (param for param in params if (param.shared, param.name) not in seen)
         seen |= {(param.shared, param.name) for param in params if param.shared}
-    return total
+
+
+def _check_size(modules: dict[str, nn.Module], config: MoeLoraConfig, sites: dict[str, PlannedSite]) -> None:
+    """Refuse an adapter that no memory holds, before any of it is made.
+
+    Raises:
+        ConfigError: Says how large it would be.
+    """
+    count = sum(param.numel for param in _declared(modules, config, sites))
+    memory = _memory()
+    if memory is not None and 4 * count > memory:
+        raise ConfigError(
+            f"num_experts={config.experts.num_experts} and r={config.experts.r} make {count:,} parameters, "
+            f"{4 * count / 1e9:,.0f} GB in float32; allowed: what fits into this machine's {memory / 1e9:,.0f} GB. "
+            "Lower one of them, or target fewer modules."
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, PlannedSite]) -> None:

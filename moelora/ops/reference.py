@@ -174,7 +174,7 @@ def intuition_weights(
 def feed_forward(
     x_D: Tensor, linear: Callable[[str, Tensor], Tensor], kind: str, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """A feed-forward block of the given linears on one token; `kind` and `activation` as in `feed_forward_expert`."""
+    """A feed-forward block on one token, `linear(name, x_D)`; `kind` and `activation` as in `feed_forward_expert`."""
     if kind == "gated":
         hidden_F = activation(linear("gate", x_D)) * linear("up", x_D)
     elif kind == "fused":
@@ -255,7 +255,7 @@ def mixture_feed_forward(
 
 
 def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Softmax, the `top_k` largest, optionally divided by their sum.
+    """Softmax, the `top_k` largest, with `renormalize` divided by their sum.
 
     Returns:
         weights_TK and ids_TK, best first.
@@ -273,7 +273,7 @@ def softmax_top_k(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Ten
 
 
 def softmax_top_p(logits_TE: Tensor, top_p: float, renormalize: bool) -> Tensor:
-    """MixLoRA-Dynamic's gate: softmax, the largest until their sum is above `top_p`, optionally divided by their sum.
+    """MixLoRA-Dynamic's gate: softmax, the largest until their sum is above `top_p`; `renormalize` divides by it.
 
     Returns:
         weights_TE, 0 where an expert was not kept.
@@ -336,7 +336,7 @@ def learned_threshold(logits_TE: Tensor, threshold_logits_T: Tensor, max_thresho
 
 
 def bias_update(bias_E: Tensor, ids_TK: Tensor, rate: float) -> Tensor:
-    """SMoRA's balancing step: `b + u * sign(mean(n) - n)` with n the number of tokens of each expert."""
+    """SMoRA's balancing step: `b + rate * sign(mean(n) - n)` with n the number of tokens of each expert."""
     counts = [int((ids_TK == e).sum()) for e in range(len(bias_E))]
     mean = sum(counts) / len(counts)
     return torch.stack(
@@ -348,7 +348,7 @@ def capacity_kept(ids_BSK: Tensor, num_experts: int, capacity_factor: float, val
     """Which choices find room under a capacity: for each sequence all first choices in token order, then the second.
 
     Returns:
-        Boolean kept_BSK.
+        Boolean kept_BSK; an expert takes `capacity_factor * K * valid tokens / num_experts` of them, rounded up.
     """
     B, S, K = ids_BSK.shape
     factor = Fraction(capacity_factor).limit_denominator(10_000)  # 1.1 is 11/10

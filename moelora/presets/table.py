@@ -21,7 +21,7 @@ HEADER = (
     "parameters per rank",
     "verified against",
 )
-BEGIN = "<!-- methods: `moelora methods --write FILE` makes this table of the presets -->"
+BEGIN = "<!-- methods: `moelora presets --write FILE` makes this table of the presets -->"
 END = "<!-- end of methods -->"
 
 

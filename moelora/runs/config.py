@@ -25,7 +25,7 @@ from moelora.runs.schema import build
 from moelora.runs.trainer_arguments import trainer_arguments
 from moelora.runs.yaml_file import read_words
 from moelora.training.router_training import RouterTraining
-from moelora.validation import check_at_least_one
+from moelora.validation import check, check_at_least_one, is_count, is_positive, is_real, is_seed, is_share
 
 Recipes = Literal["sft", "sequential", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
 
@@ -82,6 +82,7 @@ class DatasetConfig:
                     f"dataset.tasks.{task} is {options!r}; it must be a mapping, {{}} for the task's defaults."
                 )
         check_at_least_one(self, "dataset", "rows_per_task", "limit")
+        check(is_seed(self.seed), "dataset.seed", self.seed, "a whole number of 0 to 4294967295")
 
 
 @dataclass(kw_only=True)
@@ -101,6 +102,14 @@ class BaselineConfig:
     lora_dropout: float | None = None
     target_modules: str | list[str] = "all-linear"
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self.r == "match" or is_count(self.r), "baseline.r", self.r, "an integer of at least 1, or 'match'")
+        alpha, dropout = self.lora_alpha, self.lora_dropout
+        check(alpha is None or is_positive(alpha), "baseline.lora_alpha", alpha, "a positive number, or null")
+        check(
+            dropout is None or is_share(dropout), "baseline.lora_dropout", dropout, "a number of 0 to below 1, or null"
+        )
 
 
 @dataclass(kw_only=True)
@@ -131,8 +140,7 @@ class SequentialConfig:
     replay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.replay < 0:
-            raise RunError(f"sequential.replay is {self.replay}; allowed: a number of at least 0.")
+        check(is_real(self.replay) and self.replay >= 0, "sequential.replay", self.replay, "a number of at least 0")
         if self.router == "centroids" and self.replay > 0:
             raise RunError(
                 f"sequential.replay is {self.replay} with router 'centroids'; allowed: 0. Rows of earlier tasks go "
@@ -147,7 +155,7 @@ class SequentialConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """How `python -m eval` scores the run.
+    """How `moelora eval` scores the run.
 
     Args:
         rows_per_task: Fresh problems per task.
@@ -163,6 +171,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "evaluation", "rows_per_task", "batch_size", "max_new_tokens")
+        check(is_seed(self.seed), "evaluation.seed", self.seed, "a whole number of 0 to 4294967295")
 
 
 @dataclass(kw_only=True)
@@ -206,6 +215,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        for name in ("model", "output_dir"):
+            value = getattr(self, name)
+            check(bool(value.strip()) and "\0" not in value, name, value, "a name that is not blank and has no NUL")
         if self.router_training is not None and self.recipe == "sequential":
             raise RunError(
                 "router_training is given with recipe 'sequential'; allowed: none. Its centroids are not trained, and "
@@ -233,7 +245,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the whole configuration, defaults included, so that `python -m train` runs it again."""
+    """Write the whole configuration, defaults included, so that `moelora train` runs it again."""
     write_atomically(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
 
 

@@ -80,7 +80,8 @@ class RunDir:
 
     def last_checkpoint(self, name: str) -> Path | None:
         """The latest checkpoint of a stage that was written to its end; the trainer writes its state last."""
-        folders = sorted(self.checkpoints(name).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        found = [path for path in self.checkpoints(name).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        folders = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
         for folder in reversed(folders):
             try:
                 json.loads((folder / "trainer_state.json").read_text())
@@ -88,6 +89,11 @@ class RunDir:
                 continue
             return folder
         return None
+
+    def is_last(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint was written after the last step of its training."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        return bool(state["global_step"] >= state["max_steps"])
 
     def open(self, config: RunConfig, *, restart: bool = False) -> None:
         """Start the run in this folder, or resume it.
@@ -107,8 +113,15 @@ class RunDir:
                 shutil.rmtree(path, ignore_errors=True)
         elif self._has_work():
             self._check_unchanged(config)
-        self.root.mkdir(parents=True, exist_ok=True)
-        save_config(config, self.config_file)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            save_config(config, self.config_file)
+        except OSError as error:
+            raise RunError(
+                f"output_dir {str(self.root)!r} cannot be written: {error.strerror}. Give the name of a folder in "
+                "which you may write, on a disk with space."
+            ) from error
 
     def check_rows(self, rows: Any) -> None:
         """Note what the training rows are, and refuse to resume if they are no longer what they were.
@@ -124,6 +137,16 @@ class RunDir:
                 f"{len(rows)} now, or other content). Give another output_dir, or --restart to throw the old run away."
             )
         write_atomically(file, json.dumps(found, indent=2) + "\n")
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a run that was killed while it wrote has left beside its files; nobody reads it."""
+        files = (ADAPTER, BASELINE, self.config_file.name, "rows.json")
+        for place, names in ((self.root, files), (self.root / STAGES, ("*",))):
+            for path in (path for name in names for path in place.glob(f".{name}-*")):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _has_work(self) -> bool:
         of_tasks = {

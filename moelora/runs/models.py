@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moelora.errors import MoeLoraError, RunError
 from moelora.files import new_folder
 from moelora.formats import check_finite, upgrade_keys
 from moelora.runs.config import RunConfig
-from moelora.runs.precision import say_if_slow
 from moelora.runs.wording import one_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -144,7 +145,6 @@ def load_model(
     """
     import torch
 
-    say_if_slow(config.dtype)
     words = {"dtype": getattr(torch, config.dtype), **(more or {}), **config.model_kwargs}
     return _from_pretrained(_auto_class(task_type), config.model, words)
 
@@ -171,17 +171,48 @@ def load_adapter(base: Any, adapter: str, *, is_trainable: bool = False) -> Any:
         RunError: If a tensor of the adapter holds NaN or infinity.
     """
     from peft import PeftModel
-    from peft.utils.save_and_load import load_peft_weights
 
     # First without loss into float32 or what is wider, then to what is stored.
     model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, autocast_adapter_dtype=True)
+    _as_stored(model, adapter, "default")
+    return model
+
+
+def add_adapter(model: Any, adapter: str, name: str) -> None:
+    """Load another adapter into a model that has one, as `load_adapter` does; it is not made the active one.
+
+    Args:
+        model: The model with an adapter.
+        adapter: Folder or Hub name of the other one.
+        name: What it is called in the model.
+
+    Raises:
+        RunError: If it cannot be loaded, or holds NaN or infinity. The model is then as it was.
+    """
+    try:
+        model.load_adapter(adapter, name, autocast_adapter_dtype=True)
+        _as_stored(model, adapter, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        if isinstance(error, MoeLoraError):
+            raise
+        raise RunError(
+            f"adapter {adapter!r} cannot be loaded: {one_line(error)} Allowed: a folder or Hub name of an adapter of "
+            "this base model."
+        ) from error
+
+
+def _as_stored(model: Any, adapter: str, name: str) -> None:
+    """Give each tensor of an adapter the data type that it is stored in."""
+    from peft.utils.save_and_load import load_peft_weights
+
     stored = upgrade_keys(load_peft_weights(adapter, device="cpu"))
     check_finite(stored, repr(adapter), RunError)
-    for name, tensor in model.named_parameters():
-        saved = stored.get(re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name))
+    for key, tensor in model.named_parameters():
+        saved = stored.get(re.sub(rf"(\.modules_to_save)?\.{re.escape(name)}(?=\.|$)", "", key))
         if saved is not None and saved.dtype != tensor.dtype:
             tensor.data = saved.to(tensor.device)
-    return model
 
 
 def load_skeleton(config: RunConfig | ModelSource, task_type: str | None = None) -> Any:
@@ -216,15 +247,16 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
         return kind.from_pretrained(resolve_model(name), **words)
     except MoeLoraError:
         raise
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        found = str(error).partition("<class '")[2].partition("'")[0].rpartition(".")[2]
-        raise RunError(
-            f"model {name!r} has a {found}, of which there is no {kind.__name__}; the recipe needs one."
-        ) from error
     except OSError as error:  # what transformers raises for a repository that is missing, private or out of reach
         raise RunError(
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
+    except (TypeError, ValueError, ImportError, SafetensorError) as error:  # arguments and files that it cannot use
+        if "Unrecognized configuration class" in str(error):
+            found = str(error).partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+            raise RunError(
+                f"model {name!r} has a {found}, of which there is no {kind.__name__}; the recipe needs one."
+            ) from error
+        given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
+        raise RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}") from error

@@ -35,7 +35,7 @@ def task_data_set(task: str, options: Mapping[str, Any], *, seed: int, size: int
         MoeLoraError: If reasoning-gym is not installed, has no such task, or refuses an option.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise RunError(f"task {task!r} is made by reasoning-gym, which is not installed: pip install 'moelora[demo]'.")
+        raise RunError(f"task {task!r} is made by reasoning-gym, which is not installed: pip install reasoning-gym.")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moelora.errors import RunError
 from moelora.runs.recipes import RECIPES
 from moelora.runs.wording import one_line
-from moelora.validation import check_keys
+from moelora.validation import check, check_keys, is_count, is_positive, is_real, is_seed
 
 
 def trainer_arguments(recipe: str, words: dict[str, Any], output_dir: Path) -> Any:
@@ -68,4 +69,37 @@ def trainer_arguments(recipe: str, words: dict[str, Any], output_dir: Path) -> A
         (parsed,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, RunError) else RunError(f"training: {one_line(error)}") from error
+    for name, (is_allowed, allowed) in _LIMITS.items():
+        value = getattr(parsed, name, None)
+        if value is not None:
+            check(is_allowed(value), f"training.{name}", value, allowed)
     return parsed
+
+
+def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: is_real(value) and value >= least, f"a number of at least {least:g}"
+
+
+_POSITIVE: tuple[Callable[[Any], bool], str] = (is_positive, "a number above 0")
+_COUNT: tuple[Callable[[Any], bool], str] = (is_count, "a whole number of at least 1")
+_SEED: tuple[Callable[[Any], bool], str] = (is_seed, "a whole number of 0 to 4294967295")
+# What transformers and TRL take and then fail on inside, or train nothing with; None is allowed where they have it.
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_steps": (lambda value: value == -1 or is_count(value), "at least 1; -1 trains for num_train_epochs"),
+    "num_train_epochs": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "max_length": (lambda value: is_count(value) and value > 1, "at least 2, or null for no limit"),
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "warmup_steps": _at_least(0),
+    "weight_decay": _at_least(0),
+    "max_grad_norm": _at_least(0),
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "save_total_limit": _COUNT,
+    "dataloader_num_workers": _at_least(0),
+}

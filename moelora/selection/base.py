@@ -23,6 +23,8 @@ class Selection(Choice):
     axis: ClassVar[str] = "selection"
     chooses_by_rank: ClassVar[bool] = False
     """Whether it takes the highest of the scores, so that a bias may choose without weighing, `Scored.bias_E`."""
+    needs_all: ClassVar[bool] = False
+    """Whether it selects among all experts or not at all, so that none can be switched off."""
 
     def experts_per_token(self, num_experts: int) -> int:
         """How many experts a token is sent to at most.

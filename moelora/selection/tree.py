@@ -53,6 +53,7 @@ class TreeTop(Selection):
     """
 
     kind: ClassVar[str] = "tree_top"
+    needs_all: ClassVar[bool] = True
 
     sizes: list[int] = field(default_factory=lambda: [4, 4])
     fan_out: list[int] = field(default_factory=lambda: [2, 2])

@@ -109,7 +109,7 @@ def render_card(
         base_model: The base model's name on the Hub, if it has one.
         license: License of what is uploaded.
         datasets: Names on the Hub of its training data; None takes what the run's configuration and a composition say.
-        training: What `python -m train` noted: steps, seconds, log.
+        training: What `moelora train` noted: steps, seconds, log.
         run: The configuration of that run.
         evaluation: Its scores.
     """

@@ -19,7 +19,7 @@ from moelora.peft_type import PEFT_TYPE
 from moelora.share.card import Evaluation, check_training, render_card
 from moelora.share.contents import read_contents
 
-# What `python -m train` and `python -m eval` leave in an adapter's folder, and the run's configuration above it. The
+# What `moelora train` and `moelora eval` leave in an adapter's folder, and the run's configuration above it. The
 # card is made from them; they themselves stay here, since they may name files of this machine.
 TRAINING_FILE = "training.json"
 RUN_FILE = "config.yaml"

@@ -8,4 +8,8 @@ from moelora.training.trainer import MoeLoraTrainerMixin
 
 
 class MoeLoraSFTTrainer(MoeLoraTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`."""
+    """`trl.SFTTrainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `trl.SFTTrainer`.
+    """

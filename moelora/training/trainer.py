@@ -27,6 +27,7 @@ from moelora.routing.record import Mixture
 from moelora.routing.run import RunHooks, batch_facts, find_hooks, known_facts
 from moelora.training.columns import FactColumns
 from moelora.training.consistency import compare_forwards, labels_of
+from moelora.training.finite import check_gradient, check_loss, check_weights
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
 from moelora.training.router_training import RouterTraining, router_rate
@@ -57,6 +58,8 @@ class MoeLoraTrainerMixin(_Base):
 
     Columns `task_ids` and `instance_embedding` of the data are kept and given to the routing.
 
+    A loss, a gradient or a weight that is NaN or infinite stops the training before anything is saved of it.
+
     Args:
         router_training: What is different in training for routers, such as their learning rate; their rate is then
             logged as `router_learning_rate`. None treats them as all else. The other arguments are the trainer's.
@@ -68,6 +71,7 @@ class MoeLoraTrainerMixin(_Base):
     data_collator: Any
     _signature_columns: list[str] | None
     _moelora_batches: list[dict[str, Any]] | None = None
+    _moelora_batch_of_step = 0
     _moelora_totals: RoutingTotals | None = None
     _moelora_micro_batch: MicroBatchBalance | None = None
     _moelora_metrics: RoutingMetrics | None = None
@@ -117,10 +121,36 @@ class MoeLoraTrainerMixin(_Base):
         """Note the micro-batches of the coming optimizer step; see `Trainer.get_batch_samples`."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._moelora_batches = batches
+        self._moelora_batch_of_step = 0
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, with its routing recorded; see `Trainer.training_step`."""
+        """One micro-batch, with its routing recorded; see `Trainer.training_step`.
+
+        Raises:
+            TrainingError: If its loss is NaN or infinite.
+        """
+        loss = self._moelora_training_step(model, inputs, *args, **kwargs)
+        self._moelora_batch_of_step += 1
+        check_loss(loss, self.state.global_step + 1, self._moelora_batch_of_step, inputs, self.processing_class)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if not self.args.fp16:  # there the scaler skips steps whose gradients are infinite
+            check_gradient(norm, self.state.global_step + 1)
+        return norm
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save what is finite; see `Trainer.save_model`, which writes checkpoints too.
+
+        Raises:
+            TrainingError: If a trained weight is NaN or infinite; nothing is written.
+        """
+        check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        super().save_model(*args, **kwargs)
+
+    def _moelora_training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self.router_training is not None:
             self._moelora_router_rate = router_rate(self.optimizer)
         hooks = find_hooks(self.model)
@@ -338,8 +368,16 @@ def _without_facts(inputs: Any) -> tuple[Any, AbstractContextManager[None]]:
 
 
 class MoeLoraTrainer(MoeLoraTrainerMixin, Trainer):
-    """`transformers.Trainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`."""
+    """`transformers.Trainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `transformers.Trainer`.
+    """
 
 
 class MoeLoraSeq2SeqTrainer(MoeLoraTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`."""
+    """`transformers.Seq2SeqTrainer` with the balance losses of a moelora adapter; see `MoeLoraTrainerMixin`.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `transformers.Seq2SeqTrainer`.
+    """

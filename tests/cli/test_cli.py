@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 import moelora
 from moelora import MoeLoraConfig
-from moelora.cli import main
 from moelora.version import FORMAT_VERSION
+from moelora_cli import main
 from tests.conftest import tiny_model
 from tests.hub_server import HubServer
 

@@ -10,12 +10,12 @@ import pytest
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moelora.cli import main
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import DatasetConfig
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter
+from moelora_cli import main
 from tests.compose.mixtures import saved, saved_by_sequence, weights
 from tests.compose.test_split import trained_lora
 from tests.runs.tiny import tiny_folder, tiny_tokenizer

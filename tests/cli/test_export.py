@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from moelora.cli import main
+from moelora_cli import main
 from tests.export.bases import save_pair
 
 
@@ -39,7 +39,7 @@ def test_too_little_memory_to_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pair(tmp_path)
-    monkeypatch.setattr("moelora.cli.export_native_moe._free_memory", lambda: 1000)
+    monkeypatch.setattr("moelora_cli.export_native_moe._free_memory", lambda: 1000)
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "moe"), "--to", "native-moe"]) == 0
     assert "not checked: that takes" in capsys.readouterr().out
 

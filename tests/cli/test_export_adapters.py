@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from moelora import MoeLoraConfig
-from moelora.cli import main
+from moelora_cli import main
 from tests.adapters import adapted, outputs, shake, small_config
 from tests.export.mixtures import base_folder, composition, saved, with_lora
 from tests.runs.tiny import tiny_folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import resource
@@ -16,14 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moelora.cli import main
-from moelora.export import write_mixlora
-from tests.compose.loras import save_lora
-from tests.compose.mixtures import saved, saved_by_sequence
-from tests.compose.test_split import trained_lora
+from moelora_cli import main
 from tests.conftest import tiny_model
 from tests.export import mixtures
-from tests.runs.tiny import tiny_folder, tiny_tokenizer
+from tests.runs.tiny import tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,24 +57,6 @@ VERBS = {
 }
 OUTPUTS = ["half an output", "a link", "no space", "read-only", "a file as folder", "wrong base"]
 WRITING = [name for name in VERBS if name != "inspect"]
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of each kind, the base model that they fit, and rows."""
-    place = tmp_path_factory.mktemp("originals")
-    base = tiny_folder(place / "base")
-    saved(place / "mixture", "mixlora")
-    saved_by_sequence(place / "named")
-    trained_lora(place / "lora")
-    save_lora(place / "lora-2", 2)
-    mixtures.saved(mixtures.composition(base), place / "by-task")
-    write_mixlora(place / "mixture", place / "theirs", base=str(base))
-    rows = [{"prompt": "1 2 3 ", "completion": "4"}, {"prompt": "5 6 ", "completion": "7 8"}] * 3
-    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tasks = [{**row, "task": "ab"[number // 3]} for number, row in enumerate(rows)]
-    (place / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
-    return place
 
 
 @pytest.fixture

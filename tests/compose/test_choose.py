@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from moelora.cli import main as moelora
 from moelora.compose import choose, from_loras
 from moelora.errors import ComposeError, ConfigError
+from moelora_cli import main as moelora
 from tests.adapters import outputs, snapshot
 from tests.compose.loras import save_lora, unlike_loras
 from tests.conftest import tiny_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelora.cli import main as moelora
+from moelora_cli import main as moelora
 from tests.compose.mixtures import saved, saved_by_sequence
 from tests.compose.test_split import trained_lora
 from tests.runs.tiny import tiny_folder, write_run
@@ -52,6 +52,6 @@ def test_sequential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, **words)
     monkeypatch.chdir(tmp_path)
     ((command,),) = (block.splitlines() for block in blocks("sequential.md", "bash"))
-    assert command.startswith("python -m train ")
-    assert train(shlex.split(command)[3:]) == 0
+    assert command.startswith("moelora train ")
+    assert train(shlex.split(command)[2:]) == 0
     assert (tmp_path / "run/stages/2-letter_counting/adapter_config.json").is_file()

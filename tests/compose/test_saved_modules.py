@@ -15,9 +15,9 @@ from transformers import AutoConfig, LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from moelora import MoeLoraTrainerMixin
-from moelora.cli import main
 from moelora.compose import from_loras, split_lora
 from moelora.errors import ComposeError
+from moelora_cli import main
 from tests.adapters import outputs, snapshot
 from tests.compose.mixtures import weights
 from tests.conftest import tiny_model

@@ -131,3 +131,12 @@ def test_the_active_adapter_is_switched() -> None:
 def test_only_true_and_false_switch(given: object) -> None:
     with pytest.raises(ComposeError, match="a dict of True .on. or False .off."):
         switch_experts(adapted("mixlora"), given)  # type: ignore[arg-type]
+
+
+def test_an_edge_of_a_tree_is_not_switched() -> None:
+    model = adapted("smore")
+    with pytest.raises(
+        ComposeError, match=r"the selection of adapter 'default' is 'tree_top'; allowed: .* edge of a tree"
+    ):
+        switch_experts(model, {0: False})
+    assert outputs(model).isfinite().all()

@@ -48,11 +48,11 @@ def test_package_versions_are_the_installed_ones() -> None:
 
 
 def test_a_receipt_is_json_and_has_what_was_given() -> None:
-    receipt = make_receipt(config={"model": "m"}, seeds={"rows": 3}, seconds=1.26, command="python -m eval x")
+    receipt = make_receipt(config={"model": "m"}, seeds={"rows": 3}, seconds=1.26, command="moelora eval x")
     again = json.loads(json.dumps(receipt))
     assert again["config"] == {"model": "m"}
     assert again["seeds"] == {"rows": 3}
     assert again["wall_seconds"] == 1.3
-    assert again["command"] == "python -m eval x"
+    assert again["command"] == "moelora eval x"
     assert again["machine"]["threads"] == torch.get_num_threads()
     assert machine()["cores"] >= 1

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from moelora.cli import main
 from moelora.export import write_mixlora
+from moelora_cli import main
 from tests.adapters import shake, small_config
 from tests.export.mixtures import composition, fill_centroids, saved
 from tests.runs.tiny import tiny_folder

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moelora.cli import main
 from moelora.export.native_moe.targets import ROWS
+from moelora_cli import main
 from tests.export.bases import TARGETS, make_base, observed, save_pair
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export-native-moe.md").read_text()

@@ -26,6 +26,7 @@ CIRCUMSTANCES = {
     "peft_version",
     "inference_mode",
     "base_model_name_or_path",
+    "base_fingerprint",
     "revision",
 }
 

@@ -337,3 +337,28 @@ def test_counts_equal_the_models(tmp_path: Path, model: str, preset: str) -> Non
     assert info.num_parameters == sum(site.num_parameters for site in info.sites())
     assert info.num_bytes == 4 * info.num_parameters
     assert info.dtypes == ("F32",)
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "expected"),
+    [
+        ("mixlora", {}, {"mixture of 8 feed-forward experts (gate, up, down)", "plain LoRA"}),
+        ("mixdora", {}, {"mixture of 8 feed-forward DoRA experts (gate, up, down)", "plain DoRA"}),
+        (
+            "mixlora",
+            {"experts": {"kind": "lora_with_null", "num_null": 2}},
+            {"mixture of 6 and 2 null feed-forward experts (gate, up, down)", "plain LoRA"},
+        ),
+        (
+            "sira",
+            {"num_experts": 4, "experts": {"kind": "lora_with_shared", "num_shared": 2}},
+            {"mixture of 4 routed and 2 shared LoRA experts"},
+        ),
+        ("poly", {"num_experts": 4, "num_tasks": 3}, {"mixture of 4 poly experts"}),
+    ],
+)
+def test_the_table_says_what_stands_at_a_site(
+    tmp_path: Path, preset: str, words: dict[str, Any], expected: set[str]
+) -> None:
+    make_adapter(preset=preset, **words).save_pretrained(tmp_path)
+    assert {site.describe() for site in read_adapter(tmp_path).sites()} == expected

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from moelora import MoeLoraConfig, batch_facts, presets
-from moelora.cli import main
 from moelora.hub import read_adapter
 from moelora.layers.base import MoeLoraLayer
+from moelora_cli import main
 from tests.adapters import (
     BY_TASK,
     FAMILY,
@@ -151,6 +151,21 @@ def test_padding_and_batch_mates_change_nothing(preset: str, side: str) -> None:
     alone = logits(model, preset, input_ids=ids, attention_mask=None, labels=None)[0]
     together = logits(model, preset, input_ids=torch.cat([row, mates]), attention_mask=mask, labels=None, **words)[0]
     torch.testing.assert_close(together if together.dim() == 1 else together[place], alone, rtol=1e-4, atol=3e-5)
+
+
+@every_preset
+def test_a_batch_that_is_made_to_crowd_experts_changes_nothing(preset: str) -> None:
+    """The attack of "Buffer Overflow in Mixture of Experts" (arXiv 2402.05526): mates that fill the victim's experts.
+
+    They stand before it in the batch: its own tokens again and again, and each of its tokens alone.
+    """
+    model = shaken(preset)
+    victim = tiny_batch(base_of(preset), batch_size=1, length=8)["input_ids"]
+    crowd = torch.cat([victim.expand(6, 8), victim.T.expand(8, 8)])
+    alone = logits(model, preset, input_ids=victim, attention_mask=None, labels=None)[0]
+    for batch, place in ((torch.cat([crowd, victim]), -1), (torch.cat([victim, crowd]), 0)):
+        together = logits(model, preset, input_ids=batch, attention_mask=None, labels=None)[place]
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=3e-5)
 
 
 @every_decoder

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moelora import MoeLoraConfig, presets
-from moelora.cli import main
 from moelora.errors import ConfigError
 from moelora.presets.table import BEGIN, END, HEADER, parameters_per_rank, rows, table, with_table
+from moelora_cli import main
 from tests.conftest import tiny_model
 
 
@@ -61,11 +61,11 @@ def test_what_grows_otherwise_has_no_such_number() -> None:
 
 
 def test_the_command_prints_it_and_renews_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods"]) == 0
+    assert main(["presets"]) == 0
     assert capsys.readouterr().out == table() + "\n"
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main(["methods", "--write", str(page)]) == 0
+    assert main(["presets", "--write", str(page)]) == 0
     assert page.read_text() == f"before\n{table()}\nafter\n"
 
 
@@ -75,6 +75,6 @@ def test_a_page_without_the_comments_is_refused(tmp_path: Path, capsys: pytest.C
     page, other = tmp_path / "page.md", tmp_path / "other.md"
     page.write_text(f"{BEGIN}\n{END}")
     other.write_text("none")
-    assert main(["methods", "--write", str(page), str(other)]) == 1
+    assert main(["presets", "--write", str(page), str(other)]) == 1
     assert "0 tables of methods" in capsys.readouterr().err
     assert page.read_text() == f"{BEGIN}\n{END}"

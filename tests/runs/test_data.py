@@ -148,7 +148,7 @@ def test_a_data_set_that_is_not_on_the_hub(hub: HubServer) -> None:
         ),
         ("a.xml", "<a/>", {}, r"of kind .xml; allowed: one kind of .json"),
         ("a.jsonl", "{broken", {}, r"not readable as .jsonl"),
-        ("a.csv", "text\n", {}, r"not readable as .csv: .*no data"),
+        ("a.csv", "text\n", {}, r"a.csv: no rows"),
         ("a.jsonl", '{"text": "x"}', {"chat": True}, r"dataset.chat is true, but"),
     ],
 )

@@ -7,9 +7,7 @@ import yaml
 
 from moelora.runs import precision
 from moelora.runs.config import load_config, save_config
-from moelora.runs.models import ModelSource, load_model
 from tests.runs.test_config import write
-from tests.runs.tiny import tiny_folder
 
 
 @pytest.fixture(params=[9.0, 0.4])
@@ -27,14 +25,11 @@ def test_fastest_is_what_the_machine_computes_fastest_and_a_run_keeps_it(tmp_pat
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_a_slow_data_type_is_named_with_what_to_do(
-    tmp_path: Path, slowdown: float, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = str(tiny_folder(tmp_path))
-    load_model(ModelSource(folder, "bfloat16"))
+def test_a_slow_data_type_is_named_with_what_to_do(slowdown: float, capsys: pytest.CaptureFixture[str]) -> None:
+    precision.say_if_slow("bfloat16")
     line = "Slow      this CPU computes bfloat16 9 times slower than float32: set dtype to float32\n"
     assert capsys.readouterr().out == (line if slowdown > 1.5 else "")
-    load_model(ModelSource(folder, "float32"))
+    precision.say_if_slow("float32")
     assert capsys.readouterr().out == ""
 
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moelora.cli import main
 from moelora.compose import from_loras
 from moelora.export import distill_lora, export_loras, to_native_moe, write_mixlora
+from moelora_cli import main
 from tests.adapters import shake, small_config
 from tests.runs.tiny import tiny_folder
 

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 
 import moelora
 from moelora import push_to_hub
-from moelora.cli import main
 from moelora.compose import drop_experts, from_loras
 from moelora.runs.wording import code, text
 from moelora.share.wording import origin_link
+from moelora_cli import main
 from tests.hub_server import HubServer
 from tests.share.folders import BASE, base, base_on_hub, composed, distilled, lora, loras, mixlora, native, rows
 

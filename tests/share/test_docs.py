@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from moelora.cli import main
+from moelora_cli import main
 from tests.hub_server import HubServer
 from tests.share.folders import base, base_on_hub, distilled, edited, logits, loras, mixlora, native
 

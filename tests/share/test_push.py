@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from moelora import push_to_hub
-from moelora.cli import main
 from moelora.errors import MoeLoraError
+from moelora_cli import main
 from tests.hub_server import HubServer
 from tests.share.folders import BASE, KINDS, base_on_hub, composition, lora, loras, mixlora, native
 

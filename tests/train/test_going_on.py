@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moelora.cli import main as moelora
+from moelora_cli import main as moelora
 from tests.runs.tiny import WORDS, tiny_folder
 from train.__main__ import main as train
 

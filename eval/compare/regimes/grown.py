@@ -1,4 +1,4 @@
-"""A mixture that gets an expert for each task, as `python -m train --recipe sequential` makes it."""
+"""A mixture that gets an expert for each task, as `moelora train --recipe sequential` makes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m eval.compare` as a whole: what is finished is never done again, whatever happens in between."""
+"""`moelora compare` as a whole: what is finished is never done again, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_cell_leaves_a_result_with_its_receipt(finished: Path) -> None:
         assert training["learning_rate"] == chosen[name.partition("-")[0]]
         assert training["steps"] == 4
         assert scores.receipt["seeds"]["training"] == int(name[-1])
-        assert scores.receipt["command"].startswith("python -m eval.compare ")
+        assert scores.receipt["command"].startswith("moelora compare ")
         hashes[name] = training["rows_sha256"]
     assert hashes["lora-seed0"] == hashes["mixlora-seed0"] != hashes["lora-seed1"]
     routing = ModelScores.read(cells / "mixlora-seed0.json").extra["routing"]

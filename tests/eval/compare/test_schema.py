@@ -53,7 +53,7 @@ def test_methods_of_unequal_size_are_refused(tmp_path: Path) -> None:
 def test_the_shipped_comparison_is_the_issues() -> None:
     config = load_benchmark(SHIPPED)
     header = "".join(line for line in SHIPPED.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert "python -m eval.compare configs/benchmarks/commonsense.yaml" in header
+    assert "moelora compare configs/benchmarks/commonsense.yaml" in header
     assert set(config.methods) == {"lora", "lora_active", "random_router", "mixlora", "sira", "smora", "molora"}
     assert {key for key, method in config.methods.items() if len(method.seeds) == 3} == {
         "lora",

@@ -16,11 +16,11 @@ from eval.conflict.__main__ import main as conflict
 from eval.conflict.measure import row_losses
 from eval.conflict.split import split_rows
 from eval.page import build_report
-from moelora.cli import main
 from moelora.compose.tokens import tokenize
 from moelora.runs.config import load_config
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter, load_model, load_tokenizer
+from moelora_cli import main
 from tests.compose.mixtures import saved
 from tests.runs.tiny import write_run
 from tests.train.test_sft import StopAfter

@@ -13,8 +13,8 @@ from eval.conflict.advice import Place, next_steps
 from eval.conflict.arms import Found
 from eval.conflict.plan import Plan
 from eval.conflict.verdict import Kind, Verdict
-from moelora.cli import main
 from moelora.runs.config import load_config
+from moelora_cli import main
 from tests.runs.tiny import write_run
 from train.__main__ import main as train
 
@@ -55,12 +55,12 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             continue
         for number, step in enumerate(steps):
             program = shlex.split(step["command"])
-            if program[0] == "moelora":
+            if program[:2] == ["moelora", "compose"]:
                 place_of = f"composed-{kind}-{number}"
                 assert main([*program[1:-1], place_of]) == 0
                 adapter = json.loads(Path(place_of, "adapter_config.json").read_text())
                 assert adapter["scores"]["kind"] == "centroids"
             else:
-                assert program[:3] == ["python", "-m", "train"]
+                assert program[:2] == ["moelora", "train"]
                 output = f"output_dir=runs/{kind}-{number}"
-                assert train([*program[3:], output]) == 0
+                assert train([*program[2:], output]) == 0

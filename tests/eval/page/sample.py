@@ -1,4 +1,4 @@
-"""The folder of a run as `python -m train` and `python -m eval` leave it, written by hand."""
+"""The folder of a run as `moelora train` and `moelora eval` leave it, written by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def metrics() -> dict[str, Any]:
         "scores": scores,
         "tasks": {"sums": {"n": 60, "majority": 0.1}, "names": {"n": 60, "majority": 0.25}},
         "receipt": {
-            "command": "python -m eval runs/x",
+            "command": "moelora eval runs/x",
             "finished": "2026-11-22T05:00:00+00:00",
             "git": {"commit": "0123456789abcdef", "dirty": True},
             "machine": {"processor": "a processor", "cores": 2},

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from eval.page import build_report, read_run
-from moelora.cli import main
 from moelora.errors import ReportError
+from moelora_cli import main
 from tests.eval.page.sample import ADAPTERS, LAYERS, metrics, routing, write_run
 
 BROWSER = next(
@@ -62,7 +62,7 @@ def test_the_command_writes_one_page_without_network(tmp_path: Path, capsys: pyt
     ):
         assert expected in text
     assert text.count("▼") == 2 + 2  # one score at its floor in each evaluation, and the note of each
-    assert "python -m eval runs/x" in text
+    assert "moelora eval runs/x" in text
     assert "0123456789ab with local changes" in text
     assert main(["report", str(run), "--output", str(tmp_path / "deep/page.html")]) == 0
     assert (tmp_path / "deep/page.html").read_text() == text
@@ -114,7 +114,7 @@ def test_a_part_that_is_missing_is_named_and_the_rest_is_shown(tmp_path: Path) -
         (None, "", "holds nothing to report"),
         ("metrics.json", "{", "is not JSON"),
         ("config.yaml", "a: [", "is not YAML"),
-        ("routing.json", '{"layers": ["a.0.b"], "tasks": {}}', "lacks 'load'; let `python -m eval` write it again"),
+        ("routing.json", '{"layers": ["a.0.b"], "tasks": {}}', "lacks 'load'; let `moelora eval` write it again"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(tmp_path: Path, file: str | None, content: str, message: str) -> None:
@@ -132,7 +132,7 @@ def test_the_command_says_what_is_wrong(
     assert "is not a folder. Give the folder of a run, such as runs/quickstart." in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", str(write_run(tmp_path))]) == 1
-    assert "pip install 'moelora[report]'" in capsys.readouterr().err
+    assert "pip install jinja2 matplotlib" in capsys.readouterr().err
 
 
 # What a reader does, and what has to be on the page then; the outcome is left in the title, which the browser prints.

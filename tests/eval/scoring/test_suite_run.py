@@ -1,4 +1,4 @@
-"""`python -m eval ... --suite` and the wrapped `lm_eval`, on a tiny model."""
+"""`moelora eval ... --suite` and the wrapped `lm_eval`, on a tiny model."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_scored_is_said(words: list[str], message: str, capsys: p
 
 @pytest.mark.usefixtures("commonsense", "few_tasks_of_lm_eval")
 def test_the_plain_command_with_our_adapters(adapters: dict[str, Path], tmp_path: Path) -> None:
-    """`python -m eval.lm_eval` loads the mixture, and gives the numbers of `python -m eval`."""
+    """`python -m eval.lm_eval` loads the mixture, and gives the numbers of `moelora eval`."""
     words = f"pretrained={adapters['base']},peft={adapters['mixture']},dtype=float32,softmax_dtype=float32"
     out = tmp_path / "out"
     arguments = ["--model", "hf", "--model_args", words, "--device", "cpu", "--tasks", "moelora_piqa,moelora_boolq"]

@@ -108,5 +108,5 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"format": 99}'])
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(RunError, match="is not a result of `python -m eval --suite`"):
+    with pytest.raises(RunError, match="is not a result of `moelora eval --suite`"):
         ModelScores.read(tmp_path / "a.json")

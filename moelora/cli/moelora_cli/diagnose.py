@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moelora.cli.programs import load_program
+from moelora_cli.parsing import examples
+from moelora_cli.programs import load_program
 
 DESCRIPTION = (
     "Do my tasks need a mixture? Takes the configuration of a training run whose rows say their task, holds out some "
@@ -19,9 +20,10 @@ DESCRIPTION = (
     "and says in a sentence what that speaks for, with the command to go on. The cost is stated before it starts; the "
     "same command resumes it after any stop."
 )
-EPILOG = (
-    "For example: moelora diagnose configs/quickstart.yaml --plan    (then without --plan, and moelora report "
-    "runs/diagnose/quickstart for a page)"
+EPILOG = examples(
+    "moelora diagnose configs/quickstart.yaml --plan",
+    "moelora diagnose configs/quickstart.yaml",
+    "moelora report runs/diagnose/quickstart",
 )
 
 
@@ -31,12 +33,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "diagnose", help="find out whether a run's tasks need a mixture", description=DESCRIPTION, epilog=EPILOG
     )
     add_arguments(parser)
+    parser.set_defaults(stopped="Stopped. Run the same command again to resume it.")
     return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words of the command."""
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a run, as for `python -m train`")
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a run, as for `moelora train`")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a value of the file; dots for nesting"
     )

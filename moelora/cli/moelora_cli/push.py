@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moelora_cli.parsing import examples
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to those of `moelora`."""
@@ -13,6 +15,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="upload an adapter, or what one was exported to, to the Hugging Face Hub",
         description="Upload an adapter, or what `moelora export` made of one, to the Hugging Face Hub with a model "
         "card made from its own files. The card replaces the repository's README.md.",
+        epilog=examples(
+            "moelora push runs/quickstart/adapter me/my-adapter --license apache-2.0",
+            "moelora push loras me/my-loras --private",
+        ),
     )
     parser.add_argument("adapter", metavar="FOLDER", help="folder of a saved adapter or of an export")
     parser.add_argument("repo", metavar="REPO", help="repository as owner/name; made if it does not exist")

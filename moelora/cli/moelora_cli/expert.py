@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moelora_cli.parsing import examples
+
 _DATA = "rows to score on before and after: JSON, JSONL, CSV or Parquet with prompt and completion, messages, or text"
 _INTO = (
     "what an expert gets: an equal piece of the rank (blocks, rank_one), all experts acting on every token; or the "
@@ -20,6 +22,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="add, freeze, drop, merge, cut or split the experts of an adapter",
         description="Edit the experts of a trained adapter. Each command reads a folder and writes a new one, never "
         "over its input; it prints the parameters before and after, and with --data the loss.",
+        epilog=examples(
+            "moelora expert add mix -o mix-2 --name sums --rows rows.jsonl",
+            "moelora expert drop mix -o mix-2 --experts words",
+            "moelora expert merge mix -o mix-2 --to 4 --data rows.jsonl",
+            "moelora expert split lora -o mix --num-experts 4",
+        ),
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -79,10 +87,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         MoeLoraError: If it cannot be done. Nothing is written then.
     """
-    from moelora.cli.expert_data import ScoredData
     from moelora.compose.editing.stacked import check_output, read_stacked
     from moelora.errors import ComposeError
     from moelora.runs.quiet import quiet_libraries
+    from moelora_cli.expert_data import ScoredData
 
     quiet_libraries()
     check_output(options.output, options.adapter)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moelora.cli.programs import load_program
+from moelora_cli.parsing import examples
+from moelora_cli.programs import load_program
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -13,8 +14,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "report",
         help="write one HTML page about a run",
+        epilog=examples("moelora report runs/quickstart", "moelora report runs/quickstart --output page.html"),
         description="Write one self-contained HTML page about a run: scores, training curves, heat maps of the "
-        "routing, and texts coloured by their experts. It shows what `python -m train` and `python -m eval` left in "
+        "routing, and texts coloured by their experts. It shows what `moelora train` and `moelora eval` left in "
         "the folder.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of an adapter")

@@ -1,10 +1,10 @@
-"""`python -m moelora.cli` is the command `moelora`."""
+"""`python -m moelora_cli` is the command `moelora`."""
 
 from __future__ import annotations
 
 import sys
 
-from moelora.cli import main
+from moelora_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from moelora.cli.export_adapters import export_lora, export_mixlora, import_mixlora
-from moelora.cli.export_native_moe import export_native_moe
+from moelora_cli.parsing import examples
 
-TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "lora": export_lora,
-    "mixlora": export_mixlora,
-    "moelora": import_mixlora,
-    "native-moe": export_native_moe,
-}
-"""What `--to` takes, and what does it with the parsed options."""
+TARGETS = ("lora", "mixlora", "moelora", "native-moe")
+"""What `--to` takes."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -27,10 +20,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "request, or one LoRA; with --rank one LoRA that approximates any mixture. mixlora: a folder of MixLoRA's "
         "authors. moelora: such a folder as an adapter of moelora. native-moe: the adapter and its dense base as one "
         "mixture-of-experts model, which transformers loads without moelora.",
+        epilog=examples(
+            "moelora export runs/quickstart/adapter model --to native-moe",
+            "moelora export mix loras --to lora",
+            "moelora export mix one --to lora --rank 16 --data rows.jsonl",
+            "moelora export runs/quickstart/adapter folder --to mixlora",
+        ),
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter, or Hub repository (owner/name)")
     parser.add_argument("output", metavar="OUT", help="the folder to make")
-    parser.add_argument("--to", required=True, choices=sorted(TARGETS), help="the form to write")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the form to write")
     parser.add_argument("--base", help="the base model: a folder or a Hub name (default: what the adapter names)")
     distil = parser.add_argument_group("one LoRA for a whole mixture (--to lora)")
     distil.add_argument("--rank", type=int, help="rank of the LoRA")
@@ -49,4 +48,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Write the adapter in the form asked for."""
-    TARGETS[options.to](options)
+    from moelora_cli.export_adapters import export_lora, export_mixlora, import_mixlora
+    from moelora_cli.export_native_moe import export_native_moe
+
+    writers = (export_lora, export_mixlora, import_mixlora, export_native_moe)
+    dict(zip(TARGETS, writers, strict=True))[options.to](options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moelora_cli.parsing import examples
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to those of `moelora`."""
@@ -13,8 +15,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="make a mixture of LoRAs that exist",
         description="Make a mixture of PEFT LoRAs that exist: each is an expert, and a router chooses among them. "
         "Ranks, alphas and target modules may differ. Give the LoRAs as words, or all in a YAML file with --config.",
-        epilog="For example: moelora compose sums=runs/sums/adapter words=runs/words/adapter --router centroids --data "
-        "rows.jsonl -o runs/mix    (rows.jsonl has the columns prompt and task; task is the name of a LoRA)",
+        epilog=examples(
+            "moelora compose sums=runs/sums words=owner/words --router centroids --data rows.jsonl -o runs/mix",
+            "moelora compose --config configs/compose/quickstart.yaml",
+        )
+        + "\nrows.jsonl has the columns prompt and task; task is the name of a LoRA.",
     )
     parser.add_argument("loras", metavar="[NAME=]LORA", nargs="*", help="folder or Hub name of a LoRA, with its name")
     parser.add_argument("--config", help="YAML file with the keys model, loras, router, dataset, output_dir, trainable")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from typing import Any
+
+from moelora_cli.parsing import examples
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -13,8 +17,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="print what an adapter is",
         description="Print what an adapter is: preset, axes, sites, parameters, base model, versions. Reads its JSON "
         "and the header of its weights; loads no weight and no base model.",
+        epilog=examples("moelora inspect runs/quickstart/adapter", "moelora inspect owner/adapter --json"),
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter, or Hub repository (owner/name)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--token", help="Hub token for a private repository (default: the one logged in with)")
     return parser
@@ -26,6 +32,9 @@ def run(options: argparse.Namespace) -> None:
 
     info = read_adapter(options.adapter, revision=options.revision, token=options.token)
     config = info.config
+    if options.json:
+        print(json.dumps(_as_json(info), indent=2))
+        return
     rows = [
         ("preset", config.preset or "none"),
         ("base model", config.base_model_name_or_path or "not recorded"),
@@ -48,3 +57,24 @@ def run(options: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(header, *sites, strict=True)]
     for line in (header, *sites):
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _as_json(info: Any) -> dict[str, Any]:
+    config = info.config
+    return {
+        "source": info.source,
+        "preset": config.preset,
+        "base_model": config.base_model_name_or_path,
+        "task_type": config.task_type,
+        "parameters": {"stored": info.num_parameters, "trainable": info.num_trainable},
+        "bytes": info.num_bytes,
+        "dtypes": list(info.dtypes),
+        "versions": {
+            "moelora": config.moelora_version,
+            "format": config.format_version,
+            "peft": config.peft_version,
+        },
+        "axes": info.axes(),
+        "experts": config.experts.members(),
+        "sites": [dataclasses.asdict(site) for site in info.sites()],
+    }
