@@ -69,7 +69,7 @@ check: $(VENV)/dev.stamp ## Lint, check the format and the types, build the docu
 
 docs: $(VENV)/dev.stamp ## Build the documentation site into build/docs; every warning is an error
 	@$(build-docs)
-	@echo "Open build/docs/index.html in a browser."
+	@echo "See it: $(BIN)/python -m http.server --directory build/docs (a file opens as well, without the search)"
 
 release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check them, and say what a maintainer does next
 	@$(PIP_INSTALL) -e ".[release]"

@@ -189,14 +189,14 @@ def _without_base_embeddings(
     return kept, strangers
 
 
-def _embedding_weights(model: nn.Module) -> dict[str, Tensor]:
+def _embedding_weights(model: Any) -> dict[str, Tensor]:
     """The weights of the input and output embeddings by name, under each of their names."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(base, get, lambda: None)()
-        if getattr(module, "weight", None) is not None:
-            found.add(id(module.weight))
+        weight = getattr(getattr(base, get, lambda: None)(), "weight", None)
+        if weight is not None:
+            found.add(id(weight))
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -158,8 +158,8 @@ def check_word(name: str, value: object, hint: Any) -> None:
     options = options_of(hint)
     check(any(fits(option, value) for option in options), name, value, " or ".join(map(type_name, options)))
     for each in value if isinstance(value, (list, tuple)) else [value]:
-        is_size = isinstance(each, int) and not isinstance(each, bool)
-        check(not is_size or abs(each) <= _LARGEST_SIZE, name, value, f"whole numbers up to {_LARGEST_SIZE:,}")
+        if isinstance(each, int):
+            check(abs(each) <= _LARGEST_SIZE, name, value, f"whole numbers up to {_LARGEST_SIZE:,}")
 
 
 # Presets make lists of that length.

@@ -119,6 +119,17 @@ def test_it_is_no_word_of_a_preset() -> None:
         MoeLoraConfig.from_preset("sira", base_fingerprint={})
 
 
+def test_a_module_that_is_saved_whole_is_the_adapters(tmp_path: Path) -> None:
+    """A classifier's head starts at random each time that the base is loaded."""
+    model = adapted("sira", "bert")
+    assert any("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    base = tiny_model("bert")
+    base.classifier.weight.data.normal_(std=3.0)
+    assert load(base, str(tmp_path))[1] == []
+    assert torch.equal(outputs(base, "bert"), outputs(model, "bert"))
+
+
 def test_a_base_without_weights_has_none() -> None:
     with torch.device("meta"):
         assert fingerprint(tiny_model()) is None

@@ -26,8 +26,8 @@ class Resumable(_Base):
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # PEFT gives an adapter in half precision float32 when it reads one
-        before = [(parameter, parameter.dtype) for parameter in self.model.parameters()]
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(*args, **kwargs)
-        for parameter, dtype in before:
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])

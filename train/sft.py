@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -177,6 +178,8 @@ def train_stage(
 ) -> None:
     """Train one adapter into a run's folder, from its last checkpoint if there is one, unless it is trained already.
 
+    SIGTERM and SIGHUP end it with a checkpoint after the step under way.
+
     Args:
         stage: Its name in the folder.
         make_model: Makes the base model with the adapter to train; called once the seed is set.
@@ -186,6 +189,10 @@ def train_stage(
         rows: The training rows.
         label: What messages call it; None for the stage's name.
         trainer_class: Makes the trainer.
+
+    Raises:
+        RunError: If a checkpoint cannot be read.
+        TrainingError: If training diverges; what was saved before stays.
     """
     label = label or stage
     if folder.is_finished(stage):
@@ -208,11 +215,17 @@ def train_stage(
     stop = SaveAndStop()
     trainer.add_callback(stop)
     started = time.monotonic()
-    with stop.listening(trainer.accelerator.num_processes):
-        if checkpoint is not None and folder.is_last(checkpoint):
-            trainer.resume_finished(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop.listening(trainer.accelerator.num_processes):
+            if checkpoint is not None and folder.is_last(checkpoint):
+                trainer.resume_finished(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UnpicklingError as error:
+        raise RunError(
+            f"{str(checkpoint)!r} cannot be resumed from: {one_line(error)[:200]} Its files are read as tensors alone; "
+            "allowed: as they were saved. Remove this checkpoint, or give --restart."
+        ) from error
     seconds = time.monotonic() - started
     check_weights(model, trainer.state.global_step)
     if trainer.is_world_process_zero():

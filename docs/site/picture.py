@@ -20,9 +20,11 @@ def picture(config: MoeLoraConfig) -> str:
     experts = config.experts.num_experts if routed else 1
     chosen = _chosen(config, experts)
     drawn = min(experts, _MOST_DRAWN)
+    width, left = 34, 140
+    middle = left + drawn * 20
     parts = [
         _box(10, 85, 90, "input", "of the site"),
-        _arrow(100, 110, 330 if not routed else 140, 110),
+        _arrow(100, 110, 140, 110),
         _box(505, 85, 85, "+ base", "output"),
     ]
     if routed:
@@ -33,14 +35,15 @@ def picture(config: MoeLoraConfig) -> str:
             _line(120, 110, 120, 45),
             _arrow(120, 45, 140, 45),
             _arrow(290, 45, 310, 45),
-            _arrow(385, 70, 385, 90),
+            _line(385, 70, 385, 80),
+            _line(385, 80, middle, 80),
+            _arrow(middle, 80, middle, 92),
         ]
-    width, left = 34, 140
     for index in range(drawn):
         is_last = index == drawn - 1
         number = experts if is_last else index + 1
         gap = "…" if is_last and experts > drawn else ""
-        style = _CHOSEN if chosen is not None and index < chosen else _STYLE
+        style = _CHOSEN if chosen is not None and number <= chosen else _STYLE
         dashed = ";stroke-dasharray:4 3" if chosen is None else ""
         x = left + index * 40 + (drawn < experts and is_last) * 14
         if gap:
@@ -54,8 +57,9 @@ def picture(config: MoeLoraConfig) -> str:
     parts.append(f'<text x="10" y="175" class="small">routed: {escape(config.placement.phrase())}</text>')
     parts.append(f'<text x="10" y="193" class="small">balance: {escape(balance)}</text>')
     label = f"{config.scores.kind} scores, {config.selection.kind} selection, {what}" if routed else what
+    top, height = (0, 200) if routed else (75, 125)
     return (
-        f'<div class="method"><svg viewBox="0 0 600 200" role="img" aria-label="{escape(label)}" '
+        f'<div class="method"><svg viewBox="0 {top} 600 {height}" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg></div>'
     )
 

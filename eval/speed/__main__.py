@@ -20,6 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="LoRA and presets only, few rounds, about 5 minutes")
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="no timing: launches, bytes kept, FLOPs on a GPU's path, 10 minutes",
+    )
     parser.add_argument("--rounds", type=int, help="timed calls of each method (7; quick: 3)")
     parser.add_argument("--output", type=Path, help="folder of the report (eval/results/speed; quick: runs/speed)")
     options = parser.parse_args(arguments)
@@ -27,6 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
     from eval.speed.measure import restart_in_huge_pages
     from moelora.runs.quiet import quiet_libraries
 
+    if options.count:
+        from eval.speed import count
+
+        quiet_libraries()
+        count.run(options.output or Path("eval/results/speed"))
+        return
     restart_in_huge_pages("eval.speed", arguments)
     quiet_libraries()
     run(options)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.balance.base import Balance, Reads
 from moelora.choices import register
 from moelora.errors import ConfigError
@@ -59,7 +59,7 @@ class OrthogonalLoss(Balance):
         E, R, _ = a_ERD.shape
         if E == 1:
             return a_ERD.sum() * 0
-        with torch.autocast(a_ERD.device.type, enabled=False):
+        with no_autocast(a_ERD.device):
             a_MD = F.normalize(a_ERD.float(), dim=-1).flatten(0, 1)
             squares_EE = (a_MD @ a_MD.t()).square().view(E, R, E, R).sum((1, 3))
         return (squares_EE.sum() - squares_EE.diagonal().sum()) / (E * (E - 1) * R)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.experts.base import ExpertInput, Experts
 from moelora.validation import check, is_count, is_positive, is_share
@@ -97,13 +98,13 @@ class RoundsExperts(Experts):
     def apply(self, given: ExpertInput) -> Tensor:
         """See `Experts.apply`."""
         a_ERD, b_EOR = given.tensor("A.weight"), given.tensor("B.weight")
-        x, device = given.x, given.x.device.type
-        with torch.autocast(device, enabled=False):
+        x, device = given.x, given.x.device
+        with no_autocast(device):
             state_TH = F.linear(x.float().flatten(0, -2), given.tensor("state.start").float())
         nodes_TER = torch.einsum("td,erd->ter", given.dropout(x.to(a_ERD.dtype)).flatten(0, -2), a_ERD)
         for t in range(self.rounds):
             gates_TE = given.route(state_TH.view(*x.shape[:-1], -1)).gates_TE()
-            with torch.autocast(device, enabled=False):
+            with no_autocast(device):
                 back_TR = F.linear(state_TH, given.tensor("state.back").float())
                 found_TER = gates_TE.unsqueeze(-1) * (nodes_TER.float() + back_TR.unsqueeze(1))
                 if t < self.rounds - 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora.autocast import autocast_dtype
 from moelora.layers.base import Here, MoeLoraLayer
 from moelora.layers.modules import FeedForwardForm, dense_weight, linear_size
 from moelora.ops.feed_forward_parts import Dense, FeedForwardExperts, FrozenFeedForward
@@ -102,4 +103,4 @@ def _to_weight_dtype(x: Tensor, linear: nn.Module) -> Tensor:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
         return x
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    return x if autocast_dtype(x.device) is not None else x.to(weight.dtype)

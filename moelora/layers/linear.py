@@ -66,8 +66,6 @@ class MixtureLinear(MoeLoraLayer):
         assert factors is not None
         x_lora = self._cast_input_dtype(x, factors.a_ERD.dtype)
         dropout: Any = self.moelora_dropout[adapter]
-        if dropout.training and dropout.p > 0:
-            x_lora = dropout(x_lora)
         routing = None
         if adapter in self.routers:
             assert here is not None
@@ -78,6 +76,7 @@ class MixtureLinear(MoeLoraLayer):
             None if routing is None else factors.all_gates(routing.gates_TE()),
             result.reshape(-1, self.out_features),
             separate=routing is not None and routing.separate,
+            p=dropout.p if dropout.training else 0.0,
         )
         if routing is not None and here is not None:
             y_TO = self.report_routing(adapter, routing, here, y_TO)

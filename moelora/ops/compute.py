@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional
 
 from moelora.choices import Choice, register
 from moelora.errors import ConfigError
@@ -28,10 +29,16 @@ class Compute(Choice):
     axis: ClassVar[str] = "compute"
 
     def linear(
-        self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor, separate: bool = False
+        self,
+        x_TD: Tensor,
+        factors: Factors,
+        gates_TE: Tensor | None,
+        base_TO: Tensor,
+        separate: bool = False,
+        p: float = 0.0,
     ) -> Tensor:
         """A mixture on one linear; see `moelora.ops.mixture_linear`."""
-        return mixture_linear(x_TD, factors, gates_TE, base_TO, separate)
+        return mixture_linear(x_TD, factors, gates_TE, base_TO, separate, p)
 
     def feed_forward(
         self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
@@ -50,8 +57,7 @@ class Compute(Choice):
             if factors is None:
                 return y
             seen = x.to(factors.a_ERD.dtype)
-            seen = seen if experts.dropout is None else experts.dropout(seen)
-            return self.linear(seen, factors, gates_TE, y, routing.separate).to(y.dtype)
+            return self.linear(seen, factors, gates_TE, y, routing.separate, experts.dropout_p).to(y.dtype)
 
         up = linear(block.up, experts.up, x_TD)
         hidden = block.activate(up, None if block.gate is None else linear(block.gate, experts.gate, x_TD))
@@ -99,10 +105,17 @@ class Reference(Compute):
     kind: ClassVar[str] = "reference"
 
     def linear(
-        self, x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor, separate: bool = False
+        self,
+        x_TD: Tensor,
+        factors: Factors,
+        gates_TE: Tensor | None,
+        base_TO: Tensor,
+        separate: bool = False,
+        p: float = 0.0,
     ) -> Tensor:
         """See `Compute.linear`."""
         a_ERD = factors.expanded_a_ERD()
+        x_TD = functional.dropout(x_TD, p) if p > 0 else x_TD
         return base_TO + reference.mixture_linear(x_TD, a_ERD, factors.b_EOR, gates_TE, factors.scaling)
 
     def feed_forward(

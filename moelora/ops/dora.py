@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import FrozenFeedForward
 from moelora.ops.mixture_linear import mixture_linear
@@ -70,7 +71,7 @@ def weight_norms(weight_OD: Tensor, factors: Factors | None = None) -> Tensor:
     if factors is None:
         return squares_O.clamp_min(_LEAST).sqrt()
     a_ERD, b_EOR = factors.a_ERD.float(), factors.b_EOR.float() * factors.scaling
-    with torch.autocast(w_OD.device.type, enabled=False):
+    with no_autocast(w_OD.device):
         seen_EOR = torch.einsum("od,erd->eor", w_OD, a_ERD)
         own_EOR = b_EOR @ (a_ERD @ a_ERD.transpose(1, 2))
         return (squares_O + ((2 * seen_EOR + own_EOR) * b_EOR).sum(-1)).clamp_min(_LEAST).sqrt()
@@ -99,7 +100,7 @@ def dora_linear(x_TD: Tensor, y_TO: Tensor, dora: Dora, gates_TE: Tensor | None,
     c_EO, factors = dora.c_EO(), dora.factors
     scaled = replace(factors, b_EOR=(factors.b_EOR * c_EO.unsqueeze(-1)).to(factors.b_EOR.dtype))
     delta_TO = mixture_linear(x_TD.to(factors.a_ERD.dtype), scaled, gates_TE)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with no_autocast(x_TD.device):
         more_TO = c_EO - 1 if gates_TE is None else gates_TE @ (c_EO - 1)
     return y_TO + (more_TO * dora.frozen_TO(x_TD, y_TO, dropped) + delta_TO).to(y_TO.dtype)
 

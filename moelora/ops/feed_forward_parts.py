@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moelora.autocast import autocast_dtype
 from moelora.ops.factors import Factors
 
 Dense = dict[str, tuple[Tensor, Tensor | None]]
@@ -63,14 +64,26 @@ class FeedForwardExperts:
     gate: Factors | None
     dropout: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def dropout_p(self) -> float:
+        """The probability of that dropout, for operations that draw it themselves.
+
+        Raises:
+            TypeError: If it is another function.
+        """
+        if self.dropout is None:
+            return 0.0
+        if not isinstance(self.dropout, nn.Dropout):
+            raise TypeError(f"dropout is {self.dropout!r}; allowed: nn.Dropout or None, since its mask is drawn again.")
+        return self.dropout.p
+
     def in_compute_dtype(self, device: torch.device) -> FeedForwardExperts:
         """The experts in the dtype to compute in: their own, as PEFT's LoRA does, or autocast's, as it would."""
         found = [factors for factors in (self.up, self.down, self.gate) if factors is not None]
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        elif len({part.dtype for factors in found for part in (factors.a_ERD, factors.b_EOR)}) > 1:
+        dtype = autocast_dtype(device)
+        if dtype is None and len({part.dtype for factors in found for part in (factors.a_ERD, factors.b_EOR)}) > 1:
             dtype = torch.float32
-        else:
+        if dtype is None:
             return self
         up, down, gate = (None if factors is None else factors.to(dtype) for factors in (self.up, self.down, self.gate))
         return replace(self, up=up, down=down, gate=gate)

@@ -10,18 +10,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moelora.autocast import no_autocast
 from moelora.ops.activation_vjp import activation_vjp
 from moelora.ops.compiled_kernels import CompiledKernels, compiler_works
 from moelora.ops.expert_segments import SegmentPlan, expert_segments
 from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
 from moelora.ops.gathered_experts import gathered_experts
+from moelora.ops.grouped_experts import grouped_experts
 from moelora.ops.masked_experts import masked_experts
 from moelora.ops.segment_kernels import EagerKernels
 from moelora.ops.segments import Segments
 from moelora.routing.decision import Routing
 
-Form = Literal["gathered", "segments", "compiled", "masked"]
+Form = Literal["gathered", "segments", "compiled", "grouped", "masked"]
 
 GATHER_AT_MOST = 16
 """Choices up to which each one's own B and A2 are gathered: copying K small matrices beats everything else there."""
@@ -39,17 +41,21 @@ def choose_form(
     - "segments": sorted by expert, in tiles that stay in cache, with a backward pass of its own. Training on the CPU.
       Its cost hardly grows with the number of experts.
     - "compiled": the same with its element-wise work compiled into single loops, where that is asked for.
-    - "masked": the low-rank products of all experts, masked, in plain autograd; no sorting and nothing read back from
-      the device, so it is what accelerators get, and `torch.compile`, `torch.export` and `torch.jit.trace`, whose graph
-      must not depend on the routing of one batch. Its cost grows with E * R.
+    - "grouped": grouped by expert in batches of one size, with a backward pass of its own that keeps nothing of an
+      expert; nothing is read back from the device. Accelerators.
+    - "masked": the low-rank products of all experts, masked, in plain autograd: for `torch.compile`, `torch.export` and
+      `torch.jit.trace`, whose graph must not depend on the routing of one batch, and for a block with a dropout of its
+      own. Its cost grows with E * R.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "masked"
-    if block.hidden_dropout is not None or routing.ids_TK is None:
+    if block.hidden_dropout is not None or num_tokens == 0:
         return "masked"
-    if num_tokens * routing.num_choices <= GATHER_AT_MOST:
+    if routing.ids_TK is not None and num_tokens * routing.num_choices <= GATHER_AT_MOST:
         return "gathered"
     if device.type != "cpu":
+        return "grouped"
+    if routing.ids_TK is None:
         return "masked"
     if compiled and activation_vjp(block.activation).vjp is not None and compiler_works():
         return "compiled"
@@ -89,9 +95,10 @@ def mixture_feed_forward(
     up_TF = block.up(x_TD)
     gate_TF = block.gate(x_TD) if block.gate is not None else None
     experts = experts.in_compute_dtype(up_TF.device)
-    x_lora = x_TD if experts.dropout is None else experts.dropout(x_TD)
-    if form == "gathered":
-        hidden_TF, delta_TD = gathered_experts(x_lora, up_TF, gate_TF, routing, block, experts)
+    x_lora = x_TD if experts.dropout is None or form == "grouped" else experts.dropout(x_TD)
+    if form in ("gathered", "grouped"):
+        operation = gathered_experts if form == "gathered" else grouped_experts
+        hidden_TF, delta_TD = operation(x_lora, up_TF, gate_TF, routing, block, experts)
         y_TD = block.down(hidden_TF)
         if delta_TD is not None:
             y_TD = y_TD + delta_TD.to(y_TD.dtype)
@@ -160,7 +167,7 @@ def _segments(
         kernels,
         compiled or routing.num_choices <= KEEP_AT_MOST,
     )
-    with torch.autocast(up_TF.device.type, enabled=False):
+    with no_autocast(up_TF.device):
         return expert_segments(
             up_TF,
             gate_TF,

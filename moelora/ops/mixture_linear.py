@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moelora.ops.factors import Factors
+from moelora.ops.recomputed_linear import recomputed_linear
 
 
 def mixture_linear(
@@ -18,12 +19,14 @@ def mixture_linear(
     gates_TE: Tensor | None,
     base_TO: Tensor | None = None,
     separate: bool = False,
+    p: float = 0.0,
 ) -> Tensor:
     """What a mixture adds to its linear: `sum_e g_te * scaling * B_e A_e x_t`.
 
     A mixture is one LoRA of rank E * R whose inner activation is masked by the gates (`B_cat (g * (A_cat x))`): there
     is no gather, no scatter and no loop; the scaling rides on the gates, and the sum with the base's output on the
-    second product. With a shared A the first product is done once, not E times. Equal to `reference.mixture_linear`.
+    second product. With a shared A the first product is done once, not E times. Accelerators train with a backward pass
+    that keeps less, `recomputed_linear`. Equal to `reference.mixture_linear`.
 
     Args:
         x_TD: Tokens, in the dtype of the experts (or under autocast).
@@ -31,11 +34,17 @@ def mixture_linear(
         gates_TE: Weights of the experts, fp32; None for un-routed LoRA (E = 1).
         base_TO: The linear's own output, to be added.
         separate: Whether each expert has products of its own, see `Routing.separate`.
+        p: Probability of LoRA dropout on the tokens.
 
     Returns:
         delta_TO in the dtype of the products; with `base_TO` the sum, in the higher of the two dtypes.
     """
-    if separate and gates_TE is not None and factors.num_experts > 1:
+    is_separate = separate and gates_TE is not None and factors.num_experts > 1
+    if x_TD.device.type != "cpu" and torch.is_grad_enabled() and not is_separate and not _is_traced():
+        return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
+    if p > 0:
+        x_TD = F.dropout(x_TD, p)
+    if is_separate and gates_TE is not None:
         return _separately(x_TD, factors, gates_TE, base_TO)
     if gates_TE is None:
         # views of one expert, without the reshapes of several: they cost as much as the products of one token

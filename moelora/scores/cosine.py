@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.scores.linear import Activation, router_logits
@@ -82,7 +82,7 @@ class CosineScores(Scores):
     def score(self, given: RouterInput) -> Scored:
         """See `Scores.score`."""
         p_TF = router_logits(given.x_TD, given.tensors["projection"])
-        with torch.autocast(p_TF.device.type, enabled=False):
+        with no_autocast(p_TF.device):
             cosines_TE = F.linear(F.normalize(p_TF, dim=-1), F.normalize(given.tensors["weight"].float(), dim=-1))
             scale = (given.tensors["log_scale"].float().exp() / self.temperature).clamp_max(_SHARPEST)
             logits_TE = cosines_TE * scale

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moelora.autocast import autocast_dtype, no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.validation import check, check_bool, check_choice, is_index, is_real, is_share
@@ -160,8 +161,8 @@ class LinearScores(Scores):
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x W_r^T` in fp32 whatever the dtypes, under autocast too: top-k flips on rounding errors of half precision."""
-    if torch.is_autocast_enabled(x_TD.device.type):
-        with torch.autocast(x_TD.device.type, enabled=False):
+    if autocast_dtype(x_TD.device) is not None:
+        with no_autocast(x_TD.device):
             return router_logits(x_TD, weight_ED)
     keeps_half = x_TD.dtype != torch.float32 and torch.is_grad_enabled()
     if not keeps_half or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -174,16 +175,18 @@ class _LogitsOfHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return F.linear(x_TD.float(), weight_ED.float())
+        wide_ED = weight_ED.float()
+        ctx.weight_dtype = weight_ED.dtype
+        ctx.save_for_backward(x_TD, wide_ED)
+        return F.linear(x_TD.float(), wide_ED)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
+        x_TD, wide_ED = ctx.saved_tensors
         grad_x_TD, grad_weight_ED = None, None
         if ctx.needs_input_grad[1]:
-            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+            grad_weight_ED = (grad_TE.t() @ x_TD.float()).to(ctx.weight_dtype)
         if ctx.needs_input_grad[0]:
-            grad_x_TD = torch.mm(grad_TE, weight_ED.float()).to(x_TD.dtype)
+            grad_x_TD = torch.mm(grad_TE, wide_ED).to(x_TD.dtype)
         return grad_x_TD, grad_weight_ED

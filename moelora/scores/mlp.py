@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.errors import ConfigError
 from moelora.routing.batch import Tokens
@@ -34,7 +35,7 @@ def mlp(h: Tensor, tensors: Mapping[str, Tensor], depth: int, dropout: float) ->
     Returns:
         [..., O], O the product of the last shape.
     """
-    with torch.autocast(h.device.type, enabled=False):
+    with no_autocast(h.device):
         h = h.float()
         for i in range(depth):
             if i > 0:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moelora.autocast import no_autocast
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.scores.linear import NOISE_FLOOR, router_logits
@@ -135,7 +136,7 @@ class TreeScores(Scores):
         keys_CK = x_TF.new_zeros(1, 0)
         logits, clean, spreads = [], [], []
         is_noisy = self.noise and given.training
-        with torch.autocast(x_TF.device.type, enabled=False):
+        with no_autocast(x_TF.device):
             for layer, chains, children in levels(self.sizes):
                 own_SF = F.normalize(tensors[f"keys_{layer}"], dim=-1) if self.noise else tensors[f"keys_{layer}"]
                 of_x, of_keys = tensors[f"in_{layer}"].split([self.features, keys_CK.shape[1]], 1)

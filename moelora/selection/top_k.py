@@ -199,9 +199,11 @@ class TopK(Selection):
         raw_TK = weights_TK
         if self.renormalize and given.num_null > 0:
             weights_TK = renormalize_beside_null(weights_TK, ids_TK >= given.num_experts - given.num_null)
+        elif self.renormalize and scored.is_softmax and kept_TE is None:
+            # a softmax over its sum is that of the chosen logits alone, whose gradient takes a third of the operations
+            weights_TK = scored.logits_TE.gather(-1, ids_TK).softmax(-1)
         elif self.renormalize:
-            # of a softmax the largest are chosen, and their sum is far above 0
-            weights_TK = renormalize(weights_TK, scored.is_softmax and kept_TE is None and scored.bias_E is None)
+            weights_TK = renormalize(weights_TK)
         if self.straight_through:
             weights_TK = weights_TK.detach() + (raw_TK - raw_TK.detach())
         if not self.multiply_by_gate:

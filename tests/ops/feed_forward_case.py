@@ -69,17 +69,21 @@ class Case:
         self.sums_to_one = renormalize
         self.kept_TK = torch.ones(T, chosen)
         self.scores_TE = torch.rand(T, E)
-        self.dropout: Callable[[Tensor], Tensor] = nn.Identity()
+        self.dropout: Callable[[Tensor], Tensor] | None = None
 
     def routing(self) -> Routing:
         weights_TK = self.leaves["weights"] * self.kept_TK
         return Routing(self.scores_TE, self.scores_TE, weights_TK, self.ids_TK, sums_to_one=self.sums_to_one)
 
     def forms(self) -> tuple[Form, ...]:
+        if len(self.leaves["x"]) == 0:
+            grouped: tuple[Form, ...] = ()
+        else:
+            grouped = ("grouped",)
         if self.ids_TK is None:
-            return ("masked",)
+            return ("masked", *grouped)
         known = activation_vjp(self.activation).vjp is not None
-        return ("gathered", "segments", "masked", *(("compiled",) if known else ()))
+        return ("gathered", "segments", "masked", *grouped, *(("compiled",) if known else ()))
 
     def block(self) -> FrozenFeedForward:
         return FrozenFeedForward(

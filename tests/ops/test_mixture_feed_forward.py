@@ -277,7 +277,8 @@ def test_dropout_draws_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("roles", [("up",), ("down",), ("up", "down")], ids="-".join)
-def test_dropout_keeps_the_expectation(roles: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("form", ["segments", "grouped"])
+def test_dropout_keeps_the_expectation(roles: tuple[str, ...], form: Form) -> None:
     """With a linear activation the mean over the draws is the output without dropout."""
     repeats = 4000
     case = Case("plain", T=2, roles=roles, activation=nn.Identity())
@@ -289,7 +290,7 @@ def test_dropout_keeps_the_expectation(roles: tuple[str, ...]) -> None:
     case.kept_TK = case.kept_TK.repeat_interleave(repeats, 0)
     case.scores_TE = case.scores_TE.repeat_interleave(repeats, 0)
     case.dropout = nn.Dropout(0.4)
-    draws = case.fast().detach().view(2, repeats, -1)
+    draws = case.fast(form).detach().view(2, repeats, -1)
     deviation = draws.std(1)
     assert deviation.min() > 0
     assert ((draws.mean(1) - exact).abs() < 4.5 * deviation / repeats**0.5).all()
@@ -297,7 +298,16 @@ def test_dropout_keeps_the_expectation(roles: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kind", ROLES)
 @pytest.mark.parametrize(
-    ("form", "K"), [("gathered", 2), ("segments", 2), ("segments", 3), ("masked", 2), ("compiled", 2)]
+    ("form", "K"),
+    [
+        ("gathered", 2),
+        ("segments", 2),
+        ("segments", 3),
+        ("masked", 2),
+        ("compiled", 2),
+        ("grouped", 2),
+        ("grouped", None),
+    ],
 )
 def test_gradients_under_dropout_are_those_of_what_was_computed(kind: str, form: Form, K: int) -> None:
     """Finite differences with the same draw: a backward that forgets or redraws the mask fails."""
@@ -335,7 +345,7 @@ def test_the_blocks_own_dropouts_are_applied() -> None:
 
 
 @pytest.mark.parametrize("K", [2, 3])
-@pytest.mark.parametrize("form", ["gathered", "segments", "compiled", "masked"])
+@pytest.mark.parametrize("form", ["gathered", "segments", "compiled", "masked", "grouped"])
 def test_training_after_inference_mode(form: Form, K: int) -> None:
     """Nothing of one call reaches the next, so what an inference-mode call made cannot be met again in training."""
     case = Case("gated", T=63, E=8, K=K)
@@ -405,7 +415,7 @@ def test_tracing_does_not_freeze_the_routing_of_one_batch(kind: str) -> None:
         torch.testing.assert_close(traced(x_TD), module(x_TD), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["gathered", "segments", "compiled", "masked"])
+@pytest.mark.parametrize("form", ["gathered", "segments", "compiled", "masked", "grouped"])
 def test_new_tensors_are_made_on_the_device_of_the_inputs(form: Form) -> None:
     """With another default device, a tensor made without saying where would meet the inputs as a stranger."""
     case = Case("gated", T=63, E=3, bias=True)
@@ -417,8 +427,20 @@ def test_new_tensors_are_made_on_the_device_of_the_inputs(form: Form) -> None:
         assert leaf.grad.device.type == "cpu", name
 
 
-@pytest.mark.parametrize(("K", "form"), [(2, "masked"), (None, "masked"), (2, "gathered"), (2, "segments")])
-def test_forms_are_chosen_by_shape(K: int | None, form: Form) -> None:
-    case = Case("gated", T=1 if form == "gathered" else 63, E=3, K=K)
-    device = torch.device("cuda" if (K, form) == (2, "masked") else "cpu")
-    assert choose_form(len(case.leaves["x"]), case.routing(), case.block(), device) == form
+@pytest.mark.parametrize(
+    ("K", "T", "device", "form"),
+    [
+        (None, 63, "cpu", "masked"),
+        (2, 1, "cpu", "gathered"),
+        (2, 63, "cpu", "segments"),
+        (2, 1, "cuda", "gathered"),
+        (2, 63, "cuda", "grouped"),
+        (None, 63, "cuda", "grouped"),
+        (None, 0, "cuda", "masked"),
+    ],
+)
+def test_forms_are_chosen_by_shape(K: int | None, T: int, device: str, form: Form) -> None:
+    case = Case("gated", T=T, E=3, K=K)
+    assert choose_form(T, case.routing(), case.block(), torch.device(device)) == form
+    own = replace(case.block(), hidden_dropout=nn.Dropout(0.1))
+    assert choose_form(T, case.routing(), own, torch.device(device)) == "masked"

@@ -5,6 +5,8 @@ Shape suffixes: T tokens, D input features, O output features, E experts, R rank
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +14,20 @@ from torch import Tensor
 from moelora.ops import reference
 from moelora.ops.factors import Factors
 from moelora.ops.mixture_linear import mixture_linear
+from moelora.ops.recomputed_linear import recomputed_linear
 from tests.ops.compare import assert_close, assert_near, gradients
 
 SCALING = 1.7
+
+
+def recomputed(
+    x_TD: Tensor, factors: Factors, gates_TE: Tensor | None, base_TO: Tensor | None = None, p: float = 0.0
+) -> Tensor:
+    """What accelerators get."""
+    return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
+
+
+OPERATIONS = pytest.mark.parametrize("operation", [mixture_linear, recomputed], ids=["plain", "recomputed"])
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,11 +60,12 @@ def sparse_gates_TE(T: int, E: int, K: int) -> Tensor:
         ]
     ],
 )
-def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
+@OPERATIONS
+def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int, operation: Any) -> None:
     leaves = {"x": leaf(T, D), "a": leaf(E, R, D), "b": leaf(E, O, R)}
     gates_TE = sparse_gates_TE(T, E, K).requires_grad_()
     leaves["gates"] = gates_TE
-    fast = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
+    fast = gradients(lambda: operation(leaves["x"], factors(leaves), gates_TE), leaves)
     naive = gradients(
         lambda: reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], gates_TE, SCALING), leaves
     )
@@ -61,9 +75,10 @@ def test_mixture_linear(T: int, D: int, O: int, E: int, R: int, K: int) -> None:
 
 @pytest.mark.parametrize("R", [1, 3, 16])
 @pytest.mark.parametrize("leading", [(1,), (7,), (3, 7)], ids=str)
-def test_mixture_linear_unrouted(R: int, leading: tuple[int, ...]) -> None:
+@OPERATIONS
+def test_mixture_linear_unrouted(R: int, leading: tuple[int, ...], operation: Any) -> None:
     leaves = {"x": leaf(*leading, 12), "a": leaf(1, R, 12), "b": leaf(1, 20, R)}
-    fast = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), None), leaves)
+    fast = gradients(lambda: operation(leaves["x"], factors(leaves), None), leaves)
     naive = gradients(
         lambda: reference.mixture_linear(leaves["x"].flatten(0, -2), leaves["a"], leaves["b"], None, SCALING).view(
             *leading, 20
@@ -76,14 +91,15 @@ def test_mixture_linear_unrouted(R: int, leading: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("R", [1, 3])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
-def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
+@OPERATIONS
+def test_mixture_linear_half_precision(R: int, autocast: bool, operation: Any) -> None:
     dtype = torch.float32 if autocast else torch.bfloat16
     leaves = {"x": leaf(63, 12, dtype=dtype), "a": leaf(8, R, 12, dtype=dtype), "b": leaf(8, 20, R, dtype=dtype)}
     leaves["gates"] = sparse_gates_TE(63, 8, 2).requires_grad_()
 
     def fast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            return mixture_linear(leaves["x"], factors(leaves), leaves["gates"])
+            return operation(leaves["x"], factors(leaves), leaves["gates"])
 
     found = gradients(fast, leaves)
     naive = gradients(
@@ -96,10 +112,11 @@ def test_mixture_linear_half_precision(R: int, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("R", [1, 3])
-def test_an_expert_without_tokens_has_a_zero_gradient(R: int) -> None:
+@OPERATIONS
+def test_an_expert_without_tokens_has_a_zero_gradient(R: int, operation: Any) -> None:
     leaves = {"x": leaf(7, 12), "a": leaf(3, R, 12), "b": leaf(3, 20, R)}
     gates_TE = torch.tensor([[0.4, 0.0, 0.6]]).repeat(7, 1)
-    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE), leaves)
+    found = gradients(lambda: operation(leaves["x"], factors(leaves), gates_TE), leaves)
     for name in ("a", "b"):
         assert found[name][1].abs().max() == 0
         assert found[name][0].abs().max() > 0
@@ -124,7 +141,8 @@ def test_the_mixture_is_the_sum_of_its_experts() -> None:
 
 @pytest.mark.parametrize(("E", "R"), [(3, 1), (3, 4), (8, 16)])
 @pytest.mark.parametrize("with_base", [False, True], ids=["delta", "base"])
-def test_experts_that_share_their_a(E: int, R: int, with_base: bool) -> None:
+@OPERATIONS
+def test_experts_that_share_their_a(E: int, R: int, with_base: bool, operation: Any) -> None:
     """HydraLoRA's form: the one A gets the gradients of all experts."""
     leaves = {"x": leaf(63, 12), "a": leaf(1, R, 12), "b": leaf(E, 20, R), "gates": torch.rand(63, E).requires_grad_()}
     if with_base:
@@ -135,7 +153,7 @@ def test_experts_that_share_their_a(E: int, R: int, with_base: bool) -> None:
         delta = reference.mixture_linear(leaves["x"], leaves["a"], leaves["b"], leaves["gates"], SCALING)
         return delta if base is None else delta + base
 
-    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), leaves["gates"], base), leaves)
+    found = gradients(lambda: operation(leaves["x"], factors(leaves), leaves["gates"], base), leaves)
     for name, expected in gradients(naive, leaves).items():
         assert_close(name, found[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
@@ -151,23 +169,25 @@ def test_a_shared_a_is_multiplied_once() -> None:
 
 @pytest.mark.parametrize("shared_a", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("routed", [False, True], ids=["one", "routed"])
-def test_no_tokens(shared_a: bool, routed: bool) -> None:
+@OPERATIONS
+def test_no_tokens(shared_a: bool, routed: bool, operation: Any) -> None:
     E = 3 if routed else 1
     leaves = {"x": leaf(0, 12), "a": leaf(1 if shared_a else E, 4, 12), "b": leaf(E, 20, 4), "base": leaf(0, 20)}
     gates_TE = None
     if routed:
         gates_TE = leaves["gates"] = torch.rand(0, E).requires_grad_()
-    found = gradients(lambda: mixture_linear(leaves["x"], factors(leaves), gates_TE, leaves["base"]), leaves)
+    found = gradients(lambda: operation(leaves["x"], factors(leaves), gates_TE, leaves["base"]), leaves)
     assert found["output"].shape == (0, 20)
     for name, expected in leaves.items():
         assert torch.equal(found[name], torch.zeros_like(expected)), name
 
 
-def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit() -> None:
+@OPERATIONS
+def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit(operation: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base_TO = torch.randn(63, 20).to(dtype)
         experts = Factors(torch.randn(8, 4, 12).to(dtype), torch.zeros(8, 20, 4, dtype=dtype), SCALING)
-        y_TO = mixture_linear(torch.randn(63, 12).to(dtype), experts, sparse_gates_TE(63, 8, 2), base_TO)
+        y_TO = operation(torch.randn(63, 12).to(dtype), experts, sparse_gates_TE(63, 8, 2), base_TO)
         assert torch.equal(y_TO, base_TO)
 
 
@@ -205,3 +225,48 @@ def test_experts_that_are_computed_apart_do_not_see_each_other(E: int, R: int) -
         assert_close(name, fast[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     nobody = mixture_linear(leaves["x"], factors(few), torch.zeros(T, E), separate=True)
     assert nobody.equal(torch.zeros(T, O))
+
+
+@pytest.mark.parametrize(("E", "shared_a"), [(1, False), (3, False), (3, True)])
+def test_the_mask_of_dropout_is_drawn_again(E: int, shared_a: bool) -> None:
+    """Finite differences with the same draw, in fp64: a backward that forgets or redraws the mask fails."""
+    leaves = [torch.randn(5, 6), torch.randn(1 if shared_a else E, 2, 6), torch.randn(E, 4, 2), torch.randn(5, 4)]
+    leaves += [torch.rand(5, E)] if E > 1 else []
+
+    def function(x: Tensor, a: Tensor, b: Tensor, base: Tensor, gates: Tensor | None = None) -> Tensor:
+        torch.manual_seed(3)
+        return recomputed_linear(x, Factors(a, b, SCALING), gates, base, 0.4)
+
+    assert torch.autograd.gradcheck(function, tuple(leaf.double().requires_grad_() for leaf in leaves), atol=1e-6)
+
+
+@OPERATIONS
+def test_dropout_keeps_the_expectation(operation: Any) -> None:
+    x_TD, experts = torch.randn(1, 12), Factors(torch.randn(3, 2, 12), torch.randn(3, 5, 2), SCALING)
+    gates_TE = torch.rand(1, 3)
+    draws = operation(x_TD.expand(4000, -1), experts, gates_TE.expand(4000, -1), p=0.4)
+    error = (draws.mean(0) - operation(x_TD, experts, gates_TE)).abs()
+    assert draws.std(0).min() > 0
+    assert (error < 4.5 * draws.std(0) / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_accelerators_keep_the_tokens_and_the_inner_activations_alone(p: float) -> None:
+    """On meta tensors, which take their path: nothing is read back, and no mask or masked product is kept."""
+    with torch.device("meta"):
+        x, a, b, base = torch.empty(63, 32), torch.empty(3, 2, 32), torch.empty(3, 40, 2), torch.empty(63, 40)
+        gates = torch.empty(63, 3)
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b, base, gates)]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = mixture_linear(x, Factors(a, b, SCALING), gates, base, p=p)
+    assert [list(tensor.shape) for tensor in saved if all(tensor is not leaf for leaf in leaves)] == [[63, 6]]
+    y.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape

@@ -47,6 +47,7 @@ def test_picture_shows_the_chosen_experts() -> None:
     drawn = picture(MoeLoraConfig.from_preset("mixlora", num_experts=4, top_k=2))
     assert drawn.count("fill-opacity") == 2
     assert drawn.count('height="34"') == 4
+    assert picture(MoeLoraConfig.from_preset("smora")).count("fill-opacity") == 7  # 64 are drawn as 1 to 7 and 64
     assert picture(MoeLoraConfig.from_preset("adamole")).count("dasharray") == 8
 
 
@@ -132,4 +133,4 @@ def test_every_public_name_is_on_an_api_page() -> None:
         names = reference.public_names(importlib.import_module(module))
         on_methods = set(presets.available()) if module == "moelora.presets" else set()
         for name in set(names) - on_methods:
-            assert re.search(rf"^::: moelora\.[\w.]+\.{name}$", page, flags=re.MULTILINE), name
+            assert re.search(rf"^::: {re.escape(module)}\.({name}\.)?{name}$", page, flags=re.MULTILINE), name

