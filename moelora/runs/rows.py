@@ -101,7 +101,8 @@ def _check_rating(name: str, value: Any) -> str | None:
 
 
 def _check_class(name: str, value: Any) -> str | None:
-    return None if isinstance(value, int) or str(value).strip() else "needed: a class, as a text or a number."
+    fits = isinstance(value, (int, str)) and str(value).strip()
+    return None if fits else "needed: a class, as a text or a whole number."
 
 
 def _is_filled(row: Mapping[str, Any]) -> bool:
