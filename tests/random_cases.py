@@ -190,18 +190,23 @@ class Cases:
     def rows_of_a_run(self) -> None:
         """Rows: taken, or refused."""
         self.made = "rows"
-        forms: list[dict[str, Any]] = [
-            {"prompt": "a", "completion": "b", "task": "t"},
-            {"text": "a"},
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        forms: list[tuple[str, dict[str, Any]]] = [
+            ("sft", {"prompt": "a", "completion": "b", "task": "t"}),
+            ("sft", {"text": "a"}),
+            ("sft", {"messages": chat}),
+            ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+            ("dpo", {"prompt": "a", "chosen": chat, "rejected": chat}),
+            ("kto", {"prompt": "a", "completion": "b", "label": True}),
+            ("classification", {"text": "a", "label": "b"}),
         ]
-        row = self.random.choice(forms)
+        recipe, row = self.random.choice(forms)
         try:
             rows = Dataset.from_list([row, self.changed(row), row])
         except Exception:  # what no file of one schema holds
             return
         rows = rows.select_columns([name for name in row if name in rows.column_names])
-        checked_rows(rows, lambda index: f"row {index + 1}")
+        checked_rows(rows, recipe, lambda index: f"row {index + 1}")
 
     def copy(self) -> Path:
         """A fresh copy of the adapter."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import ProgressCallback, TrainerState, set_seed
+from transformers import ProgressCallback, set_seed
 
 from moelora import MoeLoraConfig, MoeLoraTrainerMixin
 from moelora.errors import MoeLoraError, RunError
@@ -32,9 +32,10 @@ from moelora.training.centroids import fit_unfitted
 from moelora.training.finite import check_weights
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
+from train.resuming import Resumable
 
 
-class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
+class RunTrainer(Resumable, MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
 
 
@@ -84,10 +85,11 @@ def run(
 def say_done(config: RunConfig, folder: RunDir) -> None:
     """Say where the run is, and the commands that go on from there."""
     root = folder.root
+    if RECIPES[config.recipe].task_type != "CAUSAL_LM":
+        say(f"\nDone: {root}")
+        return
     scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
-    answers = RECIPES[config.recipe].task_type == "CAUSAL_LM"
-    verbs = [scored, f"moelora chat {root}"] if answers else []
-    say(f"\nDone: {root}\nNext: " + "\n      ".join([*verbs, f"moelora report {root}"]))
+    say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")
 
 
 def reads_tasks(adapter: MoeLoraConfig) -> bool:
@@ -148,8 +150,7 @@ def make_trainer(
     """A trainer of a model's adapter, without a progress display.
 
     Raises:
-        MoeLoraError: If the trainer refuses the arguments, the rows or the model, or no row is short enough to be
-            trained on.
+        MoeLoraError: If the trainer refuses the arguments or the model, or no row is short enough to be trained on.
     """
     try:
         trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
@@ -217,7 +218,7 @@ def train_stage(
     try:
         with stop.listening(trainer.accelerator.num_processes):
             if checkpoint is not None and folder.is_last(checkpoint):
-                _resume_finished(trainer, checkpoint)
+                trainer.resume_finished(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
@@ -243,15 +244,6 @@ def train_stage(
         }
         _save(model, tokenizer, record, folder.stage(stage))
         say(f"Saved     {folder.stage(stage)} after {minutes(seconds)}")
-
-
-def _resume_finished(trainer: Any, checkpoint: Path) -> None:
-    """Take weights and state of a checkpoint after which there is nothing left to train.
-
-    `train` would make one more step. The optimizer is not read.
-    """
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trainer._load_from_checkpoint(str(checkpoint))
 
 
 def _classes(model: Any) -> dict[str, list[str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
-from moelora.runs import row_files
 from moelora.runs.config import DatasetConfig
 from moelora.runs.conversations import as_messages
 from moelora.runs.generated import generated_rows
@@ -13,6 +15,17 @@ from moelora.runs.recipes import RECIPES, Recipe
 from moelora.runs.rows import checked_rows
 from moelora.runs.wording import one_line
 from moelora.validation import check_keys
+
+# Suffixes of the files that `datasets` reads, and its name for them.
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+SUFFIXES = tuple(_BUILDERS)
+"""Those of the files that rows are read from."""
 
 
 def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any:
@@ -36,14 +49,14 @@ def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any
     elif config.hub:
         rows = _from_hub(config)
     else:
-        rows = row_files.read(row_files.matching(config.files))
+        rows = _from_files(config)
     rows = _rename(rows, config, recipe)
     if config.task is not None and "task" not in rows.column_names:
         rows = rows.add_column("task", [config.task] * len(rows))
     if len(rows) == 0:
         raise RunError(f"{_source(config)} has no rows.")
     rows = _with_roles(rows, config)
-    rows = checked_rows(rows, lambda index: _row(config, index), recipe)
+    rows = checked_rows(rows, recipe, lambda index: _row(config, index))
     rows = rows.shuffle(seed=config.seed)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
@@ -73,16 +86,6 @@ def _source(config: DatasetConfig) -> str:
     return f"dataset {config.hub or config.files or list(config.tasks or {})!r}"
 
 
-def _row(config: DatasetConfig, index: int) -> str:
-    """A row before shuffling by its file and its number in it, for messages."""
-    for path in row_files.matching(config.files):
-        count = len(row_files.read([path]))
-        if index < count:
-            return f"row {index + 1} of {path}"
-        index -= count
-    return f"row {index + 1} of {_source(config)}"
-
-
 def _generated(config: DatasetConfig, kind: Recipe) -> Any:
     from datasets import Dataset
 
@@ -101,6 +104,122 @@ def _from_hub(config: DatasetConfig) -> Any:
         ) from error
 
 
+def _row(config: DatasetConfig, index: int) -> str:
+    """A row by its file and its number in it, for messages."""
+    if config.files:
+        for path in _paths(config):
+            count = len(_read([path]))
+            if index < count:
+                return f"row {index + 1} of {path}"
+            index -= count
+    return f"row {index + 1} of {_source(config)}"
+
+
+def _from_files(config: DatasetConfig) -> Any:
+    paths = _paths(config)
+    suffixes = sorted({Path(path).suffix for path in paths})
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    if None in builders or len(builders) != 1:
+        raise RunError(f"dataset.files are of kind {', '.join(suffixes)}; allowed: one kind of {', '.join(_BUILDERS)}.")
+    return _read(paths)
+
+
+def _paths(config: DatasetConfig) -> list[str]:
+    """The files that the patterns match.
+
+    Raises:
+        RunError: If one matches none, or a file is empty.
+    """
+    patterns = [config.files] if isinstance(config.files, str) else list(config.files or [])
+    paths: list[str] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - absolute ones too
+        if not found:
+            raise RunError(f"dataset.files: no file matches {pattern!r} (from {Path.cwd()}).")
+        paths += found
+    empty = [path for path in paths if Path(path).is_file() and Path(path).stat().st_size == 0]
+    if empty:
+        raise RunError(f"dataset.files: {', '.join(empty)} is empty; needed: rows.")
+    return paths
+
+
+def _read(paths: list[str]) -> Any:
+    """The rows of files of one kind, one after the other.
+
+    Raises:
+        RunError: If one is not readable.
+    """
+    from datasets import load_dataset
+
+    suffix = Path(paths[0]).suffix
+    words: dict[str, Any] = {}
+    if _BUILDERS[suffix] == "csv":
+        delimiter = "\t" if suffix == ".tsv" else ","
+        headers = [_check_table(path, delimiter) for path in paths]
+        words = {"delimiter": delimiter, **_csv_words(headers[0])}
+    elif _BUILDERS[suffix] == "json":
+        for path in paths:
+            _check_utf8(path)
+    try:
+        return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **words)
+    except Exception as error:  # pandas, pyarrow, gzip, json and datasets each raise their own
+        reason = one_line(error.__cause__ or error)[:300]
+        if "corresponds to no data" in reason:
+            raise RunError(f"dataset.files {', '.join(paths)}: no rows.") from error
+        raise RunError(f"dataset.files {', '.join(paths)}: not readable as {suffix}: {reason}") from error
+
+
+def _csv_words(header: list[str]) -> dict[str, Any]:
+    """How a table is read: cells as they are written, so that "007" and "NA" stay texts; a blank cell is missing."""
+    from datasets import Features, Value
+
+    features = Features({name: Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def _check_table(path: str, delimiter: str) -> list[str]:
+    """The header of a table, no row of which has more cells than that: pandas would take the first ones for an index.
+
+    Raises:
+        RunError: Names the line.
+    """
+    longest = csv.field_size_limit(2**31 - 1)
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader, [])
+            for row in reader:
+                if len(row) > len(header):
+                    raise RunError(
+                        f"line {reader.line_num} of {path} has {len(row)} cells, and the header "
+                        f"{len(header)}; allowed: as many. Put cells that hold the separator into quotes."
+                    )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"line {reader.line_num + 1} of {path} is not readable: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(longest)
+    if len(set(header)) < max(1, len(header)):
+        raise RunError(f"the header of {path} is {header}; needed: a name for each column, no two alike.")
+    return header
+
+
+def _check_utf8(path: str) -> None:
+    """Refuse text in another encoding, which pyarrow reads and nobody can use.
+
+    Raises:
+        RunError: Names the line.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # gzip, which `datasets` unpacks
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise RunError(f"line {number} of {path} is not UTF-8: {one_line(error)} Convert the file.") from error
+
+
 def _rename(rows: Any, config: DatasetConfig, recipe: str) -> Any:
     """Give our names to the columns, and keep only those of the recipe."""
     kind = RECIPES[recipe]
@@ -117,10 +236,10 @@ def _rename(rows: Any, config: DatasetConfig, recipe: str) -> Any:
     form = next((form for form in kind.forms if all(column in rows.column_names for column in form)), None)
     if form is None:
         needed = ", or ".join(" and ".join(form) for form in kind.forms)
-        first = kind.forms[0]
+        words = ", ".join(f"{column}: NAME" for column in kind.forms[0])
         raise RunError(
             f"{_source(config)} has the columns {', '.join(rows.column_names)}; needed for recipe {recipe}: {needed}. "
-            f"Map them with dataset.columns: `columns: {{{', '.join(f'{column}: NAME' for column in first)}}}`."
+            f"Map them with dataset.columns: `columns: {{{words}}}`."
         )
     keep = [*form, *(["task"] if "task" in rows.column_names else [])]
     return rows.select_columns(keep)
@@ -130,28 +249,28 @@ def _with_roles(rows: Any, config: DatasetConfig) -> Any:
     """Chats as messages of role and content, whichever form the rows have."""
     from datasets import Value
 
-    of_texts = {"task", "label", "text"}
+    texts = [name for name, feature in rows.features.items() if isinstance(feature, Value)]
     chats = [
-        column
-        for column in rows.column_names
-        if column == "messages" or (column not in of_texts and not isinstance(rows.features[column], Value))
+        name
+        for name in ("messages", "chosen", "rejected")
+        if name in rows.column_names and (name == "messages" or name not in texts)
     ]
     if not chats:
         return rows
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {column: as_messages(row[column], _cell(config, index, column)) for column in chats}
+        return {name: as_messages(row[name], f"row {index + 1} of {_source(config)}") for name in chats}
 
     return rows.map(convert, with_indices=True, remove_columns=chats, desc=None)
-
-
-def _cell(config: DatasetConfig, index: int, column: str) -> str:
-    return f"column {config.columns.get(column, column)!r} of {_row(config, index)}"
 
 
 def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any, kind: Recipe) -> Any:
     """Prompts and the replies to them as messages, so that the tokenizer's chat template applies to them."""
     chat = tokenizer.chat_template is not None if config.chat is None else config.chat
+    replies = [column for column in kind.replies if column in rows.column_names]
+    is_text = "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
+    if is_text and any(isinstance(rows[0][column], list) for column in replies):
+        rows = rows.remove_columns("prompt")  # the replies are whole chats, which begin with it
     strings = kind.is_chat and "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str)
     if config.system is not None and not (chat and strings):
         raise RunError(
@@ -160,9 +279,6 @@ def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any, kind: Recipe) -> 
         )
     if config.chat and not strings:
         raise RunError(f"dataset.chat is true, but the rows of {_source(config)} have no prompt that becomes a chat.")
-    replies = [column for column in kind.replies if column in rows.column_names]
-    if any(isinstance(rows[0][column], list) and rows[0][column][0]["role"] != "assistant" for column in replies):
-        return rows.remove_columns("prompt")  # whole chats, which begin with it
     if not (chat and strings):
         return rows
     if tokenizer.chat_template is None:
@@ -171,8 +287,7 @@ def _as_chat(rows: Any, config: DatasetConfig, tokenizer: Any, kind: Recipe) -> 
 
     def converse(row: dict[str, Any]) -> dict[str, Any]:
         answers = {column: [{"role": "assistant", "content": row[column]}] for column in replies}
-        given = {column: row[column] for column in replies if isinstance(row[column], list)}
-        return {"prompt": chat_prompt(row["prompt"], system), **answers, **given}
+        return {"prompt": chat_prompt(row["prompt"], system), **answers}
 
     return rows.map(converse, desc=None)
 

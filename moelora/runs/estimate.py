@@ -22,9 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.errors import RunError
 from moelora.layers.base import MoeLoraLayer
-from moelora.runs.config import RunConfig, adapter_config, training_config
+from moelora.runs.config import RunConfig, adapter_config
 from moelora.runs.models import load_skeleton
 from moelora.runs.parameters import ParameterCount, count_parameters
+from moelora.runs.trainer_arguments import trainer_arguments
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Forward and backward of a weight of the adapter on a token: 2 for the output, 2 for each of the two gradients.
@@ -69,16 +70,12 @@ def estimate(config: RunConfig, length: int | None = None) -> Estimate:
         length: Tokens of a sequence; None for `training.max_length`.
 
     Raises:
-        MoeLoraError: If the adapter does not fit the model, the length is not known, or the recipe is another one than
-            sft and sequential.
+        MoeLoraError: If the adapter does not fit the model, or the length is not known.
     """
     if config.recipe not in ("sft", "sequential"):
-        raise RunError(
-            f"recipe is {config.recipe!r}; allowed: 'sft' or 'sequential'. Other recipes pass a model several times a "
-            "step, or generate, which is not counted here."
-        )
+        raise RunError(f"recipe is {config.recipe!r}; allowed: sft, sequential. Other steps run other forwards.")
     adapter = adapter_config(config)
-    training = training_config(config, Path(config.output_dir))
+    training = trainer_arguments(config.recipe, config.training, Path(config.output_dir))
     length = training.max_length if length is None else length
     if length is None or length < 1:
         raise RunError(

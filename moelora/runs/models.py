@@ -247,23 +247,16 @@ def _from_pretrained(kind: Any, name: str, words: dict[str, Any]) -> Any:
         return kind.from_pretrained(resolve_model(name), **words)
     except MoeLoraError:
         raise
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise _unusable(name, words, error) from error
-        found = str(error).partition("<class '")[2].partition("'")[0].rpartition(".")[2]
-        raise RunError(
-            f"model {name!r} has a {found}, of which there is no {kind.__name__}; the recipe needs one."
-        ) from error
     except OSError as error:  # what transformers raises for a repository that is missing, private or out of reach
         raise RunError(
             f"model {name!r} cannot be loaded: {one_line(error)} "
             f"Allowed: a name on the Hub, a folder, or {DEMO_MODEL!r}."
         ) from error
-    except (TypeError, ImportError, SafetensorError) as error:
-        raise _unusable(name, words, error) from error
-
-
-def _unusable(name: str, words: dict[str, Any], error: Exception) -> RunError:
-    """For arguments and files that transformers cannot use."""
-    given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
-    return RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}")
+    except (TypeError, ValueError, ImportError, SafetensorError) as error:  # arguments and files that it cannot use
+        if "Unrecognized configuration class" in str(error):
+            found = str(error).partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+            raise RunError(
+                f"model {name!r} has a {found}, of which there is no {kind.__name__}; the recipe needs one."
+            ) from error
+        given = f" with {', '.join(words)}" if words else ""  # without the values: one is a token
+        raise RunError(f"model {name!r} cannot be loaded{given}: {one_line(error)[:400]}") from error

@@ -16,4 +16,7 @@ class MoeLoraORPOTrainer(MoeLoraTrainerMixin, ORPOTrainer):
     """TRL's ORPO (https://huggingface.co/papers/2403.07691) with the balance losses; see `MoeLoraTrainerMixin`.
 
     TRL keeps it in `trl.experimental`, and may change or drop it.
+
+    Args:
+        router_training: See `MoeLoraTrainerMixin`. The other arguments are those of `ORPOTrainer`.
     """

@@ -49,11 +49,11 @@ def test_messages_with_roles_stay_as_they_are(tmp_path: Path) -> None:
     [
         (
             [*CHAT, {"from": "bing", "value": "3"}],
-            r"message 4 of column 'conversations' of row 2 of .*rows.jsonl is from 'bing', which is no known",
+            r"message 4 of row 2 of dataset '.*rows.jsonl' is from 'bing', which is no known role; allowed: system",
         ),
         (
             [{"speaker": "human", "text": "hi"}],
-            r"message 1 of column 'conversations' of row 2 of .* has the keys .*speaker.*; needed: each with role",
+            r"message 1 of row 2 of .* has the keys .*speaker.*; needed: each with role",
         ),
         ([], r"row 2 of .* is \[\]; needed: a list of messages"),
         (None, r"row 2 of .* is None; needed: a list of messages"),

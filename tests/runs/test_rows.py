@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
         lines({**GOOD, "completion": 0.5}),
         "completion of row 1 .* is 0.5; needed: a text",
     ),
-    "a mapping": ("a.jsonl", lines({**GOOD, "prompt": {"a": 1}}), "prompt'? of row 1 .* is {'a': 1}; needed"),
+    "a mapping": ("a.jsonl", lines({**GOOD, "prompt": {"a": 1}}), "prompt of row 1 .* is {'a': 1}; needed"),
     "a list": ("a.jsonl", lines({"text": ["a"]}), r"text of row 1 .* is \['a'\]; needed: a text"),
     "two kinds": ("a.jsonl", lines({"prompt": "a", "completion": [USER]}), "row 1 .* has a text and a chat"),
     "no task": ("a.jsonl", lines({**GOOD, "task": "t"}, {**GOOD, "task": None}), "task of row 2 .* is missing"),

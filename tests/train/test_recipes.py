@@ -188,16 +188,17 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("recipe", "wrong", "message"),
     [
-        ("sft", {"completion": None}, r"completion of row 2 of .*b.jsonl is missing"),
-        ("dpo", {"rejected": None}, r"rejected of row 2 of .*b.jsonl is missing"),
-        ("kto", {"completion": " "}, r"completion of row 2 of .*b.jsonl is ' '; needed: a text that is not"),
-        ("kto", {"label": None}, r"label of row 2 of .*b.jsonl is missing"),
-        ("grpo", {"answer": ""}, r"answer of row 2 of .*b.jsonl is ''; needed: a text"),
-        ("classification", {"label": None}, r"label of row 2 of .*b.jsonl is missing"),
+        ("sft", {"completion": None}, r"completion of row 2 of \S*b.jsonl is missing"),
+        ("dpo", {"rejected": None}, r"rejected of row 2 of \S*b.jsonl is missing"),
+        ("dpo", {"chosen": " "}, r"chosen of row 2 of \S*b.jsonl is ' '; needed: a text that is not blank"),
+        ("kto", {"label": None}, r"label of row 2 of \S*b.jsonl is missing"),
+        ("kto", {"label": 3}, r"label of row 2 of \S*b.jsonl is 3; needed: true or false"),
+        ("grpo", {"answer": ""}, r"answer of row 2 of \S*b.jsonl is ''; needed: a text"),
+        ("classification", {"label": " "}, r"label of row 2 of \S*b.jsonl is ' '; needed: a class"),
     ],
 )
 def test_a_wrong_value_is_named(recipe: str, wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
-    good = ROWS[recipe]
+    good = {**ROWS[recipe], **({"label": 1} if wrong.get("label") == 3 else {})}
     for name, rows in (("a", [good]), ("b", [good, {**good, **wrong}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     load = partial(load_rows, tokenizer=tiny_tokenizer(), recipe=recipe)

@@ -20,8 +20,15 @@ from tests.conftest import tiny_batch, tiny_model
 from tests.ops.compare import assert_close
 from tests.ops.compare import gradients as gradients_of
 from tests.training.draws import DRAWS, fixed_draws
-from tests.training.runs import Run, assert_same_gradients, rows_of, sft_rows, tiny_tokenizer, train
-from tests.training.runs import preference_rows
+from tests.training.runs import (
+    Run,
+    assert_same_gradients,
+    preference_rows,
+    rows_of,
+    sft_rows,
+    tiny_tokenizer,
+    train,
+)
 from train.sft import RunTrainer
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from moelora.errors import RunError
 from moelora.files import is_hub_name, write_atomically
 from moelora.runs.config import RunConfig, adapter_config, load_config
+from moelora.runs.data import SUFFIXES
 from moelora.runs.estimate import estimate
-from moelora.runs.row_files import SUFFIXES
 from moelora_cli.programs import load_program
 
 # Rows of an optimizer step; how many of them at once depends on the memory.
