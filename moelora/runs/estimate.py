@@ -124,7 +124,7 @@ def _optimizer_bytes(optim: Any, of_parameter: int) -> int:
     return 2 if "8bit" in name else 2 * of_parameter
 
 
-def _base_bytes(base: nn.Module, config: RunConfig) -> int:
+def _base_bytes(base: Any, config: RunConfig) -> int:
     """Bytes of the base's weights; quantised are its linears but the head, with a scale for each 64 weights."""
     quantised = config.model_kwargs.get("quantization_config") or {}
     bits = 4.5 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
@@ -188,7 +188,7 @@ class _Traced:
         return layers * width // 4 + self.outside
 
 
-def _trace(base: nn.Module, sites: dict[str, _Site], sequences: int, length: int) -> _Traced:
+def _trace(base: Any, sites: dict[str, _Site], sequences: int, length: int) -> _Traced:
     """Run the base once without data, and note what it keeps for the backward pass.
 
     Args:

@@ -17,6 +17,7 @@ from moelora.version import FORMAT_VERSION
 from moelora_cli import main
 from tests.conftest import tiny_model
 from tests.hub_server import HubServer
+from tests.runs.tiny import write_run
 
 
 @pytest.fixture
@@ -50,6 +51,30 @@ def test_inspect_prints_what_an_adapter_is(adapter: Path, capsys: pytest.Capture
     assert axes["selection"].startswith("top_k(k=2, ")
     assert "coef=0.01" in axes["balance"]
     assert f"moelora {moelora.__version__}, format {FORMAT_VERSION}" in axes["written"]
+
+
+def test_inspect_as_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(adapter), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["preset"], found["base_model"], found["bytes"]) == ("mixlora", "tester/base", 51_744)
+    assert found["parameters"] == {"stored": 12_936, "trainable": 12_936}
+    assert [site["count"] for site in found["sites"]] == [2] * 5
+
+
+def test_params_say_what_a_run_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()  # no weight is read
+    assert main(["params", str(run), "adapter.num_experts=5", "--length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["trainable"] > found["parameters"]["active"] > 0
+    assert sum(found["memory"].values()) == 2 * found["memory"]["sum"]
+    assert (found["sequences"], found["length"]) == (2, 32)
+    assert main(["params", str(run), "adapter.num_experts=5", "--length", "32"]) == 0
+    page = capsys.readouterr().out
+    assert f"mixlora: {found['parameters']['trainable']:,} trainable parameters" in page
+    assert f"Operations of an optimizer step on 2 x 32 tokens: {found['flops']:.3g}" in page
+    assert main(["params", str(run), "--model", "./none"]) == 1
+    assert "no model in that folder" in capsys.readouterr().err
 
 
 def test_inspect_reads_from_the_hub(hub: HubServer, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

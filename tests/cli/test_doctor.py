@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 
 import pytest
 
@@ -47,14 +48,14 @@ def test_what_is_known_as_bad_is_what_the_bounds_exclude() -> None:
 def test_missing_and_wrong_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = doctor.metadata.version
+    real = metadata.version
 
     def version(name: str) -> str:
         if name in ("safetensors", "trl"):
-            raise doctor.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return "1.0" if name == "datasets" else real(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["extras"]["trl"] is False

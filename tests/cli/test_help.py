@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_shell_completes_verbs_and_options(shell: str, capsys: pytest.CaptureF
     script = capsys.readouterr().out
     for word in (*verbs(), "restart", "held-out"):
         assert word in script
+
+
+def test_a_reader_may_leave() -> None:
+    pytest.importorskip("shtab")
+    words = [sys.executable, "-m", "moelora_cli", "completion", "bash"]
+    program = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None
+    program.stdout.close()
+    assert program.stderr is not None
+    assert program.stderr.read() == b""
+    assert program.wait() == 128 + signal.SIGPIPE
 
 
 def test_a_broken_library_is_one_line_and_what_doctor_names(tmp_path: Path) -> None:

@@ -75,7 +75,12 @@ def test_it_asks_in_a_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     answers = iter(["./model", "rows.jsonl", "one", ""])
     asked: list[str] = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda question: (asked.append(question), next(answers))[1])
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", answer)
     assert main(["init"]) == 0
     assert [question.split(" (")[0].split(" [")[0] for question in asked] == [
         "Base model",

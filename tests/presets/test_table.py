@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,34 @@ def test_the_command_prints_it_and_renews_pages(tmp_path: Path, capsys: pytest.C
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert main(["presets", "--write", str(page)]) == 0
     assert page.read_text() == f"before\n{table()}\nafter\n"
+
+
+def test_the_command_tells_all_about_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "smora"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("SMoRA (arXiv 2501.15103): `r` experts of rank one on every linear")
+    assert "v = sigmoid(W_r x) + b" in page
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    assert "top_k 8" in lines
+    assert "target_modules 'all-linear'" in lines
+    assert "- `moelora init --preset smora` writes a file to train it." in lines
+    assert main(["presets", "guess"]) == 1
+    assert "unknown preset 'guess'" in capsys.readouterr().err
+
+
+def test_the_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "--json"]) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert sorted(found) == sorted(presets.available())
+    mixlora = found["mixlora"]
+    assert (mixlora["paper"], mixlora["verified_against"]) == ("2404.15159", "golden values")
+    assert mixlora["words"]["num_experts"] == 8
+    assert set(mixlora["words"]) | set(mixlora["peft_words"]) == set(presets.words("mixlora"))
+    assert any("--to native-moe" in sentence for sentence in mixlora["advice"])
+    assert any("column `task`" in sentence for sentence in found["moelora_task"]["advice"])
+    assert any("mixture of experts itself" in sentence for sentence in found["perft_r"]["advice"])
+    assert "abstract" in found["sira"]["advice"][0]
+    assert all(each["advice"] and each["description"] for each in found.values())
 
 
 def test_a_page_without_the_comments_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def test_one_line_is_dropped_and_the_rest_is_kept(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     "words",
     [
-        ["-m", "moelora_cli", "--version"],
+        ["-m", "moelora_cli", "inspect", "./nowhere"],
         ["-m", "train", "nowhere.yaml"],
         ["-m", "eval", "nowhere/adapter", "--suite", "nothing"],
         ["-m", "eval.lm_eval", "--help"],

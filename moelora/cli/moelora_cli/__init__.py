@@ -8,7 +8,9 @@ Modules here import the library only in the functions that do the work.
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,9 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error, whose message is on stderr. Wrong words exit with 2.
     """
     options = make_parser().parse_args(arguments)
-    if options.needs_library:
-        return _with_library(options)
-    return int(options.run(options))
+    try:
+        status = _with_library(options) if options.needs_library else int(options.run(options))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read the output, such as `head`, has gone; nor is there anyone for what the buffer still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def make_parser() -> argparse.ArgumentParser:

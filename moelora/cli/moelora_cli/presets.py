@@ -79,7 +79,7 @@ def about(name: str) -> dict[str, Any]:
         "description": inspect.getdoc(preset),
         "words": {word: parameters[word].default for word in own},
         "peft_words": {
-            word: getattr(config, word) if word != "task_type" else "CAUSAL_LM"
+            word: _plain(getattr(config, word)) if word != "task_type" else "CAUSAL_LM"
             for word in presets.words(name)
             if word not in own and word in MoeLoraConfig.peft_words()
         },
@@ -87,6 +87,15 @@ def about(name: str) -> dict[str, Any]:
         "trainable_per_rank": parameters_per_rank(name),
         "advice": _advice(name, config, source),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file holds it: a choice as its words, a set as a list."""
+    from moelora.choices import Choice, write
+
+    if isinstance(value, Choice):
+        return write(value)
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _advice(name: str, config: Any, source: Any) -> list[str]:

@@ -100,7 +100,8 @@ def write_run_file(
         "output": f"runs/{Path(file).stem}",
         **_method(name, tasks, order),
     }
-    config, fitted = _fit(words, memory)
+    fitted = _fit(words, memory)
+    config = _read(_TEMPLATE.format(**words, **fitted))
     if config.baseline is not None and not _has_rank(config):
         words["more"] = (
             "# No plain LoRA has as many trainable parameters to within 2 %, so that none is trained beside.\n"
@@ -149,24 +150,18 @@ def _method(name: str, tasks: str, order: list[str]) -> dict[str, Any]:
     return words
 
 
-def _fit(words: dict[str, Any], memory: float) -> tuple[RunConfig, dict[str, Any]]:
+def _fit(words: dict[str, Any], memory: float) -> dict[str, Any]:
     """The largest micro-batch that fits, without recomputation of activations if possible, else what needs least."""
-    found: tuple[RunConfig, dict[str, Any]] | None = None
-    for checkpointing in (False, True):
+    found: list[dict[str, Any]] = []
+    for checkpointing in ("false", "true"):
+        one = {"micro": 1, "accumulation": _BATCH, "checkpointing": checkpointing, "needed": 0.0}
+        needed = estimate(_read(_TEMPLATE.format(**words, **one))).memory
+        # activations grow with the rows at once, and nothing else does
+        fixed = sum(needed.values()) - needed["activations"]
         for micro in (16, 8, 4, 2, 1):
-            fitted = {
-                "micro": micro,
-                "accumulation": _BATCH // micro,
-                "checkpointing": str(checkpointing).lower(),
-                "needed": 0.0,
-            }
-            config = _read(_TEMPLATE.format(**words, **fitted))
-            fitted["needed"] = sum(estimate(config).memory.values()) / 2**30
-            found = config, fitted
-            if fitted["needed"] <= _SHARE * memory:
-                return found
-    assert found is not None
-    return found
+            gib = (fixed + micro * needed["activations"]) / 2**30
+            found.append({**one, "micro": micro, "accumulation": _BATCH // micro, "needed": gib})
+    return next((each for each in found if each["needed"] <= _SHARE * memory), found[-1])
 
 
 def _has_rank(config: RunConfig) -> bool:
