@@ -50,18 +50,21 @@ def loading(model: nn.Module, source: Any) -> Iterator[None]:
         yield
     except BaseException as error:
         if not any(isinstance(module, MoeLoraLayer) for module in model.modules()):
-            _check_readable(Path(str(source)))
+            if isinstance(error, Exception):
+                _check_configuration(Path(str(source)))
             raise
         before.restore()
         if isinstance(error, MoeLoraError):
-            raise
+            if str(source) in str(error):
+                raise
+            raise type(error)(f"adapter {str(source)!r}: {error}") from error
         if isinstance(error, KeyError):
             raise AdapterFileError(
                 f"the weights of the adapter {str(source)!r} lack {error}, which its configuration asks for "
                 "(modules_to_save or trainable_token_indices). The file is not as it was saved."
             ) from error
         if isinstance(error, (OSError, SafetensorError, HFValidationError)):
-            _check_readable(Path(str(source)))
+            _check_has_weights(Path(str(source)))
             raise AdapterFileError(
                 f"the adapter {str(source)!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}. Allowed: a "
                 "folder with adapter_config.json and a whole adapter_model.safetensors, or a name on the Hub."
@@ -69,11 +72,11 @@ def loading(model: nn.Module, source: Any) -> Iterator[None]:
         raise
 
 
-def _check_readable(folder: Path) -> None:
-    """Say of a folder what keeps it from being an adapter, if that is easily seen.
+def _check_configuration(folder: Path) -> None:
+    """Say what is wrong with a configuration that cannot even tell its method.
 
     Raises:
-        AdapterFileError: If a file is missing, or the configuration is no JSON object.
+        AdapterFileError: If it is no JSON object with a PEFT type.
     """
     config = folder / "adapter_config.json"
     if not config.is_file():
@@ -86,7 +89,17 @@ def _check_readable(folder: Path) -> None:
         raise AdapterFileError(
             f"{str(config)!r} is not the configuration of an adapter; allowed: an object with peft_type."
         )
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+
+
+def _check_has_weights(folder: Path) -> None:
+    """Say of a folder without weights that they are missing; PEFT would look for it on the Hub.
+
+    Raises:
+        AdapterFileError: If there are none.
+    """
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")
+    ):
         raise AdapterFileError(f"{str(folder)!r} has no weights; allowed: a folder with adapter_model.safetensors.")
 
 

@@ -26,12 +26,12 @@ FILES = sorted(path for place in ("moelora", "train", "eval") for path in (ROOT 
 @functools.cache
 def calls() -> list[tuple[str, str, ast.Call]]:
     """All calls in the code: the file, the function's name, the call."""
-    found = []
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                found.append((str(path.relative_to(ROOT)), ast.unparse(node.func), node))
-    return found
+    return [
+        (str(path.relative_to(ROOT)), ast.unparse(node.func), node)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
 
 
 def test_pickles_are_read_as_tensors_alone() -> None:
