@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moelora.files import write_atomically
 from moelora.ops.groups import group_size
@@ -194,11 +195,20 @@ def traffic_table() -> str:
 def growth_table() -> str:
     """FLOPs and kept bytes of one block over LoRA's, by what the mixture is made of."""
     rows = []
-    for words in ({}, {"top_k": 1}, {"top_k": 4}, {"experts": 64}, {"experts": 256}, {"rank": 64}, {"tokens": 1024}):
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"experts": 64},
+        {"experts": 256},
+        {"rank": 64},
+        {"tokens": 1024},
+    )
+    for words in changes:
         what = ", ".join(f"{key} = {value}" for key, value in words.items()) or "E = 8, K = 2, R = 16, 8192 tokens"
         cells = []
         for model in MODELS:
-            block = Block(**{"hidden": model.hidden, "inner": model.inner, "tokens": TOKENS} | words)
+            block = replace(model.block(TOKENS), **words)
             flops, saved = block.mixture_flops / block.lora_flops, block.mixture_saved / block.lora_saved
             cells += [f"{flops:.2f}", f"{saved:.2f}"]
         rows.append([what, *cells])

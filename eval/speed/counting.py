@@ -190,7 +190,7 @@ def count(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Count:
             output.backward(upstream)
     for parameter in module.parameters():
         parameter.grad = None
-    by_operator = flops.get_flop_counts()["Global"]
+    by_operator = flops.get_flop_counts().get("Global", {})
     products = sum(number for name, number in by_operator.items() if _ATTENTION not in str(name))
     syncs = there.syncs.total() + back.syncs.total()
     return Count(there.total, back.total, saved.bytes, products, syncs)

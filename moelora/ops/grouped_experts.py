@@ -64,7 +64,7 @@ def grouped_experts(
         DrawnAgain.of(p) if any(factors is not None for _, factors in entries) else None,
         DrawnAgain.of(p) if experts.down is not None else None,
     )
-    tensors = [base_TF for base_TF, _ in entries]
+    tensors: list[Tensor | None] = [base_TF for base_TF, _ in entries]
     for factors in (*(factors for _, factors in entries), experts.down):
         tensors += [None, None] if factors is None else [factors.expanded_a_ERD(), factors.b_EOR]
     index = [getattr(groups, field.name) for field in fields(groups)]
@@ -103,14 +103,30 @@ class _Plan:
         return self.down_scaling * keep_scale(self.hidden_dropout)
 
 
+@dataclass(frozen=True, eq=False)
+class _LowRank:
+    """The experts on up or gate, as both passes use them.
+
+    Attributes:
+        number: 0 of up, 1 of gate.
+        b_GFR: B of each group's expert.
+        inner_GSR: `A_e x`.
+        scale: LoRA's scaling, and what dropout scales by.
+    """
+
+    number: int
+    b_GFR: Tensor
+    inner_GSR: Tensor
+    scale: float
+
+
 class _Before:
     """From the tokens to the pre-activations of all choices, which both passes make.
 
     Attributes:
         pre: Pre-activations [G, S, F] of up and, where it is a linear of its own, of gate.
-        inner: `A_e x` of each, [G, S, R]; None without experts.
-        b: B of each group's expert, [G, F, R]; None without experts.
-        a_GMD: A of both.
+        low_rank: The experts of those that have any.
+        a_GMD: A of these together.
         x_GSD: What A sees.
         mask_TD: The mask of the dropout in front of A.
     """
@@ -119,8 +135,7 @@ class _Before:
         self, plan: _Plan, groups: Groups, x_TD: Tensor, bases: Sequence[Tensor], factors: Sequence[Tensor | None]
     ) -> None:
         self.pre = [groups.gather(base_TF) for base_TF in bases]
-        self.inner: list[Tensor | None] = [None] * len(bases)
-        self.b: list[Tensor | None] = [None] * len(bases)
+        self.low_rank: list[_LowRank] = []
         self.a_GMD = self.x_GSD = self.mask_TD = None
         stacks = [a_ERD for a_ERD in factors[::2] if a_ERD is not None]
         if not stacks:
@@ -134,8 +149,9 @@ class _Before:
         inner = iter(torch.bmm(self.x_GSD, self.a_GMD.mT).split([a_ERD.shape[1] for a_ERD in stacks], -1))
         for i, b_EFR in enumerate(factors[1::2]):
             if b_EFR is not None:
-                self.b[i], self.inner[i] = groups.factors(b_EFR), next(inner)
-                _add_product(self.pre[i], self.inner[i], self.b[i].mT, plan.scales[i])
+                found = _LowRank(i, groups.factors(b_EFR), next(inner), plan.scales[i])
+                _add_product(self.pre[i], found.inner_GSR, found.b_GFR.mT, found.scale)
+                self.low_rank.append(found)
 
     def halves(self, fused: bool) -> tuple[Tensor, Tensor | None]:
         """The pre-activations of up and gate."""
@@ -203,7 +219,7 @@ class _GroupedExperts(torch.autograd.Function):
         if any(needs[3 + _NUM_INDEX :][: len(bases)]):
             grads_TX = groups.combine(grads_GSX)
             grad_bases = list(grads_TX.chunk(2, -1)[::-1]) if len(bases) > 1 else [grads_TX]
-        grad_x_TD, grad_factors = _low_rank_grads(plan, groups, before, grads, needs[1])
+        grad_x_TD, grad_factors = _low_rank_grads(groups, before, grads, needs[1])
         if grad_x_TD is not None:
             grad_x_TD = grad_x_TD.to(x_TD.dtype)
         grad_weights_TK = grad_weights_P[groups.place_TK]
@@ -277,22 +293,21 @@ def _activation_grads(
 
 
 def _low_rank_grads(
-    plan: _Plan, groups: Groups, before: _Before, grads: Sequence[Tensor], needs_x: bool
+    groups: Groups, before: _Before, grads: Sequence[Tensor], needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of the tokens through A, and those of A and B of up and gate."""
     found: list[Tensor | None] = [None] * (2 * len(grads))
     if before.a_GMD is None or before.x_GSD is None:
         return None, found
     grad_inner_GSM = before.x_GSD.new_empty(*before.x_GSD.shape[:2], before.a_GMD.shape[1])
-    with_experts = [i for i, b_GFR in enumerate(before.b) if b_GFR is not None]
-    ranks = [before.b[i].shape[2] for i in with_experts]
-    for i, grad_inner_GSR in zip(with_experts, grad_inner_GSM.split(ranks, -1), strict=True):
-        wide_GSF = grads[i].to(before.x_GSD.dtype)
-        _product(wide_GSF, before.b[i], plan.scales[i], out=grad_inner_GSR)
-        found[2 * i + 1] = groups.sum_by_expert(_product(wide_GSF.mT, before.inner[i], plan.scales[i]))
+    ranks = [each.b_GFR.shape[2] for each in before.low_rank]
+    for each, grad_inner_GSR in zip(before.low_rank, grad_inner_GSM.split(ranks, -1), strict=True):
+        wide_GSF = grads[each.number].to(before.x_GSD.dtype)
+        _product(wide_GSF, each.b_GFR, each.scale, out=grad_inner_GSR)
+        found[2 * each.number + 1] = groups.sum_by_expert(_product(wide_GSF.mT, each.inner_GSR, each.scale))
     grad_a_EMD = groups.sum_by_expert(torch.bmm(grad_inner_GSM.mT, before.x_GSD))
-    for i, grad_a_ERD in zip(with_experts, grad_a_EMD.split(ranks, 1), strict=True):
-        found[2 * i] = grad_a_ERD
+    for each, grad_a_ERD in zip(before.low_rank, grad_a_EMD.split(ranks, 1), strict=True):
+        found[2 * each.number] = grad_a_ERD
     if not needs_x:
         return None, found
     grad_x_TD = groups.combine(torch.bmm(grad_inner_GSM, before.a_GMD))
