@@ -134,3 +134,9 @@ def test_every_public_name_is_on_an_api_page() -> None:
         on_methods = set(presets.available()) if module == "moelora.presets" else set()
         for name in set(names) - on_methods:
             assert re.search(rf"^::: {re.escape(module)}\.({name}\.)?{name}$", page, flags=re.MULTILINE), name
+
+
+def test_every_verb_is_on_the_page_of_commands() -> None:
+    page = reference.commands()
+    for verb in ("train", "chat", "expert", "expert add", "completion"):
+        assert f"# moelora {verb}\n\n```text\nusage: moelora {verb} " in page
