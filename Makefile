@@ -23,7 +23,7 @@ printf 'make $(1) took %d min %02d s, installation included.\n' $$(((SECONDS - s
 endef
 
 # The theme's makers print a notice about mkdocs 2, which pyproject.toml does not allow.
-build-docs = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+build-docs = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20

@@ -57,9 +57,10 @@ def relinked(text: str, address: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the generated pages of the methods and of the library into the navigation."""
+    """Put the pages of the methods, of the library and of the results into the navigation."""
     lists: dict[str, list[Any]] = {
         "Methods": [{Path(page).stem: page} for page in methods.pages()],
+        "Results": [page for page in outside().values() if re.fullmatch(r"results/.*/.*\.md", page)],
         "API reference": [{Path(page).stem: page} for page in reference.pages() if "/api/" in page],
     }
 

@@ -12,8 +12,8 @@ from moelora import preset_registry
 from moelora.choices import AXES
 from moelora.config import MoeLoraConfig
 from moelora.errors import ConfigError
-from moelora.export.targets import export_targets
 from moelora.presets.table import parameters_per_rank
+from moelora_cli.presets import about
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,12 +27,6 @@ VERIFIED = {
     "listed under *The method*.",
     "PEFT": "PEFT, which has the same method: outputs and gradients are equal.",
     "a control": "It is a control of ours, not a published method.",
-}
-_FACTS = {
-    "task_ids": "**Each row needs a task**: a column `task_ids` of the data, or `moelora.batch_facts(task_ids=...)` "
-    "around a forward. `python -m train` and `python -m eval` number the tasks of a run.",
-    "instance_embedding": "**Each row needs an embedding**: a column `instance_embedding` of the data, or "
-    "`moelora.batch_facts(instance_embedding=...)`.",
 }
 
 
@@ -85,7 +79,7 @@ def _task_type(name: str) -> str:
 
 def _use(name: str) -> str:
     shipped = sorted(path for path in (ROOT / "configs").glob(f"*/{name}.yaml"))
-    run = f"\n\nA run that trains it: `python -m train {shipped[-1].relative_to(ROOT)}`." if shipped else ""
+    run = f"\n\nA run that trains it: `moelora train {shipped[-1].relative_to(ROOT)}`." if shipped else ""
     words = f'"{name}", task_type="{_task_type(name)}"'
     return (
         f"```python\nimport moelora\n\nconfig = moelora.MoeLoraConfig.from_preset({words})\n```\n\n"
@@ -94,19 +88,13 @@ def _use(name: str) -> str:
 
 
 def _advice(name: str, config: MoeLoraConfig) -> str:
-    found = [_FACTS[fact] for fact in sorted(config.needs & _FACTS.keys())]
-    if config.placement.wraps_moe_blocks:
-        found.append("For base models that are mixtures of experts already, such as OLMoE.")
+    """What `moelora presets NAME` says, and what a page can link to."""
+    found = list(about(name)["advice"])
     if config.placement.routes_any and config.scores.is_trained and not config.has_balance_loss:
         found.append(
             "No balance loss by default: watch the experts' load in the log (`expert_load/busiest`, "
             "`expert_load/dead`)."
         )
-    found += [
-        f"`moelora export {each.command}`: {each.words[0].lower() + each.words[1:]}."
-        for each in export_targets(config, is_routed=config.placement.routes_any)
-        if each.answer != "no"
-    ] or ["It cannot be exported: it stays an adapter that moelora loads."]
     found.append(f"Trainable parameters of one linear's experts for each unit of `r`: {parameters_per_rank(name)}.")
     found.append("Whether a mixture is worth having at all: [when to use which](../when-to-use.md).")
     return "\n".join(f"- {each}" for each in found)

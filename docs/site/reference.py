@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -15,6 +17,8 @@ from moelora.compose import routers  # noqa: F401 - registers the recipes
 from moelora.config import MoeLoraConfig
 from moelora.runs import config as run
 from moelora.training.router_training import RouterTraining
+from moelora_cli import EXIT_STATUS, make_parser
+from moelora_cli.parsing import HelpFormatter
 
 SECTIONS: dict[str, type] = {
     "dataset": run.DatasetConfig,
@@ -53,7 +57,7 @@ API = {
 def pages() -> dict[str, str]:
     """The pages by their addresses."""
     api = {f"reference/api/{module}.md": api_page(module) for module in API}
-    made = {"configuration": configuration, "comparisons": comparisons, "choices": choices}
+    made = {"configuration": configuration, "comparisons": comparisons, "choices": choices, "commands": commands}
     return {**{f"reference/{name}.md": page() for name, page in made.items()}, **api}
 
 
@@ -90,8 +94,8 @@ def configuration() -> str:
     """The page of a run's YAML file."""
     lines = [
         "# Configuration reference",
-        "What the YAML file of `python -m train` and `python -m eval` may say. An unknown key fails and lists the "
-        "valid ones. Keys can be changed on the command line: `python -m train run.yaml training.max_steps=200`. This "
+        "What the YAML file of `moelora train` and `moelora eval` may say. An unknown key fails and lists the "
+        "valid ones. Keys can be changed on the command line: `moelora train run.yaml training.max_steps=200`. This "
         "page is made from the code.",
         "## Top level",
         _table(fields_of(run.RunConfig)),
@@ -112,11 +116,33 @@ def comparisons() -> str:
     """The page of a comparison's YAML file."""
     lines = [
         "# Comparisons",
-        "What the YAML file of `python -m eval.compare` may say. This page is made from the code; "
+        "What the YAML file of `moelora compare` may say. This page is made from the code; "
         "`configs/benchmarks/` has files that were run.",
         *_sections(COMPARISON),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def commands() -> str:
+    """The page of the command `moelora`: the help of each verb."""
+    lines = ["# Commands", EXIT_STATUS, "This page is the `--help` of each verb."]
+    lines += [
+        f"{'#' * level} {parser.prog}\n\n```text\n{_help(parser)}```" for level, parser in _verbs(make_parser(), 2)
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _verbs(parser: ArgumentParser, level: int) -> Iterator[tuple[int, ArgumentParser]]:
+    """The verbs of a command, and below each its own."""
+    for action in parser._actions:
+        for verb in action.choices.values() if isinstance(action.choices, dict) else ():
+            yield level, verb
+            yield from _verbs(verb, level + 1)
+
+
+def _help(parser: ArgumentParser) -> str:
+    parser.formatter_class = partial(HelpFormatter, width=100)
+    return parser.format_help()
 
 
 def _sections(sections: Mapping[str, type]) -> list[str]:
