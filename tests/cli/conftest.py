@@ -7,7 +7,7 @@ import pytest
 
 from moelora.export import write_mixlora
 from tests.compose.loras import save_lora
-from tests.compose.mixtures import saved, saved_by_sequence
+from tests.compose.mixtures import forget_base, saved, saved_by_sequence
 from tests.compose.test_split import trained_lora
 from tests.export import mixtures
 from tests.runs.tiny import tiny_folder
@@ -22,7 +22,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved_by_sequence(place / "named")
     trained_lora(place / "lora")
     save_lora(place / "lora-2", 2)
-    mixtures.saved(mixtures.composition(base), place / "by-task")
+    forget_base(mixtures.saved(mixtures.composition(base), place / "by-task"))
     write_mixlora(place / "mixture", place / "theirs", base=str(base))
     rows = [{"prompt": "1 2 3 ", "completion": "4"}, {"prompt": "5 6 ", "completion": "7 8"}] * 3
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

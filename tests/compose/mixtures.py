@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ FEATURES = 36
 def saved(folder: Path, preset: str, **words: Any) -> Path:
     """A folder with an adapter of a tiny Llama that changes its outputs."""
     adapted(preset, **words).save_pretrained(folder)
+    return forget_base(folder)
+
+
+def forget_base(folder: Path) -> Path:
+    """Leave out of an adapter what its base was: it is used on a tiny model of another vocabulary too."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_fingerprint": None}))
     return folder
 
 
@@ -51,7 +59,7 @@ def saved_by_sequence(folder: Path, **words: Any) -> Path:
         router.get_parameter("centroids").copy_(keys)
         router.get_parameter("center").copy_(keys.mean(0, keepdim=True))
     model.save_pretrained(folder)
-    return folder
+    return forget_base(folder)
 
 
 def loaded(folder: Path, **words: Any) -> Any:
