@@ -112,7 +112,7 @@ def test_the_quickstarts_compare_with_a_lora_of_equal_size() -> None:
     from moelora.runs.models import load_model
 
     joint, in_turn = load_config(JOINT), load_config(QUICKSTART)
-    assert (joint.model, joint.dataset) == (in_turn.model, in_turn.dataset)
+    assert (joint.model, joint.dataset.tasks) == (in_turn.model, in_turn.dataset.tasks)
     assert joint.model == DEMO_MODEL
     assert joint.baseline is not None
     adapter = adapter_config(joint)

@@ -261,7 +261,7 @@ def _compact(entry: dict[str, Any]) -> dict[str, Any]:
 def _save(model: Any, tokenizer: Any, record: dict[str, Any], folder: Path) -> None:
     """Write the finished adapter; the folder appears with everything in it, or not at all."""
     with new_folder(folder) as ready:
-        # a trainer may have added its reference
-        model.save_pretrained(str(ready), selected_adapters=[model.active_adapter])
+        # beside it there may be a trainer's reference, or an older adapter that is not trained
+        model.save_pretrained(str(ready), selected_adapters=["default"])
         tokenizer.save_pretrained(str(ready))
         (ready / "training.json").write_text(json.dumps(record, indent=2) + "\n")

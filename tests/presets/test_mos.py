@@ -102,7 +102,7 @@ def test_all_private_and_one_shard_is_plain_lora() -> None:
         own = slice(3 * site.member, 3 * site.member + 3)
         other.lora_A["default"].weight.data = of[site.family]["A"][own].detach().clone()
         other.lora_B["default"].weight.data = of[site.family]["B"][own].detach().t().clone()
-    assert_close("logits", outputs(model), outputs(lora), rtol=1e-6, atol=1e-6)
+    assert_close("logits", outputs(model), outputs(lora), rtol=1e-5, atol=3e-6)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in lora.parameters() if p.requires_grad)
 

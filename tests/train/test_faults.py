@@ -121,7 +121,7 @@ def test_a_signal_ends_training_with_a_checkpoint(
         (tmp_path / place).mkdir()
     whole, stopped = (str(write_run(tmp_path / place)) for place in ("whole", "stopped"))
     assert main([whole]) == 0
-    before = signal.getsignal(number)
+    ours = signal.signal(number, signal.SIG_DFL)  # as a shell leaves it, also where nohup runs the tests
     with monkeypatch.context() as patch:
         make = sft.make_trainer
 
@@ -132,7 +132,8 @@ def test_a_signal_ends_training_with_a_checkpoint(
 
         patch.setattr(sft, "make_trainer", with_signal)
         assert main([stopped]) == 128 + number
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, ours)
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{name}: Stopped. Run the same command again to resume")
     run = tmp_path / "stopped/run"
     assert not (run / "adapter").exists()
