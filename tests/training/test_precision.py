@@ -45,7 +45,7 @@ def assert_near(found: Run, exact: Run) -> None:
     for key in ("loss", "balance_loss", "z_loss"):
         assert found.logs[0][key] == pytest.approx(exact.logs[0][key], rel=1e-2)
     for name, grad in exact.gradients[0].items():
-        assert (found.gradients[0][name].float() - grad).norm() < 0.05 * grad.norm(), name
+        assert (found.gradients[0][name].float() - grad).norm() < 0.08 * grad.norm(), name
 
 
 @pytest.mark.parametrize("preset", ["mixlora", "smora", "molora"])
