@@ -129,6 +129,7 @@ def test_two_steps_of_the_quickstarts_on_the_real_model(tmp_path: Path, file: Pa
         f"training.max_steps={2 if file == JOINT else 1}",
         "training.logging_steps=1",
         "training.per_device_train_batch_size=2",
+        "dataset.rows_per_task=8",  # centroids are fitted on all of them
     ]
     assert train([str(file), *changes]) == 0
     assert evaluate([str(tmp_path), "--limit", "2"]) == 0
