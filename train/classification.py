@@ -13,10 +13,9 @@ from transformers import DataCollatorWithPadding
 from moelora import MoeLoraTrainer
 from moelora.runs.config import RunConfig
 from train import sft
-from train.resuming import Resumable
 
 
-class ClassificationTrainer(Resumable, MoeLoraTrainer):
+class ClassificationTrainer(MoeLoraTrainer):
     """A `MoeLoraTrainer` of rows of `text` and `label`; the classes are those of the model's configuration."""
 
     def __init__(self, *, model: Any, train_dataset: Any, processing_class: Any, **words: Any) -> None:

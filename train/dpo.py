@@ -10,13 +10,8 @@ from __future__ import annotations
 from moelora import MoeLoraDPOTrainer
 from moelora.runs.config import RunConfig
 from train import sft
-from train.resuming import Resumable
-
-
-class RunTrainer(Resumable, MoeLoraDPOTrainer):
-    """The trainer of this recipe."""
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
     """Train what `config` says; see `train.sft.run`."""
-    sft.run(config, restart=restart, trainer_class=RunTrainer)
+    sft.run(config, restart=restart, trainer_class=MoeLoraDPOTrainer)

@@ -17,11 +17,6 @@ from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig, RunConfig, adapter_config
 from moelora.runs.tasks import Verifier, problems
 from train import sft
-from train.resuming import Resumable
-
-
-class RunTrainer(Resumable, MoeLoraGRPOTrainer):
-    """The trainer of this recipe."""
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
@@ -35,7 +30,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
             f"adapter.preset {config.adapter.get('preset')!r} routes or balances by the task, and GRPO generates "
             "answers without it; allowed: a preset that routes by the text."
         )
-    trainer = partial(RunTrainer, reward_funcs=[reward_of(config.dataset)])
+    trainer = partial(MoeLoraGRPOTrainer, reward_funcs=[reward_of(config.dataset)])
     sft.run(config, restart=restart, trainer_class=trainer)
 
 

@@ -9,13 +9,8 @@ from __future__ import annotations
 from moelora import MoeLoraORPOTrainer
 from moelora.runs.config import RunConfig
 from train import sft
-from train.resuming import Resumable
-
-
-class RunTrainer(Resumable, MoeLoraORPOTrainer):
-    """The trainer of this recipe."""
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
     """Train what `config` says; see `train.sft.run`."""
-    sft.run(config, restart=restart, trainer_class=RunTrainer)
+    sft.run(config, restart=restart, trainer_class=MoeLoraORPOTrainer)

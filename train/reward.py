@@ -11,16 +11,11 @@ from typing import Any
 from moelora import MoeLoraRewardTrainer
 from moelora.runs.config import RunConfig
 from train import sft
-from train.resuming import Resumable
-
-
-class RunTrainer(Resumable, MoeLoraRewardTrainer):
-    """The trainer of this recipe."""
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
     """Train what `config` says; see `train.sft.run`."""
-    sft.run(config, restart=restart, trainer_class=RunTrainer, model_words=_model_words)
+    sft.run(config, restart=restart, trainer_class=MoeLoraRewardTrainer, model_words=_model_words)
 
 
 def _model_words(rows: Any, tokenizer: Any) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from transformers import DataCollatorForSeq2Seq
 from moelora import MoeLoraSeq2SeqTrainer
 from moelora.runs.config import RunConfig
 from train import sft
-from train.resuming import Resumable
 
 
-class TextTrainer(Resumable, MoeLoraSeq2SeqTrainer):
+class TextTrainer(MoeLoraSeq2SeqTrainer):
     """A `MoeLoraSeq2SeqTrainer` of rows of `prompt` and `completion`."""
 
     def __init__(self, *, model: Any, train_dataset: Any, processing_class: Any, **words: Any) -> None:

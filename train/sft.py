@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainerState, set_seed
 
 from moelora import MoeLoraConfig, MoeLoraTrainerMixin
 from moelora.errors import MoeLoraError, RunError
@@ -32,10 +32,9 @@ from moelora.training.centroids import fit_unfitted
 from moelora.training.finite import check_weights
 from train.baseline import baseline_config
 from train.completion_loss import CompletionLossTrainer
-from train.resuming import Resumable
 
 
-class RunTrainer(Resumable, MoeLoraTrainerMixin, CompletionLossTrainer):
+class RunTrainer(MoeLoraTrainerMixin, CompletionLossTrainer):
     """Adds the balance losses of a mixture; for a plain LoRA it is TRL's trainer."""
 
 
@@ -218,7 +217,7 @@ def train_stage(
     try:
         with stop.listening(trainer.accelerator.num_processes):
             if checkpoint is not None and folder.is_last(checkpoint):
-                trainer.resume_finished(checkpoint)
+                _resume_finished(trainer, checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
@@ -244,6 +243,15 @@ def train_stage(
         }
         _save(model, tokenizer, record, folder.stage(stage))
         say(f"Saved     {folder.stage(stage)} after {minutes(seconds)}")
+
+
+def _resume_finished(trainer: Any, checkpoint: Path) -> None:
+    """Take weights and state of a checkpoint after which there is nothing left to train.
+
+    `train` would make one more step. The optimizer is not read.
+    """
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
 
 
 def _classes(model: Any) -> dict[str, list[str]]:

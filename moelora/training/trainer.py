@@ -141,6 +141,14 @@ class MoeLoraTrainerMixin(_Base):
             check_gradient(norm, self.state.global_step + 1)
         return norm
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT gives an adapter in half precision float32 when it reads one
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save what is finite; see `Trainer.save_model`, which writes checkpoints too.
 
