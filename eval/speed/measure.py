@@ -7,7 +7,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def restart_in_huge_pages(module: str, arguments: Sequence[str] | None) -> None:
     if arguments is None and sys.platform == "linux" and HUGE_PAGES[0] not in os.environ:
         command = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, HUGE_PAGES[0]: HUGE_PAGES[1]})
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A single thread for torch's operations, so that CPU seconds are those of the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batch(tokens: int = 1024, length: int = 128) -> dict[str, torch.Tensor]:
@@ -88,7 +100,13 @@ class Decode:
 
 
 def interleaved(
-    models: Mapping[str, Any], work: Work, rounds: int, *, train: bool, warm: int = 1
+    models: Mapping[str, Any],
+    work: Work,
+    rounds: int,
+    *,
+    train: bool,
+    warm: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call by method.
 
@@ -98,15 +116,16 @@ def interleaved(
         rounds: Calls of each.
         train: Whether the models are in training mode.
         warm: Calls before the first one that counts (compilation, memory).
+        clock: Seconds; `time.process_time` with one thread is blind to the waiting that other programs cause.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for index in range(rounds + warm):
         for name, model in models.items():
             model.train(train)
-            started = time.perf_counter()
+            started = clock()
             work(model)
             if index >= warm:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

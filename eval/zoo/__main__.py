@@ -1,7 +1,8 @@
 """`python -m eval.zoo`: train every preset for a few steps on the real SmolLM2, and time it beside a LoRA.
 
 Each preset is a cell that is done once: run the same command again to go on after it was stopped, or after a preset was
-added. A cell whose preset has other defaults now is done anew. Let nothing else run beside it: it times.
+added. A cell whose preset has other defaults now is done anew. It takes one thread and times its CPU seconds, so that
+other work beside it disturbs little; to use two cores, run it twice with different --only.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m eval.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", metavar="PRESET", help="only this preset; repeatable")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training (30)")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each training (24)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method (5)")
     parser.add_argument("--output", type=Path, default=Path("eval/results/zoo"), help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="say what is left, and do nothing")
     options = parser.parse_args(arguments)
     # after the words are read, so that --help answers at once
-    from eval.speed.measure import restart_in_huge_pages
+    from eval.speed.measure import one_thread, restart_in_huge_pages
     from moelora.errors import MoeLoraError
     from moelora.runs.quiet import quiet_libraries
 
     restart_in_huge_pages("eval.zoo", arguments)
     quiet_libraries()
     try:
-        run(options)
+        with one_thread():
+            run(options)
     except MoeLoraError as error:
         print(f"error: {error}")
         return 1
