@@ -82,8 +82,8 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         "LoRA of the rank of all experts together, on every linear but the head; blank where experts are no low-rank "
         "factors. Equal size: a LoRA with as many trainable parameters as whole ranks allow. Memory: what two steps "
         "add to a loaded model, in a process of their own. Balance: the first balance loss, 1 is perfect; dead experts "
-        "got nothing in the last third of the steps. Random bases stand where a method is for another architecture than "
-        "a dense decoder.",
+        "got nothing in the last third of the steps. Random bases stand where a method is for another architecture "
+        "than a dense decoder.",
         "",
         f"Measured on {machine['processor']}, {machine['threads']} threads; commits: "
         f"{', '.join(sorted({commit_words(each['git']) for each in receipts}))}.",
