@@ -77,6 +77,8 @@ class Experts(Choice):
     axis: ClassVar[str] = "experts"
     is_low_rank: ClassVar[bool] = False
     """Whether `factors` says all there is to say, and the fast operations do the rest; else `apply` does."""
+    has_reference: ClassVar[bool] = False
+    """Whether `compute="reference"` has per-token loops for them."""
     has_stacks: ClassVar[bool] = False
     """Whether each expert is a slice of A and of B, or of B alone, so that experts can be told apart; if they are low
     rank, too, they can be edited."""

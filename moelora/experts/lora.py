@@ -45,6 +45,7 @@ class LoraExperts(Experts):
 
     kind: ClassVar[str] = "lora"
     is_low_rank: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = True
     has_stacks: ClassVar[bool] = True
     lora_name: ClassVar[str] = "LoRA"
     """What one expert is called in a table."""

@@ -49,6 +49,7 @@ class MpoExperts(Experts):
 
     kind: ClassVar[str] = "mpo"
     is_low_rank: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = True
 
     num_experts: int = 8
     r: int = 16

@@ -46,6 +46,7 @@ class ShardExperts(Experts):
 
     kind: ClassVar[str] = "shards"
     is_low_rank: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = True
 
     num_experts: int = 1
     r: int = 8

@@ -5,9 +5,10 @@ Shape suffixes: T tokens, D input features, O output features, E experts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +28,15 @@ class Compute(Choice):
     """Base of the choices of compute."""
 
     axis: ClassVar[str] = "compute"
+
+    def check(self, config: Any) -> None:
+        """Say it where the experts or the placement have no such form, and the one they have runs instead."""
+        if (reason := self.is_missing(config)) is not None:
+            warnings.warn(f"compute is {self.kind!r}, and {reason}; it runs as 'fast'.", stacklevel=2)
+
+    def is_missing(self, config: Any) -> str | None:
+        """Why a configuration has no such form; None where it has one."""
+        return None
 
     def linear(
         self,
@@ -90,6 +100,13 @@ class Compiled(Compute):
 
     kind: ClassVar[str] = "compiled"
 
+    def is_missing(self, config: Any) -> str | None:
+        """Only feed-forward mixtures of low-rank experts have loops to compile."""
+        if config.placement.kind != "feed_forward":
+            return f"a mixture with placement {config.placement.kind!r} has no element-wise part to compile"
+        kind = config.experts.kind
+        return None if config.experts.is_low_rank else f"{kind!r} experts have one form, in plain autograd"
+
     def feed_forward(
         self, x_TD: Tensor, routing: Routing, block: FrozenFeedForward, experts: FeedForwardExperts
     ) -> Tensor:
@@ -103,6 +120,11 @@ class Reference(Compute):
     """The per-token loops that the fast operations are tested against: slow, to find faults."""
 
     kind: ClassVar[str] = "reference"
+
+    def is_missing(self, config: Any) -> str | None:
+        """Experts that compute their output themselves have a reference in the tests alone, but for DoRA."""
+        found = config.experts
+        return None if found.has_reference else f"{found.kind!r} experts have one form, in plain autograd"
 
     def linear(
         self,

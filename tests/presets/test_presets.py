@@ -190,12 +190,25 @@ def test_the_word_balance_loss_names_the_kind_of_the_loss(name: str) -> None:
     assert axes(config) | {"balance": []} == axes(MoeLoraConfig.from_preset(name)) | {"balance": []}
 
 
+@pytest.mark.filterwarnings("ignore:compute is 'reference'")
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_preset_takes_the_words_of_balance_scope_and_compute(name: str) -> None:
     config = MoeLoraConfig.from_preset(name, balance_scope="micro_batch", compute="reference")
     assert config.balance_scope == "micro_batch"
     assert config.compute == Reference()
     assert MoeLoraConfig.from_preset(name, compute={"implementation": "reference"}).compute == Reference()
+
+
+@pytest.mark.filterwarnings("error:compute is")
+def test_a_form_that_a_method_does_not_have_is_said() -> None:
+    for name in ("mixlora", "mixlora_switch", "random_router"):
+        MoeLoraConfig.from_preset(name, compute="compiled")
+    for name in ("mixlora", "sira", "mos", "mixdora"):
+        MoeLoraConfig.from_preset(name, compute="reference")
+    with pytest.warns(UserWarning, match="compute is 'compiled', and a mixture with placement 'linear' has no.*'fast'"):
+        MoeLoraConfig.from_preset("sira", compute="compiled")
+    with pytest.warns(UserWarning, match="compute is 'reference', and 'vector' experts have one form.*runs as 'fast'"):
+        MoeLoraConfig.from_preset("mov", compute="reference")
 
 
 @pytest.mark.parametrize("name", FAMILY)
