@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # First: it drops what bitsandbytes prints when PEFT imports it.
@@ -119,6 +119,8 @@ class Adapted:
 def mixture(model: Any, preset: str, **words: Any) -> Adapted:
     """A preset on a base."""
     config = MoeLoraConfig.from_preset(preset, task_type="CAUSAL_LM", **_WORDS.get(preset, {}) | words)
+    if not getattr(config.scores, "fitted", True):
+        config.scores = replace(config.scores, fitted=True)  # centroids cost the same whatever their values are
     adapted = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
     return Adapted(_like(model, adapted))
 

@@ -148,9 +148,14 @@ class ShardExperts(Experts):
         return pool_NF[ids].view(self.r, -1)
 
 
-@lru_cache(maxsize=4096)
+@torch.compiler.assume_constant_result  # else torch.compile, which looks through a cache, would trace the sort
 def _draw(total: int, count: int, words: str) -> tuple[int, ...]:
     """`count` different numbers below `total`, the same in every version of Python and torch."""
+    return _drawn(total, count, words)
+
+
+@lru_cache(maxsize=4096)
+def _drawn(total: int, count: int, words: str) -> tuple[int, ...]:
     generator = random.Random(words)
     keys = [generator.random() for _ in range(total)]
     return tuple(sorted(range(total), key=keys.__getitem__)[:count])

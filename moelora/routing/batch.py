@@ -56,6 +56,13 @@ class Tokens:
             return self.sequence_BS.reshape(-1)
         return torch.arange(B, device=self.valid_BS.device).repeat_interleave(S)
 
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the batch has; where rows hold several, an accelerator is waited for."""
+        if self.sequence_BS is None:
+            return len(self.valid_BS)
+        return int(self.sequence_BS.reshape(-1)[-1]) + 1 if self.sequence_BS.numel() else 0
+
     def bounds_T(self) -> tuple[Tensor, Tensor]:
         """Index of the first and of the last token of each token's sequence, among the flattened tokens."""
         sequence_T = self.sequence_T()
@@ -99,7 +106,7 @@ class Tokens:
     def _of_sequences(self, name: str, sequence_T: Tensor) -> Tensor:
         """A fact of each sequence."""
         given = self.facts[name].to(sequence_T.device)
-        count = int(sequence_T[-1]) + 1 if len(sequence_T) else 0
+        count = self.num_sequences
         if len(given) == 0 or count % len(given):
             raise ConfigError(f"{name} has {len(given)} entries for {count} sequences; allowed: one for each.")
         # generation expands each prompt to its beams and returned sequences, next to each other

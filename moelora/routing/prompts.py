@@ -107,7 +107,7 @@ def mean_of_prompts(states_BSD: Tensor, batch: Batch, labels: Any = None) -> Ten
     """
     tokens = batch.tokens(states_BSD)
     sequence_T, valid_T = tokens.sequence_T(), tokens.valid_T
-    count = int(sequence_T[-1]) + 1
+    count = tokens.num_sequences
     prompt_T = valid_T
     if isinstance(labels, Tensor) and labels.shape == states_BSD.shape[:2]:
         labelled_T = ((labels != -100).reshape(-1).to(valid_T.device) & valid_T).long()

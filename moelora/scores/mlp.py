@@ -136,6 +136,5 @@ class MlpScores(Scores):
 def last_tokens_N(tokens: Tokens) -> Tensor:
     """Index of the last valid token of each sequence, among the flattened tokens; 0 of one that has none."""
     sequence_T = tokens.sequence_T()
-    count = int(sequence_T[-1]) + 1 if len(sequence_T) else 0
     index_T = torch.arange(len(sequence_T), device=sequence_T.device) * tokens.valid_T
-    return sequence_T.new_zeros(count).scatter_reduce(0, sequence_T, index_T, "amax")
+    return sequence_T.new_zeros(tokens.num_sequences).scatter_reduce(0, sequence_T, index_T, "amax")

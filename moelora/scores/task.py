@@ -28,16 +28,28 @@ def task_numbers(tokens: Tokens, least: int, most: int, allowed: str) -> Tensor:
         allowed: What these are, for the error.
 
     Raises:
-        ConfigError: If the batch has no task ids, or one that is no such number.
+        ConfigError: If the batch has no task ids, or one that is no such number. On an accelerator, where reading them
+            would wait for it, a number that is none stops the device with an assertion that says the same.
     """
     ids_N = tokens.fact_N("task_ids")
-    # floats that are whole numbers come from columns and from torch.zeros; 0.7 or True is no number of a task
-    if ids_N.dtype == torch.bool or ids_N.dim() != 1 or not torch.equal(ids_N, ids_N.round()):
-        raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: one whole number for each sequence.")
+    if ids_N.dtype == torch.bool or ids_N.dim() != 1:
+        raise ConfigError(f"task_ids are {ids_N.tolist()}; {_WHOLE}.")
+    # floats that are whole numbers come from columns and from torch.zeros; 0.7 is no number of a task
+    _require((ids_N == ids_N.round()).all(), ids_N, _WHOLE)
     ids_N = ids_N.long()
-    if len(ids_N) and not least <= int(ids_N.min()) <= int(ids_N.max()) <= most:
-        raise ConfigError(f"task_ids are {ids_N.tolist()}; allowed: {allowed}.")
+    _require(((ids_N >= least) & (ids_N <= most)).all(), ids_N, f"allowed: {allowed}")
     return ids_N
+
+
+_WHOLE = "allowed: one whole number for each sequence"
+
+
+def _require(holds: Tensor, ids_N: Tensor, allowed: str) -> None:
+    """Refuse task ids, on an accelerator without waiting for it, and in a compiled graph without leaving it."""
+    if holds.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(holds, f"task_ids are out of range; {allowed}.")
+    elif not holds:
+        raise ConfigError(f"task_ids are {ids_N.tolist()}; {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True)

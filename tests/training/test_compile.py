@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from moelora import record_routing
+from moelora import batch_facts, record_routing
 from moelora.balance.losses import balance_losses
 from moelora.balance.switch import SwitchBalance
 from moelora.balance.z_loss import ZLoss
@@ -21,6 +21,7 @@ from tests.training.runs import Run, assert_same_gradients, toy_rows, train
 
 WORDS: dict[str, dict[str, Any]] = {
     "mixlora": {"balance_coef": 1.0},
+    "mos": {"r": 2},
     "smora": {"balance_coef": 1.0, "bias_update_rate": 0.1, "target_modules": ["q_proj"]},
 }
 
@@ -35,7 +36,7 @@ def _fresh_compiler() -> None:
 
 def one_layer(preset: str) -> Any:
     """A model small enough to be traced in seconds."""
-    model = get_peft_model(tiny_model(num_hidden_layers=1), small_config(preset, **WORDS[preset]))
+    model = get_peft_model(tiny_model(num_hidden_layers=1), small_config(preset, **WORDS.get(preset, {})))
     shake(model)
     return model
 
@@ -69,6 +70,15 @@ def test_inference_is_one_graph() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**tiny_batch()).logits, model(**tiny_batch()).logits)
+
+
+@pytest.mark.parametrize("preset", ["poly", "mos"])
+def test_methods_that_look_things_up_are_one_graph(preset: str) -> None:
+    model = one_layer(preset).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    inputs = tiny_batch()
+    with torch.no_grad(), batch_facts(task_ids=torch.arange(len(inputs["input_ids"])) % 2):
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_plain_trainer_is_warned_while_compiling(caplog: pytest.LogCaptureFixture) -> None:

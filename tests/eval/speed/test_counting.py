@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from eval.speed import shapes
 from eval.speed.count import LIMITS, table
 from eval.speed.counting import Count, ReadsBackError, count, graph_breaks
-from eval.speed.shapes import FEED_FORWARD
+from eval.speed.shapes import BLOCK, FEED_FORWARD
 from moelora.routing.batch import Tokens
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "speed"
@@ -56,7 +56,8 @@ def test_dropout_is_one_launch_each_way_and_keeps_a_mask_of_bytes() -> None:
 
 def test_what_is_read_back_from_the_device_is_named() -> None:
     ids = torch.zeros(2, dtype=torch.long, device="meta")
-    tokens = Tokens(torch.ones(2, 3, dtype=torch.bool, device="meta"), None, {"task_ids": ids}, {})
+    packed_BS = torch.zeros(1, 6, dtype=torch.long, device="meta")
+    tokens = Tokens(packed_BS == 0, packed_BS, {"task_ids": ids}, {})
     with pytest.raises(ReadsBackError, match=r"read back at moelora/routing/batch.py:\d+"):
         count(nn.Identity(), lambda: tokens.fact_N("task_ids"))
 
@@ -94,6 +95,12 @@ def test_mixlora_on_a_gpu_is_within_what_was_asked_for(shape: str) -> None:
     for what, ratio in mine.over(theirs).items():
         assert ratio <= LIMITS[what], what
     assert mine.syncs == 0
+
+
+@pytest.mark.parametrize("preset", ["poly", "moelora_task", "mor1e"])
+def test_routing_by_sequence_does_not_wait_for_the_device(preset: str) -> None:
+    adapted = shapes.mixture(shapes.base("SmolLM2-135M"), preset)
+    assert count(adapted.model, adapted.forward(BLOCK, 2, 16)).syncs == 0
 
 
 def test_launches_do_not_depend_on_the_mixture_or_the_tokens() -> None:
