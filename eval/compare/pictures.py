@@ -16,14 +16,14 @@ _COLORS = ("#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#7
 
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
-    """Write scores.png, and seen_unseen.png if there are tasks of both kinds."""
+    """Write mean.png and scores.png, and seen_unseen.png if there are tasks of both kinds."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "scores.png"]
-    figures.save(_scores(summary), files[0])
+    pictures = {"mean": _mean(summary), "scores": _scores(summary)}
     if summary.seen and summary.unseen:
-        files.append(folder / "seen_unseen.png")
-        figures.save(_seen_unseen(summary), files[1])
-    return files
+        pictures["seen_unseen"] = _seen_unseen(summary)
+    for name, figure in pictures.items():
+        figures.save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in pictures]
 
 
 def _color(summary: Summary, method: MethodSummary) -> str:
@@ -31,6 +31,36 @@ def _color(summary: Summary, method: MethodSummary) -> str:
         return _GREY
     trained = [each.key for each in summary.methods if each.key != BASE]
     return _COLORS[trained.index(method.key) % len(_COLORS)]
+
+
+def _dots(axis: Any, summary: Summary, labels: list[str]) -> None:
+    """The mean of some tasks: a dot for each method with its error, its seeds as light dots."""
+    places = range(len(summary.methods))
+    for place, method in zip(places, summary.methods, strict=True):
+        color = _color(summary, method)
+        score = summary.score(method, labels)
+        seeds = [100 * value for value in method.by_seed(labels)]
+        if len(seeds) > 1:
+            axis.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.3, markersize=4)
+        axis.errorbar(
+            100 * score.value, place, xerr=100 * score.stderr, fmt="o", color=color, markersize=5.5, capsize=2.5
+        )
+    axis.grid(axis="x", alpha=0.25)
+    axis.tick_params(labelsize=8)
+    axis.set_yticks(list(places), [method.title for method in summary.methods])
+
+
+def _mean(summary: Summary) -> Any:
+    """The mean of all tasks alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 0.9 + 0.28 * len(summary.methods)), layout="constrained")
+    axis = figure.subplots()
+    _dots(axis, summary, summary.labels)
+    axis.invert_yaxis()
+    axis.set_title(_heading(summary, f"Mean of {len(summary.labels)} tasks, ± one standard error"), fontsize=9)
+    axis.set_xlabel("percent; light: single seeds", fontsize=8)
+    return figure
 
 
 def _scores(summary: Summary) -> Any:
@@ -47,25 +77,13 @@ def _scores(summary: Summary) -> Any:
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis in list(grid.flat)[len(panels) :]:
         axis.set_visible(False)
-    places = range(len(summary.methods))
     for axis, (title, labels) in zip(grid.flat, panels, strict=False):
-        for place, method in zip(places, summary.methods, strict=True):
-            color = _color(summary, method)
-            score = summary.score(method, labels)
-            seeds = [100 * value for value in method.by_seed(labels)]
-            if len(seeds) > 1:
-                axis.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.3, markersize=4)
-            axis.errorbar(
-                100 * score.value, place, xerr=100 * score.stderr, fmt="o", color=color, markersize=5.5, capsize=2.5
-            )
+        _dots(axis, summary, labels)
         floor = summary.methods[0].first.tasks[labels[0]].majority if len(labels) == 1 else None
         if floor is not None:
             axis.axvline(100 * floor, color="black", linestyle=":", linewidth=1)
         note = "" if len(labels) > 1 else " (seen)" if title in summary.seen else " (unseen)"
         axis.set_title(f"{title}{note}", fontsize=9)
-        axis.grid(axis="x", alpha=0.25)
-        axis.tick_params(labelsize=8)
-        axis.set_yticks(list(places), [method.title for method in summary.methods])
     grid[0][0].invert_yaxis()  # shared: the base on top in every panel
     figure.supxlabel("percent; dotted: always giving the most frequent answer; light: single seeds", fontsize=8)
     return figure

@@ -111,7 +111,7 @@ def test_the_table_says_what_is_there_and_what_is_missing(finished: Path) -> Non
     for text in ("| LoRA | 2 |", "| MixLoRA | 1 |", "## Routing", "scores.png", "seen_unseen.png", "from seed to seed"):
         assert text in whole
     assert whole.count("**") == 4  # the chosen learning rate of each method
-    for name in ("scores.png", "seen_unseen.png"):
+    for name in ("mean.png", "scores.png", "seen_unseen.png"):
         with Image.open(finished / "results" / name) as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 30
     summary = json.loads((finished / "results" / "summary.json").read_text())
