@@ -32,6 +32,7 @@ ELSEWHERE = {
     "edit-experts": "tests/compose/test_docs.py",
     "export-loras": "tests/export/test_docs.py",
     "export-native-moe": "tests/export/test_docs_native_moe.py",
+    "methods": "tests/test_readme.py",
     "mixlora-folders": "tests/export/test_docs.py",
     "options": "tests/test_options_page.py",
     "share": "tests/share/test_docs.py",

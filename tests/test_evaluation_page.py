@@ -1,4 +1,4 @@
-"""The README's benchmark commands run as they stand, on a tiny run in place of the real ones."""
+"""The commands of docs/evaluation.md run as they stand, on a tiny run in place of the real ones."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from tests.eval.tiny_suite import write_rows
 from tests.runs.tiny import write_run
 from train.__main__ import main as train
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/evaluation.md"
 
 
 def _commands() -> list[list[str]]:
-    """Each line of the section's first block, without its comment."""
-    section = README.read_text().split("\n## Benchmarks\n")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for line in block.splitlines()]
+    """Each line of the page's blocks, without its comment."""
+    found = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for block in found for line in block.splitlines()]
 
 
 def _moelora(verb: str, words: list[str]) -> int:
