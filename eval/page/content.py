@@ -66,7 +66,7 @@ def read_run(run: Path) -> Json:
             "no diagnosis.json. Give the folder of a run that `moelora train` and `moelora eval`, or `moelora "
             "diagnose`, have written."
         )
-    forgetting = read_forgetting(run, _json(run / "metrics.json"), _json)
+    forgetting, unscored = read_forgetting(run, _json(run / "metrics.json"), _json)
     alone = diagnosis is not None and not (words or evaluations or routing or training)
     return {
         "title": _title({"preset": "Diagnosis"} if alone else words, config),
@@ -79,7 +79,7 @@ def read_run(run: Path) -> Json:
         "curves": _curves(training),
         "routing": routing,
         "receipt": _receipt(run),
-        "missing": [] if alone else [*_missing(evaluations, training, routing), *_unscored_stages(run, forgetting)],
+        "missing": [] if alone else [*_missing(evaluations, training, routing), *unscored],
     }
 
 
@@ -249,14 +249,3 @@ def _missing(evaluations: list[Json], training: Mapping[str, Json], routing: lis
     if not routing:
         missing.append("No routing: the adapter has no routers, or `moelora eval` has not analysed it yet.")
     return missing
-
-
-def _unscored_stages(run: Path, forgetting: list[Json]) -> list[str]:
-    """How to get the picture of forgetting, where the stages for it are there."""
-    stages = sorted((run / "stages").glob("[0-9]*-*"))
-    if forgetting or len(stages) < 2:
-        return []
-    return [
-        "No scores by stage, which show what is forgotten: score each stage, "
-        f"`moelora eval {stages[0]} --config {run / 'config.yaml'}` and so on."
-    ]

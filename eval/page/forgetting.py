@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eval.page.matrix import Json, matrix
-from moelora.errors import ReportError
 
 _STAGE = re.compile(r"(baseline-)?(\d+)-(.+)")
 _METRIC = "exact"
 
 
-def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> list[Json]:
-    """Tables and series of the adapter and, where its stages are scored, of the baseline.
+def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple[list[Json], list[str]]:
+    """Tables and series of the adapter and, where its stages are scored, of the baseline; and what is in the way.
 
     The scores are those that `moelora eval RUN/stages/1-TASK --config RUN/config.yaml` leaves beside the stage. The
     last stage is the finished adapter, so that the scores of the run itself do for it.
@@ -24,19 +23,33 @@ def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> list[
         own: The run's own metrics.json; empty if there is none.
         read: Reads a JSON file, and gives an empty mapping for none.
 
-    Raises:
-        ReportError: If the stages were scored on different problems, which cannot be compared.
+    Returns:
+        One table with its series for each model, and notes on what cannot be shown: stages that are not scored, or that
+        were scored on different problems, which cannot be compared.
     """
     stages: dict[str, dict[int, tuple[str, Json]]] = {}
     for folder in sorted((run / "stages").glob("*")):
         if found := _STAGE.fullmatch(folder.name):
             role = "baseline" if found[1] else "adapter"
             stages.setdefault(role, {})[int(found[2])] = found[3], read(folder / "metrics.json")
-    return [each for role, found in sorted(stages.items()) if (each := _of_role(run, role, found, own)) is not None]
+    shown, notes = [], []
+    for role, found in sorted(stages.items()):
+        table = _of_role(role, found, own)
+        if isinstance(table, str):
+            notes.append(f"No picture of what is forgotten, {role}: {table}")
+        elif table is not None:
+            shown.append(table)
+    if len(stages.get("adapter", {})) > 1 and not shown and not notes:
+        first = next(path for path in sorted((run / "stages").glob("[0-9]*-*")))
+        notes.append(
+            "No scores by stage, which show what is forgotten: score each stage, "
+            f"`moelora eval {first} --config {run / 'config.yaml'}` and so on."
+        )
+    return shown, notes
 
 
-def _of_role(run: Path, role: str, stages: Mapping[int, tuple[str, Json]], own: Json) -> Json | None:
-    """The table of one model; None if fewer than two of its stages are scored."""
+def _of_role(role: str, stages: Mapping[int, tuple[str, Json]], own: Json) -> Json | str | None:
+    """The table of one model; None if fewer than two of its stages are scored, or why they cannot be compared."""
     order = sorted(stages)
     learnt = [stages[number][0] for number in order]
     scored = {number: (stages[number][1], "adapter") for number in order if stages[number][1]}
@@ -48,9 +61,9 @@ def _of_role(run: Path, role: str, stages: Mapping[int, tuple[str, Json]], own: 
         return None
     problems = [scored[number][0].get("tasks") for number in scores]
     if any(each != problems[0] for each in problems):
-        raise ReportError(
-            f"the stages of {str(run)!r} were scored on different problems, which cannot be compared; score each of "
-            "them again with the same --limit."
+        return (
+            "its stages were scored on different problems, which cannot be compared; score each stage and the run "
+            "again with the same --limit."
         )
     first = next(iter(scores))
     tasks = [task for task in learnt if task in scores[first]]
