@@ -33,8 +33,8 @@ def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple
             role = "baseline" if found[1] else "adapter"
             stages.setdefault(role, {})[int(found[2])] = found[3], read(folder / "metrics.json")
     shown, notes = [], []
-    for role, found in sorted(stages.items()):
-        table = _of_role(role, found, own)
+    for role, of_role in sorted(stages.items()):
+        table = _of_role(role, of_role, own)
         if isinstance(table, str):
             notes.append(f"No picture of what is forgotten, {role}: {table}")
         elif table is not None:
