@@ -7,8 +7,11 @@ commonsense tasks or any task that lm-eval knows. In a clone `python -m eval` is
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 STOPPED = "Stopped; nothing was written."
 EXAMPLES = """\
@@ -68,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows at once (default: 32; of a run's own tasks, as the run says)",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print what metrics.json has as JSON, everything else on stderr"
+    )
 
 
 def _at_least_one(word: str) -> int:
@@ -83,6 +89,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         RunError: If there is nothing to evaluate, or a word does not apply.
     """
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        found = _score(options)
+    if options.json:
+        print(json.dumps(found, indent=1), flush=True)
+
+
+def _score(options: argparse.Namespace) -> dict[str, Any]:
+    """What metrics.json has."""
     from moelora.errors import RunError
     from moelora.runs.quiet import quiet_libraries
 
@@ -95,11 +109,10 @@ def run(options: argparse.Namespace) -> None:
                 raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
         from eval.scoring.own_problems import evaluate
 
-        evaluate(options.source, options.config, options.limit, options.batch_size)
-        return
-    from eval.scoring.suite_run import run_suite
+        return evaluate(options.source, options.config, options.limit, options.batch_size)
+    from eval.scoring.suite_run import card_metrics, run_suite
 
-    run_suite(
+    scores = run_suite(
         options.source,
         suite=options.suite,
         protocol=options.protocol,
@@ -109,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         beside=options.beside,
         batch_size=options.batch_size or 32,
     )
+    return card_metrics(scores)
 
 
 def has_own_problems(source: str, config_file: str | None) -> bool:

@@ -19,7 +19,7 @@ LONGEST_FILE = 450
 # that knows modules of the base model, lies with the injection. `moelora` itself is above all of them; of the highest
 # level it imports only what has to come before PEFT, `runs.quiet`, which imports nothing of the library.
 LEVELS: list[tuple[str, ...]] = [
-    ("errors", "version", "validation", "peft_type", "forward", "files", "autocast"),
+    ("errors", "version", "validation", "peft_type", "forward", "files", "autocast", "progress"),
     ("choices", "formats", "preset_registry", "peft_plugin"),
     ("tensors", "routing", "experts", "scores", "selection", "balance", "ops"),
     ("config",),

@@ -85,7 +85,7 @@ def say_done(config: RunConfig, folder: RunDir) -> None:
     """Say where the run is, and the commands that go on from there."""
     root = folder.root
     if RECIPES[config.recipe].task_type != "CAUSAL_LM":
-        say(f"\nDone: {root}")
+        say(f"\nDone: {root}\nNext: moelora report {root}")
         return
     scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
     say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")

@@ -9,11 +9,13 @@ is the same as `moelora compare`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 STOPPED = "Stopped. Run the same command again to resume it."
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="do only cells whose names begin so, '*' for anything: lora, '*-lr' for all trials; repeatable",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON in the end, everything else on stderr"
+    )
     parser.add_argument("--no-probe", action="store_true", help="do not time a few steps for the estimate")
 
 
@@ -66,6 +71,20 @@ def run(options: argparse.Namespace) -> None:
         MoeLoraError: If the configuration is not valid, its methods are not of equal size, results of another
             configuration are in the way, or there is nothing to draw yet.
     """
+    from moelora.errors import RunError
+
+    if options.json and options.plan:
+        raise RunError("--json prints what was scored, and --plan scores nothing; leave one of them out.")
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        table = _run(options)
+    if options.json:
+        if table is None:
+            raise RunError("nothing is scored yet, so there is no summary to print.")
+        print((table.parent / "summary.json").read_text(), end="", flush=True)
+
+
+def _run(options: argparse.Namespace) -> Path | None:
+    """The table of what is scored; None if nothing is, or for a plan."""
     from eval.compare import plan
     from eval.compare.cells import Board
     from eval.compare.render import render
@@ -87,14 +106,14 @@ def run(options: argparse.Namespace) -> None:
         if table is None:
             raise RunError(f"nothing is scored yet in {config.results_dir!r}, so there is no table to draw.")
         say(f"Table     {table}")
-        return
+        return table
     sizes = check_sizes(config)
     for key, size in sizes.items():
         say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active per token")
     say_if_slow(config.dtype)
     if options.plan:
         plan.show(board, plan.Timing.of(board))
-        return
+        return None
     bench = open_bench(board, sizes, command)
     if not options.no_probe:
         plan.probe(bench)
@@ -116,7 +135,9 @@ def run(options: argparse.Namespace) -> None:
         waiting = "; ".join(f"{cell.id} waits for {board.waits_for(cell)[0].id}" for cell in left)
         raise RunError(f"{waiting}. Leave --only out, or add them to it; or another process is still at them.")
     others = f", {', '.join(cell.id for cell in ready)} still under way in another process" if ready else ""
-    say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {render(board, command) or 'nothing is scored yet'}")
+    table = render(board, command)
+    say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {table or 'nothing is scored yet'}")
+    return table
 
 
 def _do(bench: Any, cell: Any, done: set[str]) -> bool:

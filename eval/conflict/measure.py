@@ -6,6 +6,7 @@ Shape suffixes: N rows, S positions of a batch, V tokens of the vocabulary, D fe
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from moelora.compose import fit_centroid
 from moelora.compose.tokens import batches
 from moelora.errors import RunError
+from moelora.progress import track
 from moelora.routing.prompts import prompt_of
 from moelora.scores.centroids import cosines
 
@@ -59,7 +61,8 @@ def row_losses(model: nn.Module, examples: Sequence[Example]) -> list[float]:
         examples: Tokenised rows with labels.
     """
     device = next(model.parameters()).device
-    return [loss for batch in batches(examples, BATCH, device) for loss in losses_of_rows(model, batch).tolist()]
+    parts = track(batches(examples, BATCH, device), "scoring rows", math.ceil(len(examples) / BATCH))
+    return [loss for batch in parts for loss in losses_of_rows(model, batch).tolist()]
 
 
 def gradients(model: nn.Module, given: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def conflict(model: nn.Module, examples: Mapping[str, Sequence[Example]]) -> dic
     device = next(model.parameters()).device
     whole: dict[str, dict[str, Tensor]] = {}
     own: dict[str, float] = {}
-    for task, rows in examples.items():
+    for task, rows in track(examples.items(), "gradients of tasks"):
         some = rows[: GRADIENT_BATCHES * BATCH]
         halves = [
             gradients(model, batches(part, BATCH, device)) for part in (some[: len(some) // 2], some[len(some) // 2 :])
@@ -152,7 +155,8 @@ def told_apart(
     center_1D = centroids_ED.mean(0, keepdim=True)
     shares = {}
     for task, examples in asked.items():
-        h_ND = torch.cat([fit_centroid(base, [batch]) for batch in prompts(examples, 1)])
+        singly = track(prompts(examples, 1), "embedding prompts", len(examples))
+        h_ND = torch.cat([fit_centroid(base, [batch]) for batch in singly])
         nearest_N = cosines(h_ND, centroids_ED, center_1D).argmax(1)
         shares[task] = float((nearest_N == list(fitted).index(task)).float().mean())
     return shares

@@ -1,8 +1,8 @@
 """What a run's folder holds, in the form that the page shows.
 
 The files are those of `moelora train` (`config.yaml`, `<stage>/training.json`), `moelora eval` (`metrics.json`
-and `routing.json`, in the folder itself and in `results/<suite>`) and `moelora diagnose` (`diagnosis.json`); each may
-be missing.
+and `routing.json`, in the folder itself and in `results/<suite>`; `metrics.json` in `stages/<number>-<task>` of a
+sequential run) and `moelora diagnose` (`diagnosis.json`); each may be missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from eval.page.compositions import read_compositions
 from eval.page.diagnosis import read_diagnosis
+from eval.page.forgetting import read_forgetting
 from eval.scoring.judging import is_at_floor
 from moelora.errors import ReportError
 from moelora.runs.wording import commit_words
@@ -39,7 +41,8 @@ def read_run(run: Path) -> Json:
         run: Folder of a run or of an adapter.
 
     Returns:
-        `title`, `facts`, `diagnosis`, `evaluations`, `curves`, `routing`, `receipt` and `missing`, in plain types.
+        `title`, `facts`, `runs` (None: it is one), `diagnosis`, `evaluations`, `compositions`, `forgetting`, `curves`,
+        `routing`, `receipt` and `missing`, in plain types.
 
     Raises:
         ReportError: If the folder is not there or holds neither an adapter nor results.
@@ -52,7 +55,8 @@ def read_run(run: Path) -> Json:
     stages = {name: _json(run / name / "training.json") for name in ("adapter", "baseline")}
     if adapter == run:
         stages["adapter"] = _json(run / "training.json")
-    evaluations = [_evaluation(name, content) for name, content in _found(run, "metrics.json")]
+    measured = list(_found(run, "metrics.json"))
+    evaluations = [_evaluation(name, content) for name, content in measured]
     routing = [_routing(name, content) for name, content in _found(run, "routing.json")]
     training = {name: record for name, record in stages.items() if record}
     diagnosis = read_diagnosis(_json(run / "diagnosis.json"))
@@ -62,16 +66,20 @@ def read_run(run: Path) -> Json:
             "no diagnosis.json. Give the folder of a run that `moelora train` and `moelora eval`, or `moelora "
             "diagnose`, have written."
         )
+    forgetting, unscored = read_forgetting(run, _json(run / "metrics.json"), _json)
     alone = diagnosis is not None and not (words or evaluations or routing or training)
     return {
         "title": _title({"preset": "Diagnosis"} if alone else words, config),
         "facts": [] if alone else _facts(words, config, training),
+        "runs": None,
         "diagnosis": diagnosis,
         "evaluations": evaluations,
+        "compositions": read_compositions(measured, routing, words),
+        "forgetting": forgetting,
         "curves": _curves(training),
         "routing": routing,
         "receipt": _receipt(run),
-        "missing": [] if alone else _missing(evaluations, training, routing),
+        "missing": [] if alone else [*_missing(evaluations, training, routing), *unscored],
     }
 
 

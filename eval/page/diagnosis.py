@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from eval.page.matrix import Json, matrix
 from moelora.errors import ReportError
 
-Json = dict[str, Any]
-# The colours of the two ends of a matrix, and how strong they get.
-_GOOD, _BAD, _STRONGEST = "11, 95, 165", "176, 60, 0", 0.55
 _ARMS = ("base", "shared", "own", "random")
 
 
@@ -38,7 +36,7 @@ def read_diagnosis(content: Json) -> Json | None:
             "rows": [_row(name, line) for name, line in {**content["tasks"], "mean of tasks": content["mean"]}.items()],
             "matrices": [
                 _matrix(
-                    "Transfer",
+                    "Transfer.",
                     "The LoRA of a row's task on the rows of a column's task: loss minus the base model's, in nats. "
                     "Negative (blue) helps.",
                     {a: {b: -against[a][b] for b in tasks} for a in tasks},
@@ -47,7 +45,7 @@ def read_diagnosis(content: Json) -> Json | None:
                 ),
                 *(
                     _matrix(
-                        f"Conflict {words} training",
+                        f"Conflict {words} training.",
                         "Cosine of two tasks' gradients by the shared LoRA's parameters: -1 (orange) pulls apart, 1 "
                         "(blue) is alike; on the diagonal two halves of one task's rows, which is what noise leaves of "
                         f"1.{note}",
@@ -96,14 +94,5 @@ def _matrix(title: str, note: str, good: Mapping[str, Mapping[str, float]], limi
         limit: Where the colour is strongest.
         sign: 1 shows these values, -1 their opposites.
     """
-
-    def cell(value: float) -> Json:
-        strength = _STRONGEST * min(abs(value) / limit, 1.0) if limit else 0.0
-        return {"text": f"{sign * value:+.2f}", "color": f"rgba({_GOOD if value > 0 else _BAD}, {strength:.2f})"}
-
-    return {
-        "title": title,
-        "note": note,
-        "columns": list(good),
-        "rows": [{"name": name, "cells": [cell(value) for value in row.values()]} for name, row in good.items()],
-    }
+    rows = {name: [(f"{sign * value:+.2f}", value) for value in row.values()] for name, row in good.items()}
+    return matrix(title, note, list(good), rows, limit)

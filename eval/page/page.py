@@ -14,7 +14,7 @@ def render_page(content: dict[str, Any]) -> str:
     """The page.
 
     Args:
-        content: What `read_run` returns.
+        content: What `read_run` or `compare_runs` returns.
 
     Raises:
         ReportError: If jinja2 is not installed.
@@ -29,7 +29,8 @@ def render_page(content: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
     template = environment.from_string((files / "page.html").read_text(encoding="utf-8"))
-    data = {"curves": content["curves"], "routing": content["routing"]}
+    forgetting = [each["curve"] for each in content["forgetting"]]
+    data = {"curves": content["curves"], "forgetting": forgetting, "routing": content["routing"]}
     return template.render(
         **content,
         version=__version__,

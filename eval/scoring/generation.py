@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moelora import record_routing
+from moelora.progress import track
 
 
 @dataclass
@@ -84,7 +85,7 @@ def _answer(
     answers = [""] * len(prompts)
     halves = [RoutingCounts(), RoutingCounts()] if shared is not None else []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
+    for start in track(range(0, len(order), batch_size), "answering in batches"):
         batch = order[start : start + batch_size]
         inputs = _pad_left([prompts[index] for index in batch], tokenizer.pad_token_id, model.device)
         width = inputs["input_ids"].shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from typing import Any
 
 from eval.receipt import make_receipt
 from eval.scoring import heatmaps, reasoning, reasoning_report, reasoning_tables
@@ -17,7 +18,7 @@ from moelora.runs.wording import minutes
 
 def evaluate(
     source: str, config_file: str | None = None, limit: int | None = None, batch_size: int | None = None
-) -> None:
+) -> dict[str, Any]:
     """Score a run on fresh problems of its tasks and write metrics.json, report.md and the pictures.
 
     Args:
@@ -25,6 +26,9 @@ def evaluate(
         config_file: As there.
         limit: As there.
         batch_size: As there.
+
+    Returns:
+        What metrics.json has.
 
     Raises:
         RunError: If there is nothing to evaluate, or no way to.
@@ -73,3 +77,4 @@ def evaluate(
     lines += [f"adapter   {adapter}", f"\nEvaluated in {minutes(time.monotonic() - started)}. To share the adapter:"]
     lines += [f"  moelora push {adapter} YOUR_NAME/YOUR_ADAPTER", "To look at scores, curves and routing in a browser:"]
     print("\n".join([*lines, f"  moelora report {folder}"]), flush=True)
+    return found

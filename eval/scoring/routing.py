@@ -20,6 +20,7 @@ from moelora import MoeLoraConfig, record_routing
 from moelora.compose.tokens import batches
 from moelora.files import write_atomically
 from moelora.forward import without_logits
+from moelora.progress import track
 from moelora.runs.parameters import router_weights
 
 # An expert with less than this share of what it would have in perfect balance is dead.
@@ -123,7 +124,7 @@ def _gather(
 ) -> tuple[dict[str, list[RoutingCounts]], list[TokenView]]:
     counts: dict[str, list[RoutingCounts]] = {}
     views = []
-    for task, rows in texts.items():
+    for task, rows in track(texts.items(), "recording the routing"):
         halves = counts[task] = [RoutingCounts(), RoutingCounts()]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         first = range(min(TEXTS_A_TASK, len(rows)))

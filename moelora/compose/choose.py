@@ -19,6 +19,7 @@ from moelora.compose.sources import LoraSource, read_lora
 from moelora.compose.tokens import batches, check_rows
 from moelora.errors import ComposeError
 from moelora.inject.base_modules import base_modules
+from moelora.progress import track
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """A [R, D] and B [O, R] by the name of the linear."""
@@ -88,7 +89,9 @@ def choose(
     modules = dict(base_modules(base))
     for source in sources.values():
         check_fit(modules, source, type(base).__name__)
-    losses = {name: _loss(base, source, examples, batch_size) for name, source in sources.items()}
+    losses = {
+        name: _loss(base, source, examples, batch_size) for name, source in track(sources.items(), "trying LoRAs")
+    }
     low, high = min(losses.values()), max(losses.values())
     quality = {name: (high - loss) / (high - low) if high > low else 1.0 for name, loss in losses.items()}
     norms = {name: _inner(factors, factors) ** 0.5 for name, factors in map(_loaded, sources.values())}

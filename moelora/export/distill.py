@@ -20,6 +20,7 @@ from moelora.export.mixing import fixed_gates, gates_of_zeros, weighted_parts
 from moelora.export.output import Lora, check_free, concatenated, output_folder, write_lora
 from moelora.export.record import export_record, write_record
 from moelora.export.student import Batch, Score, Student, left_as_it_was, measured_usage
+from moelora.progress import track
 from moelora.routing.batch import Tokens
 from moelora.validation import is_count, is_index, is_real
 
@@ -157,7 +158,7 @@ def summed_loras(adapter: OpenAdapter, usage: Mapping[str, Tensor], rank: int) -
     blocks = {site.name for site in adapter.routed if site.is_block}
     usage = {name: u_E / u_E.sum() if name in blocks and u_E.sum() != 0 else u_E for name, u_E in usage.items()}
     loras, kept, total = {}, 0.0, 0.0
-    for name, parts in weighted_parts(adapter, usage).items():
+    for name, parts in track(weighted_parts(adapter, usage).items(), "cutting to the rank"):
         # in fp32, since half precision would round the weighted sum
         exact = [(weight, Lora(lora.a_RD.float(), lora.b_OR.float(), lora.scaling)) for weight, lora in parts]
         whole = concatenated(exact)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moelora.errors import ExportError
+from moelora.progress import track
 
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -79,7 +80,7 @@ def write_sharded(folder: Path, tensors: Sequence[Planned], dtype: str, max_shar
     names = (
         [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
     )
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in track(list(zip(names, shards, strict=True)), "writing files"):
         _write(folder / name, shard, dtype)
     if count > 1:
         places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -101,7 +102,7 @@ def _write(file: Path, tensors: Sequence[Planned], dtype: str) -> None:
     with file.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little"))
         handle.write(text)
-        for tensor in tensors:
+        for tensor in track(tensors, f"writing {file.name}"):
             _write_values(handle, tensor, dtype)
 
 

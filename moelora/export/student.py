@@ -22,6 +22,7 @@ from moelora.errors import ExportError
 from moelora.export.adapter import OpenAdapter, open_sites
 from moelora.export.output import Lora
 from moelora.layers.base import MoeLoraLayer
+from moelora.progress import track
 from moelora.routing.batch import FACTS
 from moelora.routing.run import batch_facts, record_routing
 
@@ -67,7 +68,7 @@ def measured_usage(
     sums = {site.name: torch.zeros(E) for site in adapter.routed}
     counts = dict.fromkeys(sums, 0)
     with record_routing(model) as listener:
-        for batch in batches:
+        for batch in track(batches, "measuring usage"):
             _logits(model, batch)
             for record in listener.records:
                 if record.adapter == adapter_name:
@@ -148,7 +149,7 @@ class Student:
         """
         sums: dict[str, list[float]] = {}
         count = 0
-        for batch in batches:
+        for batch in track(batches, "measuring losses"):
             targets_T = _targets(batch)
             with self._running(self.teacher):
                 teacher_TV = _predictions(self.model, batch)
@@ -177,7 +178,7 @@ class Student:
         own = f".{self.name}."
         parameters = [parameter for name, parameter in self.model.named_parameters() if own in name]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for step, batch in zip(range(steps), itertools.cycle(batches), strict=False):
+        for step, batch in zip(track(range(steps), "distilling"), itertools.cycle(batches), strict=False):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             with self._running(self.teacher), torch.no_grad():
                 teacher_TV = _predictions(self.model, batch)

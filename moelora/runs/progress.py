@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from moelora.runs.wording import minutes
+
 # Names in the trainers' logs, and how they are shown.
 _SHOWN = (
     ("loss", "loss", "{:.3f}"),
@@ -42,11 +44,11 @@ class LiveProgress(TrainerCallback):
         self.label = label
         self.interactive = sys.stderr.isatty() if interactive is None else interactive
         self.bar: Any = None
-        self.started = 0.0
+        self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the bar from the step at which the run starts."""
-        self.started = time.monotonic()
+        self.started, self.first = time.monotonic(), state.global_step
         if state.is_world_process_zero and self.interactive:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, dynamic_ncols=True)
 
@@ -64,7 +66,11 @@ class LiveProgress(TrainerCallback):
             self.bar.set_postfix_str(line)
         else:
             seconds = time.monotonic() - self.started
-            print(f"{self.label}  step {state.global_step}/{state.max_steps}  {line}  {seconds:.0f} s", flush=True)
+            done, left = state.global_step - self.first, state.max_steps - state.global_step
+            rest = f", {minutes(seconds / done * left)} left" if done and left else ""
+            print(
+                f"{self.label}  step {state.global_step}/{state.max_steps}  {line}  {seconds:.0f} s{rest}", flush=True
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""

@@ -58,8 +58,11 @@ def test_an_adapter_alone_needs_a_configuration(run: Path, capsys: pytest.Captur
     adapter = str(run / "baseline")
     assert main([adapter]) == 1
     assert "say what to evaluate it on: pass --config" in capsys.readouterr().err
-    assert main([adapter, "--config", str(run.parent / "run.yaml"), "--limit", "2"]) == 0
+    assert main([adapter, "--config", str(run.parent / "run.yaml"), "--limit", "2", "--json"]) == 0
     found = json.loads((run / "baseline/metrics.json").read_text())
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == found
+    assert "Exact answers in percent" in shown.err
     assert {row["n"] for row in found["scores"] if row["metric"] == "verifier score"} == {2}
     assert list(found["models"]) == ["base", "LoRA r=49"]
     assert "routing" not in found

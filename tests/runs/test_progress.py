@@ -38,5 +38,6 @@ def test_progress_shows_steps_and_values(capsys: pytest.CaptureFixture[str], int
     shown = "".join(capsys.readouterr())
     assert "adapter" in shown
     assert "4/9" in shown
+    assert interactive or " s, 0 s left" in shown
     assert "loss 0.500" in shown
     assert "train_runtime" not in shown

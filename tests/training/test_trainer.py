@@ -80,6 +80,40 @@ def test_the_values_of_the_log() -> None:
     assert run.logs[0]["z_loss"] == pytest.approx(z.item())
 
 
+def test_tensorboard_reads_the_balance_losses_and_the_load(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = toy_rows(8)
+    one_step(
+        "mixlora",
+        rows,
+        words={"balance_coef": 0.3},
+        max_steps=2,
+        output_dir=str(tmp_path),
+        report_to=["tensorboard"],
+    )
+    (written,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(written.parent)).Reload()
+    model = adapted("mixlora").train()
+    for step in (1, 2):
+        with record_routing(model) as recorder:
+            model(**{key: torch.stack([row[key] for row in rows[4 * step - 4 : 4 * step]]) for key in rows[0]})
+        loads = [load_metrics(record.counts_E()) for record in recorder.records]
+        balance, z = balance_losses(recorder.records, BOTH)
+        expected = {
+            "balance_loss": balance.item(),
+            "z_loss": z.item(),
+            "expert_load/busiest": sum(load["busiest"] for load in loads) / len(loads),
+            "expert_load/entropy": sum(load["entropy"] for load in loads) / len(loads),
+            "expert_load/dead": sum(load["dead"] for load in loads),
+        }
+        assert expected.keys() == SUMMARY
+        for name, value in expected.items():
+            found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+            assert found.keys() == {1, 2}
+            assert found[step] == pytest.approx(value, rel=1e-5), (name, step)
+
+
 def test_a_log_of_several_steps_is_their_mean() -> None:
     rows = toy_rows(8)
     run = one_step("mixlora", rows, words={"balance_coef": 0.3}, max_steps=2, logging_steps=2, batch=2, accumulate=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moelora.choices import register
 from moelora.compose.routers.base import Composition, RouterRecipe, check_top_k, top_k_of
+from moelora.progress import track
 from moelora.validation import check, is_real
 
 
@@ -74,7 +75,7 @@ class Arrow(RouterRecipe):
 
     def fit(self, composition: Composition) -> None:
         """Write the prototypes of each layer."""
-        for layer in composition.layers():
+        for layer in track(list(composition.layers()), "finding prototypes"):
             a_ERD, b_EOR = composition.factors(layer)
             prototypes = layer.routers[composition.adapter].get_parameter("prototypes")
             prototypes.data.copy_(first_right_singular_vectors(a_ERD, b_EOR))

@@ -5,6 +5,7 @@ Shape suffixes: N prompts, D features of an embedding, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,7 @@ from moelora.choices import register
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
 from moelora.compose.tokens import batches
 from moelora.errors import ComposeError
+from moelora.progress import track
 from moelora.routing.prompts import prompt_of
 from moelora.routing.run import find_hooks
 from moelora.scores.centroids import CentroidScores, cosines
@@ -146,6 +148,8 @@ def embed_prompts(composition: Composition, examples: Sequence[Example]) -> Tens
     (fact,) = composition.config.scores.needs
     found = [
         hooks.facts_of_prompts(base, {name: batch[name] for name in ("input_ids", "attention_mask")})[fact]
-        for batch in batches(prompts, _BATCH, composition.model.device)
+        for batch in track(
+            batches(prompts, _BATCH, composition.model.device), "embedding prompts", math.ceil(len(prompts) / _BATCH)
+        )
     ]
     return torch.cat(found)

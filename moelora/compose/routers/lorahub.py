@@ -10,6 +10,7 @@ import torch
 from moelora.choices import register
 from moelora.compose.routers.base import Composition, RouterRecipe, rows_with_answers
 from moelora.compose.tokens import batches
+from moelora.progress import track
 from moelora.scores.constant import ConstantScores
 from moelora.validation import check, is_count, is_real
 
@@ -76,7 +77,7 @@ class LoraHub(RouterRecipe):
         generator = torch.Generator().manual_seed(self.seed)
         best = torch.zeros(len(composition.names), dtype=torch.float64)
         lowest, sigma = objective(best), 0.5
-        for _ in range(self.steps):
+        for _ in track(range(self.steps), "searching weights"):
             drawn = torch.randn(best.shape, generator=generator, dtype=best.dtype)
             tried = (best + sigma * drawn).clamp(-self.bound, self.bound)
             value = objective(tried)

@@ -16,6 +16,7 @@ from moelora.choices import register
 from moelora.compose.routers.base import Composition, RouterRecipe, check_top_k, top_k_of
 from moelora.compose.tokens import batches
 from moelora.errors import ComposeError
+from moelora.progress import track
 from moelora.routing.run import batch_facts
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.scores.linear import router_logits
@@ -119,7 +120,7 @@ class Phatgoose(RouterRecipe):
             itertools.cycle(list(batches(composition.examples[name], self.batch_size, device)))
             for name in composition.names
         ]
-        for _ in range(self.steps):
+        for _ in track(range(self.steps), "training gates"):
             for number, stream in enumerate(streams):
                 batch = next(stream)
                 with batch_facts(task_ids=[number] * len(batch["input_ids"])):

@@ -128,7 +128,12 @@ def test_a_finished_comparison_does_nothing(
     assert "Done      8 of 8" in capsys.readouterr().out
     assert main([str(again), "--plan"]) == 0
     assert "Left" not in capsys.readouterr().out
-    assert main([str(again), "--render"]) == 0
+    assert main([str(again), "--render", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["methods"].keys() == {"lora", "mixlora"}
+    assert "Table     " in shown.err
+    assert main([str(again), "--plan", "--json"]) == 1
+    assert "--plan scores nothing; leave one of them out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -118,3 +118,32 @@ def write_run(folder: Path, adapter: dict[str, Any] = ADAPTER) -> Path:
         (folder / name).write_text(json.dumps(content))
     (folder / "config.yaml").write_text("model: owner/tiny-base\ntraining: {learning_rate: 0.001}\n")
     return folder
+
+
+def stage_metrics(sums: float, names: float, role: str = "adapter") -> dict[str, Any]:
+    """A metrics.json of an evaluation of the run's own tasks, of a base that scores 0.1 and 0.25 and one model."""
+    return {
+        "scores": [
+            {"task": task, "metric": metric, "model": model, "value": value, "stderr": 0.05, "n": 60}
+            for model, values in (("base", (0.1, 0.25)), ("ours", (sums, names)))
+            for task, value in zip(TASKS, values, strict=True)
+            for metric in ("verifier score", "exact")
+        ],
+        "tasks": {"sums": {"n": 60, "majority": 0.1}, "names": {"n": 60, "majority": 0.25}},
+        "models": {"base": {"role": "base"}, "ours": {"role": role}},
+    }
+
+
+def write_sequential(folder: Path) -> Path:
+    """A run of two tasks in turn, of which the first was forgotten in part; the last stage is scored as the run."""
+    write_run(folder, ADAPTER | {"experts": {"kind": "lora_composed", "num_experts": 2, "r": 2, "names": list(TASKS)}})
+    chosen = {"sums": {"sums": 45, "names": 12, "base model": 3}, "names": {"sums": 0, "names": 60, "base model": 0}}
+    files = {
+        "stages/1-sums/metrics.json": stage_metrics(0.6, 0.2),
+        "stages/2-names/training.json": training(100),
+        "metrics.json": stage_metrics(0.45, 0.7) | {"chosen": chosen},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder

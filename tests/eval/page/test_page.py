@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -16,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.page import build_report, read_run
+from eval.page import build_report, compare_runs, read_run, read_runs
 from moelora.errors import ReportError
 from moelora_cli import main
-from tests.eval.page.sample import ADAPTERS, LAYERS, metrics, routing, write_run
+from tests.eval.page.sample import ADAPTERS, LAYERS, TASKS, metrics, routing, stage_metrics, write_run, write_sequential
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))),
@@ -108,6 +109,125 @@ def test_a_part_that_is_missing_is_named_and_the_rest_is_shown(tmp_path: Path) -
     assert 'id="maps"' not in text
 
 
+def _texts(table: dict[str, Any]) -> dict[str, list[str]]:
+    return {row["name"]: [cell["text"] for cell in row["cells"]] for row in table["rows"]}
+
+
+def test_a_sequential_run_shows_which_expert_answers_and_what_is_forgotten(tmp_path: Path) -> None:
+    content = read_run(write_sequential(tmp_path))
+    (table,) = content["compositions"]
+    assert table["columns"] == ["sums", "names", "base model"]
+    assert _texts(table) == {"sums": ["45 (75%)", "12 (20%)", "3 (5%)"], "names": ["0 (0%)", "60 (100%)", "0 (0%)"]}
+    (kept,) = content["forgetting"]
+    assert _texts(kept["matrix"]) == {
+        "base model": ["10.0", "25.0"],
+        "after 1: sums": ["60.0", "20.0"],
+        "after 2: names": ["45.0", "70.0"],
+        "forgotten": ["+15.0", ""],
+    }
+    assert kept["curve"]["series"][0] == {"name": "sums", "points": [[1, 0.6], [2, 0.45]]}
+    text = build_report(tmp_path).read_text()
+    assert "Which expert answers which task" in text
+    assert "after 2: names" in text
+
+    # before the first stage is scored, the page says how to
+    (tmp_path / "stages/1-sums/metrics.json").unlink()
+    content = read_run(tmp_path)
+    assert content["forgetting"] == []
+    (note,) = content["missing"]
+    assert f"moelora eval {tmp_path / 'stages/1-sums'} --config {tmp_path / 'config.yaml'}" in note
+
+    fewer = stage_metrics(0.6, 0.2)
+    fewer["tasks"]["sums"]["n"] = 30
+    (tmp_path / "stages/1-sums/metrics.json").write_text(json.dumps(fewer))
+    content = read_run(tmp_path)
+    assert content["forgetting"] == []
+    assert "adapter: its stages were scored on different problems, which cannot be compared" in content["missing"][0]
+
+
+def test_a_mixture_of_named_experts_shows_the_load_by_task(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d"]
+    experts = {"kind": "lora_composed", "num_experts": 4, "r": 2, "names": names}
+    (table,) = read_run(write_run(tmp_path, ADAPTERS[0][0] | {"experts": experts}))["compositions"]  # not that of 6
+    assert table["columns"] == names
+    loads = routing()["load"][TASKS[0]]
+    shares = [f"{100 * sum(row[expert] for row in loads) / len(loads):.1f}" for expert in range(4)]
+    assert _texts(table)[TASKS[0]] == shares
+
+
+def test_several_runs_are_put_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    better = metrics()
+    better["scores"][1]["value"] = 0.8
+    better["tasks"]["names"]["n"] = 30  # another set of problems: not in one line, and neither is the mean
+    for row in better["scores"][2:4]:
+        row["n"] = 30
+    (other / "metrics.json").write_text(json.dumps(better))
+    assert main(["report", "one", "other"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == Path("report.html")
+    content = compare_runs(read_runs([one, other]))
+    assert [row[0] for row in content["runs"]["rows"]] == [str(one), str(other)]
+    own, commonsense = content["evaluations"]
+    cells = [
+        (
+            row["task"],
+            row["n"],
+            {model.removeprefix(str(tmp_path)): cell["value"] for model, cell in row["cells"].items()},
+        )
+        for row in own["rows"]
+    ]
+    assert cells == [
+        ("sums", 60, {"base": 0.1, "/one: MixLoRA": 0.45, "/other: base": 0.1, "/other: MixLoRA": 0.8}),
+        ("names", 60, {"base": 0.3, "/one: MixLoRA": 0.6}),
+        ("names", 30, {"/other: base": 0.3, "/other: MixLoRA": 0.6}),
+        ("mean of tasks", 60, {"base": 0.2, "/one: MixLoRA": 0.525}),
+        ("mean of tasks", 60, {"/other: base": 0.2, "/other: MixLoRA": 0.525}),
+    ]
+    # where everything is the same, the base model has one column
+    assert [model.removeprefix(str(tmp_path)) for model in commonsense["models"]] == [
+        "base",
+        "/one: MixLoRA",
+        "/other: MixLoRA",
+    ]
+    assert [series["name"] for series in content["curves"][0]["series"]] == [
+        str(one),
+        f"{one}, baseline",
+        str(other),
+        f"{other}, baseline",
+    ]
+    assert len(content["routing"]) == 4
+    text = (tmp_path / "report.html").read_text()
+    assert "2 runs compared" in text
+    assert main(["report", "one", "../" + tmp_path.name + "/one"]) == 1
+    assert "'one' is given twice; allowed: each run once" in capsys.readouterr().err
+
+
+def test_the_content_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    assert main(["report", "--json", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": {str(run): read_run(run)}}
+    assert not (run / "report.html").exists()
+
+
+def test_every_table_says_what_it_is_and_names_escape(tmp_path: Path) -> None:
+    run = write_sequential(tmp_path)
+    words = json.loads((run / "metrics.json").read_text())
+    words["chosen"] = {'"><img src=x>': {"<b>a</b>": 1}}
+    (run / "metrics.json").write_text(json.dumps(words))
+    text = build_report(run).read_text()
+    assert "<img" not in text
+    assert "<b>a</b>" not in text
+    static = text.partition("<script")[0]
+    assert static.count("<table") == static.count("<caption>") + static.count('<table id="similarity"')
+    assert not re.findall(r"<th(?! scope=)[ >]", static)
+    levels = [int(level) for level in re.findall(r"<h([1-6])", static)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -150,7 +270,7 @@ found.maps = pixels();
 found.sources = byId("source").options.length;
 found.kinds = [...byId("kind").options].map((option) => option.value);
 found.similarity = [...document.querySelectorAll("#similarity td")].map((cell) => cell.textContent).filter(Boolean);
-found.tokens = [...document.querySelectorAll("#token-text span")].map((token) => token.textContent);
+found.tokens = [...document.querySelectorAll("#token-text span")].map((token) => token.firstChild.textContent);
 found.first = byId("layer-name").textContent;
 const colors = () => [...document.querySelectorAll("#token-text span")].map((token) => token.style.background).join();
 const before = colors();
@@ -159,12 +279,33 @@ found.layer = byId("layer-name").textContent;
 found.recoloured = colors() !== before;
 change("kind", "mlp");
 found.other = byId("layer-name").textContent;
+const numbered = () => document.querySelectorAll("#token-text sub").length;
+found.numbered = [numbered()];
 byId("numbers").click();
-found.numbered = document.querySelectorAll("#token-text sub").length;
+found.numbered.push(numbered());
 document.querySelector("#token-text span").focus();
 found.detail = byId("token-detail").textContent;
+const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+press("ArrowRight");
+press("ArrowRight");
+press("ArrowLeft");
+found.moved = byId("token-detail").textContent;
+found.stops = document.querySelectorAll("#token-text [tabindex='0']").length;
+// what a screen reader gets: a name for each picture, a caption for each table, a label for each control
+const unnamed = (selector, has) => [...document.querySelectorAll(selector)].filter((node) => !has(node)).length;
+found.unnamed = [
+  unnamed("svg:not([aria-hidden]), canvas", (node) => node.role === "img" && node.ariaLabel),
+  unnamed("table", (node) => node.caption && node.caption.textContent),
+  unnamed("select, input", (node) => node.labels.length),
+  unnamed("th", (node) => node.scope),
+];
+const lines = [...document.querySelectorAll("#curves figure:first-child polyline")];
+found.dashes = new Set(lines.map((each) => each.getAttribute("stroke-dasharray"))).size;
 document.querySelector("input[value=difference]").click();
 found.scale = byId("scale").textContent;
+byId("map-numbers").open = true;
+byId("map-numbers").dispatchEvent(new Event("toggle"));
+found.cells = document.querySelectorAll("#map-tables td").length;
 change("source", "1");
 found.second = pixels().map((each) => each[0]);
 byId("text").options[0].textContent = "a long text ".repeat(20);
@@ -208,7 +349,12 @@ def test_in_a_real_browser(tmp_path: Path, width: int) -> None:
     assert found["tokens"] == routing()["texts"][0]["tokens"]
     assert (found["first"], found["layer"], found["other"]) == (LAYERS[0], LAYERS[2], LAYERS[3])
     assert found["recoloured"]
-    assert found["numbered"] == 8
+    assert found["numbered"] == [8, 0]
+    assert found["moved"] == f"“is”: expert 0, weight 51 % in {LAYERS[3]}"
+    assert found["stops"] == 1
+    assert found["unnamed"] == [0, 0, 0, 0]
+    assert found["dashes"] == 2
+    assert found["cells"] == 2 * 3 * 4
     assert found["detail"] == f"“What”: expert 3, weight 50 % in {LAYERS[3]}"
     assert "of the choices" in found["scale"]
     assert found["second"] == [6, 6]

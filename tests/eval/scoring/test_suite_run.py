@@ -94,11 +94,15 @@ def test_generated_answers(adapters: dict[str, Path]) -> None:
     assert found.tokens > 8 * 32
 
 
-def test_a_task_of_the_users_own_and_the_card(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_a_task_of_the_users_own_and_the_card(
+    adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = write_task(tmp_path)
-    assert main([str(adapters["lora"]), "--suite", str(task)]) == 0
+    assert main([str(adapters["lora"]), "--suite", str(task), "--json"]) == 0
+    shown = capsys.readouterr().out
     (folder,) = [each for each in (adapters["lora"] / "results").iterdir() if "my_task" in each.name]
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert json.loads(shown) == metrics
     assert {"task": "my_sums (lm-eval)", "metric": "acc", "model": "base"}.items() <= metrics["scores"][0].items()
     assert metrics["receipt"]["packages"]["torch"]
 
