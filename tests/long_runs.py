@@ -80,7 +80,7 @@ class _Watch(TrainerCallback):
 
 def many_steps(steps: int) -> Found:
     """Train with balance losses, routing metrics and moving biases."""
-    model = get_peft_model(tiny_model(), small_config("mixlora"))
+    model = get_peft_model(tiny_model(num_hidden_layers=1), small_config("mixlora"))
     rows = torch.randint(3, VOCAB, (64, 9), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 9} for row in rows])
     watch = _Watch(every=max(1, steps // 20))
@@ -104,7 +104,7 @@ def many_steps(steps: int) -> Found:
     # what the first twentieth allocates stays: caches of the allocator, and of Python
     growth = sizes[-1] - sizes[len(sizes) // 4]
     return Found.of(
-        f"{steps:,} steps of training (mixlora, a tiny Llama)",
+        f"{steps:,} steps of training (mixlora on a tiny Llama)",
         f"{early:.1f} ms a step at first, {late:.1f} at the end; {growth:.1f} MB more memory than after the first "
         f"quarter; {sum(map(math.isfinite, watch.metrics)):,} of {len(watch.metrics):,} metrics finite",
         memory_is_flat=growth < 10,
@@ -116,7 +116,9 @@ def many_steps(steps: int) -> Found:
 
 def long_generation(tokens: int) -> Found:
     """Generate greedily with a KV cache, and compare with one forward over everything."""
-    model = get_peft_model(tiny_model(max_position_embeddings=tokens + 16), small_config("mixlora"))
+    model = get_peft_model(
+        tiny_model(num_hidden_layers=1, max_position_embeddings=tokens + 16), small_config("mixlora")
+    )
     shake(model)
     model.eval()
     ids = torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(0))
@@ -131,7 +133,7 @@ def long_generation(tokens: int) -> Found:
     # two of nearly the same logit may change places by rounding
     others = int((chosen < logits.max(1).values - 1e-4).sum())
     return Found.of(
-        f"{tokens:,} tokens generated (mixlora, a tiny Llama)",
+        f"{tokens:,} tokens generated (mixlora on a tiny Llama)",
         f"{1e3 * seconds / tokens:.1f} ms a token; {growth:.1f} MB more memory afterwards; {others} tokens that one "
         "forward over all of them would not pick",
         all_tokens_are_there=found.shape[1] == ids.shape[1] + tokens,
@@ -175,7 +177,7 @@ def many_adapters(count: int) -> Found:
     left = {key.split(".")[-2] for key in adapter_tensors(model)}
     quarter = max(1, count // 4)
     return Found.of(
-        f"{count} adapters on one model (mixlora, a tiny Llama)",
+        f"{count} adapters on one model (mixlora on a tiny Llama)",
         f"{1e3 * median(seconds[:quarter]):.0f} ms to add one at first, {1e3 * median(seconds[-quarter:]):.0f} at the "
         f"end; {same} of {count} give bit for bit what they gave as the newest; {close} of {count} rows of one batch",
         each_gives_what_it_gave=same == count,

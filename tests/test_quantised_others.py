@@ -1,6 +1,6 @@
 """Adapters on linears of other quantisation libraries than bitsandbytes, where these run on a CPU.
 
-They are no dependencies of moelora, not even for its tests: `pip install torchao hqq` to run these.
+They are no dependencies of moelora, not even for its tests: `pip install torchao hqq termcolor` to run these.
 """
 
 from __future__ import annotations
