@@ -24,7 +24,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from moelora import MoeLoraTrainer
 from tests.adapters import adapter_tensors, shake, small_config
@@ -96,6 +96,7 @@ def many_steps(steps: int) -> Found:
             use_cpu=True,
         )
         trainer = MoeLoraTrainer(model=model, args=arguments, train_dataset=data, callbacks=[watch])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     times, sizes = zip(*watch.marks, strict=True)
     per_step = [(after - before) / watch.every for before, after in itertools.pairwise(times)]
