@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test soak test-oldest check docs release clean
+.PHONY: help quickstart quickstart-joint test soak long-runs test-oldest test-matrix check docs release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -58,8 +58,21 @@ test: $(VENV)/dev.stamp ## Run every test
 soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md
 
+long-runs: $(VENV)/dev.stamp ## 10,000 steps, 8,192 tokens, 64 adapters on tiny models; tests/RELIABILITY.md gets the table
+	@$(BIN)/python -W ignore -m tests.long_runs --output tests/RELIABILITY.md
+
 test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# The newest are those that pip takes without any constraint.
+test-matrix: ## Test what depends most on other packages with the oldest and the newest versions allowed, into tests/RELIABILITY.md
+	@failed=0; for row in oldest:constraints-oldest.txt newest:/dev/null; do \
+	  rm -rf .venv-matrix; \
+	  $(MAKE) --no-print-directory .venv-matrix/dev.stamp VENV=.venv-matrix CONSTRAINTS=$${row#*:}; \
+	  .venv-matrix/bin/python -m tests.matrix $${row%%:*} --output tests/RELIABILITY.md || failed=1; \
+	done; \
+	rm -rf .venv-matrix; \
+	exit $$failed
 
 check: $(VENV)/dev.stamp ## Lint, check the format and the types, build the documentation site
 	@$(BIN)/ruff check .
@@ -87,5 +100,5 @@ release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check th
 	  "  5. once it answers, README.md may say pip install moelora"
 
 clean: ## Remove the environment and every cache; runs/ is kept
-	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-matrix .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moelora.errors import MoeLoraError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing tells what a killed process has left from what is being written
+    fcntl = None  # type: ignore[assignment]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -32,28 +38,26 @@ def is_hub_name(name: str) -> bool:
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or the next run after a kill, never sees half of it.
 
+    What a process that was killed here has left beside the file is removed by the next one that writes it.
+
     Args:
         file: The file; its folder is made.
         content: A text, written as UTF-8, or bytes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
+    with _beside(file) as temporary:
+        with temporary.open("wb") as handle:
             handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
             os.fsync(handle.fileno())
-        # mkstemp makes files that only their owner reads
-        Path(name).chmod(0o644)
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.replace(file)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when the block ends without an error; else nothing is left of it.
+
+    What a process that was killed here has left is removed by the next one that makes the folder.
 
     Raises:
         OSError: If something that is not empty has the place by then: a rename never replaces it.
@@ -61,9 +65,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            ready = Path(temporary) / folder.name
-            ready.mkdir()
+        with _beside(folder, is_folder=True) as ready:
             yield ready
             ready.rename(folder)
     except BaseException:
@@ -71,6 +73,73 @@ def new_folder(folder: Path) -> Iterator[Path]:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def _beside(place: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """A new hidden file or folder beside `place`; if the block does not rename it, it is gone after the block.
+
+    It is locked meanwhile, and the system drops a lock with its process: what is there without one was left by a
+    process that was killed, and is removed first. Several processes may write one file at a time.
+    """
+    for path in list(place.parent.iterdir()):
+        if re.fullmatch(rf"\.{re.escape(place.name)}-[0-9a-f]{{8}}\.part", path.name):
+            _remove_if_left(path)
+    while True:
+        path = place.with_name(f".{place.name}-{secrets.token_hex(4)}.part")
+        if is_folder:
+            path.mkdir()
+        else:
+            path.touch(exist_ok=False)
+        lock = _lock(path, wait=True)
+        if path.exists():
+            break
+        # another process took it for a leftover before it was locked
+        _unlock(lock)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _unlock(lock)
+
+
+def _remove_if_left(path: Path) -> None:
+    lock = _lock(path, wait=False)
+    if lock is not None:
+        _remove(path)
+        _unlock(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a file or folder; the descriptor that holds the lock, or None if it cannot be had.
+
+    Args:
+        path: The file or folder.
+        wait: Whether to wait while another process has it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        # over NFS only what is open for writing can be locked, which a folder cannot be
+        descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _unlock(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from moelora.layers.block import MixtureBlock
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.layers.linear import MixtureLinear
 from moelora.layers.modules import unwrapped
-from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough, wrap_down
+from moelora.layers.split_feed_forward import MixtureSplitFeedForward, PassThrough, pass_on
 from moelora.loading import checked_weights
 from moelora.peft_type import PREFIX
 from moelora.routing.batch import FACTS
@@ -158,10 +158,10 @@ class MoeLoraModel(BaseTuner):
             layer = MixtureBlock(target, current_key, planned.width, router)
         elif planned.form is None:
             layer = MixtureLinear(target, current_key)
-        elif planned.split:
-            down = unwrapped(self.model.get_submodule(planned.linears["down"]))
-            layer = MixtureSplitFeedForward(target, current_key, planned.form, down)
-            wrap_down(self.model, planned.linears["down"], layer)
+        elif planned.passing:
+            *activation, down = (unwrapped(self.model.get_submodule(name)) for name in planned.passing)
+            layer = MixtureSplitFeedForward(target, current_key, planned.form, down, next(iter(activation), None))
+            pass_on(self.model, planned.passing, layer)
         else:
             layer = MixtureFeedForward(target, current_key, planned.form)
         if layer is not target:

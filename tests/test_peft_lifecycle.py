@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import moelora
-from moelora import record_routing
-from moelora.errors import MergeError, MoeLoraError, RegistrationError
+from moelora import MoeLoraConfig, record_routing
+from moelora.errors import ConfigError, MergeError, MoeLoraError, RegistrationError
 from moelora.loading import loading
 from moelora.routing.run import find_hooks, own_hooks
 from tests.adapters import (
@@ -73,7 +74,7 @@ MERGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["mixlora", "smora"])
 @pytest.mark.parametrize("way", MERGES)
 def test_merging_is_refused_with_the_model_untouched(preset: str, way: str) -> None:
     model = adapted(preset)
@@ -318,6 +319,13 @@ def test_a_layer_called_with_more_than_its_input_says_so(path: str) -> None:
         layer(x, x, scale=2)
     with model.disable_adapter(), pytest.raises(TypeError):  # the module's own business
         layer(x, x, scale=2)
+
+
+@pytest.mark.parametrize("make", [MoeLoraConfig, partial(MoeLoraConfig.from_preset, "mixlora")])
+def test_what_peft_has_for_lora_alone_is_refused_by_name(make: Any) -> None:
+    """It ties adapters of embeddings, which no mixture is on."""
+    with pytest.raises((ConfigError, TypeError), match="'ensure_weight_tying'"):
+        make(ensure_weight_tying=True)
 
 
 def test_peft_layers_are_what_peft_expects() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,15 @@ def _refusal(block: nn.Module, name: str, reason: str) -> str:
     )
 
 
-def shadow_of(block: nn.Module) -> tuple[nn.Module, list[int]]:
-    """A copy of the block that shares nothing writable with it, and the possible numbers of features of its input."""
-    children = dict(block.named_children())
+def shadow_of(block: nn.Module, stand_ins: Mapping[str, nn.Module] | None = None) -> tuple[nn.Module, list[int]]:
+    """A copy of the block that shares nothing writable with it, and the possible numbers of features of its input.
+
+    Args:
+        block: The block.
+        stand_ins: What takes the place of some of its children.
+    """
+    stand_ins = stand_ins or {}
+    children = {key: child for key, child in block.named_children() if key not in stand_ins}
     sizes = {}
     for child_name, child in children.items():
         if is_linear(child):
@@ -84,7 +90,7 @@ def shadow_of(block: nn.Module) -> tuple[nn.Module, list[int]]:
     shadow = copy.copy(block)
     shadow.__dict__ = dict(block.__dict__)
     shadow.__dict__.pop("forward", None)  # wrappers of offloading libraries
-    shadow._modules = dict(block._modules)
+    shadow._modules = {**block._modules, **stand_ins}
     shadow._forward_hooks, shadow._forward_pre_hooks = type(block._forward_hooks)(), type(block._forward_pre_hooks)()
     generator = torch.Generator().manual_seed(1)
     _randomise(shadow, generator)

@@ -10,7 +10,7 @@ from torch import nn
 
 from moelora.errors import TargetError
 from moelora.inject.blocks import find_form, looks_like_feed_forward
-from moelora.inject.split_blocks import SplitBlock, check_split_block
+from moelora.inject.split_blocks import SplitBlock, check_split_block, find_split_blocks
 from moelora.layers.modules import linear_size, unwrapped
 
 _OF_BLOCK = ("gate", "up", "down")
@@ -70,13 +70,13 @@ def inputs_of(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[st
         modules: The modules of the base model by name.
         names: The linears.
     """
-    found = {}
+    found, splits = {}, find_split_blocks(modules)
     for name in names:
         parent, _, last = name.rpartition(".")
         parts = [*_OF_ATTENTION.values(), *([] if _CROSS.search(parent) else [_QUERY])]
         if any(part.fullmatch(last) for part in parts):
             found[name] = f"{parent} {linear_size(modules[name])[0]}"
-        elif parent and looks_like_feed_forward(block := unwrapped(modules[parent])):
+        elif parent and name not in splits and looks_like_feed_forward(block := unwrapped(modules[parent])):
             form = find_form(block, parent)
             if last in (form.gate, form.up):
                 found[name] = parent

@@ -207,10 +207,11 @@ class FeedForwardPlacement(Placement):
         for name in targeted:
             parent = name.rpartition(".")[0]
             if name in splits:
-                block = splits[name].first
+                split = splits[name]
+                block = split.first
                 if block not in blocks:
-                    check_split_block(modules, splits[name])
-                    blocks[block] = PlannedSite(block, (), splits[name].linears, True, splits[name].form, split=True)
+                    check_split_block(modules, split)
+                    blocks[block] = PlannedSite(block, (), split.linears, True, split.form, passing=split.passing)
             elif parent and looks_like_feed_forward(unwrapped(modules[parent])):
                 block = parent
                 if block not in blocks:

@@ -154,9 +154,13 @@ def _check_conflicts(modules: dict[str, nn.Module], sites: dict[str, PlannedSite
                     f"{owner!r} already carries a {type(modules[owner]).__name__} of another PEFT method; allowed: a "
                     "plain module, or one with moelora adapters. Unload the other adapter first."
                 )
-            if owner != site.name:
+            kind, other = (
+                "as a whole block" if is_block else "as a linear"
+                for is_block in (site.form is not None, isinstance(modules[owner], MixtureFeedForward))
+            )
+            if (owner, other) != (site.name, kind):
                 raise TargetError(
-                    f"this adapter wraps {site.name!r} {'as a whole block' if site.form else 'as a linear'}, another "
-                    f"one on this model wraps {owner!r}; allowed: adapters that treat a feed-forward block alike. Load "
-                    "the two adapters on separate copies of the base model."
+                    f"this adapter wraps {site.name!r} {kind}, another one on this model wraps {owner!r} {other}; "
+                    "allowed: adapters that treat a feed-forward block alike. Load the two adapters on separate copies "
+                    "of the base model."
                 )

@@ -22,7 +22,7 @@ class PlannedSite(Place):
         linears: Names of all its linears by role, with experts or without.
         routed: Whether it gets a router.
         form: The form of the block; None for a single linear.
-        split: Whether the block's `down` is in a sibling of the module.
+        passing: Names of the modules behind it that the block's output passes through unchanged.
         router: Name of the site that holds the router it uses; None is the site itself.
         width: Features of a block that is wrapped whole, without regard to its linears; 0 if it is not.
         base_router: Name of the router of such a block.
@@ -34,7 +34,7 @@ class PlannedSite(Place):
     linears: dict[str, str]
     routed: bool
     form: FeedForwardForm | None = None
-    split: bool = False
+    passing: tuple[str, ...] = ()
     router: str | None = None
     width: int = 0
     base_router: str | None = None

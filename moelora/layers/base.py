@@ -395,6 +395,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         return self.forward_active(x, here)
 
     def _forward_mixed(self, x: Tensor, here: Here | None, adapter_names: list[str]) -> Tensor:
+        place, given = current_place(), x
+        x = x if place is None else x.view(*place.batch.leading(x), x.shape[-1])
         if len(adapter_names) != len(x):
             raise AdapterNameError(
                 f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}; allowed: one for each sample."
@@ -410,7 +412,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 of_rows = None if here is None else Here(here.place, here.tokens.rows(rows), None)
                 parts.append(self.forward_one(name, x[rows], of_rows))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
-        return torch.cat(parts)[order.argsort()]
+        y = torch.cat(parts)[order.argsort()]
+        return y.view(*given.shape[:-1], y.shape[-1])
 
     def __repr__(self) -> str:
         return "moelora." + super().__repr__()

@@ -35,6 +35,10 @@ class MixtureFeedForward(MoeLoraLayer):
         """The frozen linear of a role."""
         return self.base_layer.get_submodule(self.form.linears[role])
 
+    def activation(self) -> nn.Module:
+        """The block's activation."""
+        return self.base_layer.get_submodule(self.form.activation)
+
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Sizes of "up", "down" and, in a gated block, "gate"."""
         return {role: linear_size(self.linear(role)) for role in self.form.linears}
@@ -74,7 +78,7 @@ class MixtureFeedForward(MoeLoraLayer):
             up=self.linear("up"),
             down=lambda hidden: down(_to_weight_dtype(hidden, down)),
             gate=child(form.gate),
-            activation=child(form.activation),
+            activation=self.activation(),
             down_bias=getattr(down, "bias", None),
             hidden_dropout=_if_active(child(form.hidden_dropout)),
             output_dropout=_if_active(child(form.output_dropout)),

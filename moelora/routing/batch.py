@@ -149,6 +149,7 @@ class Batch:
         mask_BS: The 2-D padding mask; None if every token counts (packed or padding-free rows, inputs by themselves).
         decoder_mask_BS: The same of the decoder's tokens, at the entry of an encoder-decoder model.
         sequence_BS: Which sequence each token is in, where rows may hold several; see `Tokens`.
+        shape: [B, S] of the tokens; None of pixels, sound, or where it is not known.
         encoded: What cross-attention layers of a decoder read, and its batch.
         cached: Whether earlier tokens are in a KV cache, so that the mask is longer than the input.
         facts, prepared: See `Tokens`.
@@ -161,6 +162,13 @@ class Batch:
     cached: bool = False
     facts: Mapping[str, Tensor] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    shape: torch.Size | None = None
+
+    def leading(self, x: Tensor) -> torch.Size:
+        """[B, S] of a layer's input `x` [..., D], also where the model has flattened it to [N, D], as OPT does."""
+        leading = x.shape[:-1]
+        flattened = len(leading) == 1 and self.shape is not None and self.shape.numel() == leading[0]
+        return self.shape if flattened and self.shape is not None else leading
 
     def tokens(self, x: Tensor) -> Tokens:
         """The tokens of a layer's input `x` [..., D].
@@ -170,7 +178,7 @@ class Batch:
         """
         if self.encoded is not None and _is_same(x, self.encoded[0]):
             return self.encoded[1].tokens(x)
-        leading, mask, sequence = x.shape[:-1], self.mask_BS, self.sequence_BS
+        leading, mask, sequence = self.leading(x), self.mask_BS, self.sequence_BS
         known = sequence if mask is None else mask
         if known is not None and len(leading) == 2 and known.shape[0] == leading[0]:
             excess = known.shape[1] - leading[1]
@@ -212,6 +220,7 @@ class Batch:
             kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
         mask = _mask(kwargs.get("attention_mask"))
         cached = kwargs.get("past_key_values") is not None
+        shape = _token_shape(module, args, kwargs)
         sequence = None if cached else find_sequences(kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), mask)
         if outer is None:
             decoder_mask = None
@@ -219,18 +228,17 @@ class Batch:
                 decoder_mask, labels = _mask(kwargs.get("decoder_attention_mask")), kwargs.get("labels")
                 if decoder_mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
                     decoder_mask = labels != -100
-            return cls(mask, decoder_mask, sequence, cached=cached, facts=facts)
+            return cls(mask, decoder_mask, sequence, cached=cached, facts=facts, shape=shape)
         states, encoded = kwargs.get("encoder_hidden_states"), None
         if isinstance(states, Tensor):
             encoded = states, cls(_mask(kwargs.get("encoder_attention_mask")), facts=facts)
             mask = outer.decoder_mask_BS if mask is None else mask
         elif mask is None and sequence is None:
             # a mask that was made 4-D on the way, or none: that of the model around it, if it is about these tokens
-            shape = _token_shape(module, args, kwargs)
             known = outer.sequence_BS if outer.mask_BS is None else outer.mask_BS
             if known is not None and known.shape == shape:
                 mask, sequence = outer.mask_BS, outer.sequence_BS
-        return cls(mask, outer.decoder_mask_BS, sequence, encoded, cached, facts, outer.prepared)
+        return cls(mask, outer.decoder_mask_BS, sequence, encoded, cached, facts, outer.prepared, shape)
 
 
 def _mask(value: Any) -> Tensor | None:

@@ -115,7 +115,6 @@ class RunDir:
             self._check_unchanged(config)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
             save_config(config, self.config_file)
         except OSError as error:
             raise RunError(
@@ -137,16 +136,6 @@ class RunDir:
                 f"{len(rows)} now, or other content). Give another output_dir, or --restart to throw the old run away."
             )
         write_atomically(file, json.dumps(found, indent=2) + "\n")
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a run that was killed while it wrote has left beside its files; nobody reads it."""
-        files = (ADAPTER, BASELINE, self.config_file.name, "rows.json")
-        for place, names in ((self.root, files), (self.root / STAGES, ("*",))):
-            for path in (path for name in names for path in place.glob(f".{name}-*")):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
 
     def _has_work(self) -> bool:
         of_tasks = {

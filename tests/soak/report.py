@@ -1,17 +1,12 @@
-"""The table of kills in tests/RELIABILITY.md; the rest of that page is left as it is."""
+"""The table of kills in tests/RELIABILITY.md."""
 
 from __future__ import annotations
 
-import datetime
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-from moelora.files import write_atomically
+from tests.reliability import write_section
 from tests.soak.trial import Outcome
-
-_BEGIN, _END = "<!-- kills: made by `make soak` -->", "<!-- end of kills -->"
 
 
 def write(file: Path, outcomes: Sequence[Outcome], changes: Mapping[str, int]) -> None:
@@ -30,22 +25,15 @@ def write(file: Path, outcomes: Sequence[Outcome], changes: Mapping[str, int]) -
         equal = sum(not outcome.faults for outcome in own)
         killed = sum(outcome.killed for outcome in own)
         rows.append(f"| {name} | {killed} | {len(met)} of {changes[name]} | {equal} of {len(own)} |")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
-    table = "\n".join(
+    write_section(
+        file,
+        "Killed with SIGKILL",
+        "make soak",
         [
-            _BEGIN,
-            "",
-            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}, Python {platform.python_version()}.",
-            "",
-            "| killed with SIGKILL | kills | before changes to files | restarted runs bit-equal |",
+            "| program | kills | before changes to files | restarted runs bit-equal |",
             "|---|---|---|---|",
             *rows,
             "",
             *sorted({f"- {outcome.scenario}: {fault}" for outcome in outcomes for fault in outcome.faults}),
-            _END,
-        ]
+        ],
     )
-    page = file.read_text() if file.exists() else f"# Reliability\n\n{_BEGIN}\n{_END}\n"
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    write_atomically(file, f"{before}{table}{after}")

@@ -150,8 +150,8 @@ def test_a_kill_while_the_adapter_is_written(dtype: str, tmp_path: Path, capsys:
     assert main(words) == 0
     expected, run = load_file(tmp_path / WEIGHTS), tmp_path / "run"
     shutil.rmtree(run / "adapter")
-    (run / ".adapter-abc" / "adapter").mkdir(parents=True)
-    (run / ".config.yaml-abc").write_text("half")
+    (run / ".adapter-0123abcd.part" / "adapter").mkdir(parents=True)
+    (run / ".config.yaml-0123abcd.part").write_text("half")
     capsys.readouterr()
     assert main(words) == 0
     found = load_file(tmp_path / WEIGHTS)
