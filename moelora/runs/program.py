@@ -42,7 +42,7 @@ def exit_status(work: Callable[[], object], *, stopped: str, name: str = "error"
         with signals_raise():
             work()
     except MoeLoraError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error} {error.see()}", file=sys.stderr)
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         advice = _advice(error)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import moelora
 from docs.site import hook
-from moelora import choices, preset_registry
+from moelora import choices, errors, preset_registry
 from moelora.compose import from_loras
 from moelora.export import export_loras
 from moelora.runs.config import load_config
@@ -159,6 +159,20 @@ def test_error_messages_are_those_of_the_code(tmp_path: Path, monkeypatch: pytes
             raising[anchor]()
         pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
         assert re.match(pattern, str(raised.value), flags=re.DOTALL), f"{anchor}: {raised.value}"
+
+
+def test_messages_name_a_heading_of_the_page() -> None:
+    """Each kind of error has its heading there, and each heading, but that of what is no error, has its errors."""
+    headings = re.findall(r"^##? (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    found = {heading.lower().replace(" ", "-") for heading in headings}
+    shown = set(re.findall(r"\{#([\w-]+)\}", (ROOT / "docs/troubleshooting.md").read_text()))
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MoeLoraError)]
+    anchors = {kind.anchor for kind in kinds}
+    assert anchors <= found | shown
+    assert found - anchors == {"running", "without-an-error"}
+    for kind in kinds:
+        [note] = kind("why").__notes__
+        assert note == f"See docs/troubleshooting.md#{kind.anchor}"
 
 
 def test_links_to_the_repository_are_turned_to_the_site() -> None:
