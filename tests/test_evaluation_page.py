@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     adapter = {"preset": "mixlora", "r": 24, "lora_alpha": 48, "num_experts": 3, "top_k": 1}
     training = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "dataloader_pin_memory": False}
     assert train([str(write_run(tmp_path, adapter=adapter, baseline={}, training=training))]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     (tmp_path / "comparison").mkdir()
     (tmp_path / "task").mkdir()
     changes: dict[str, Any] = {
@@ -45,6 +47,12 @@ def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     in_place_of = {
         "runs/quickstart": str(tmp_path / "run"),
+        "runs/one": str(tmp_path / "run"),
+        "runs/other": str(tmp_path / "other"),
+        "runs/seq": str(tmp_path / "run"),
+        "runs/seq/config.yaml": str(tmp_path / "run" / "config.yaml"),
+        "runs/seq/stages/1-chain_sum": str(tmp_path / "run" / "adapter"),
+        "comparison.html": str(tmp_path / "comparison.html"),
         "my-base": str(tmp_path / "model"),
         "my-adapter": str(tmp_path / "run" / "adapter"),
         "my-lora": str(tmp_path / "run" / "baseline"),

@@ -15,11 +15,11 @@ Leave such parts out with `exclude_modules`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ _WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
 # a call, or the module handed on
 _OTHER_USE = re.compile(r"\bself\.(\w+)\b(?!\.(?:weight|bias|in_features|out_features)\b)")
 
+Uses = tuple[Set[str], Set[str]]
+"""Attributes of `self` whose weight a code reads, and those that it uses otherwise."""
+
 
 def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Linears that must not be adapted, with the reason, as the end of a sentence.
@@ -42,10 +45,10 @@ def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     forwards: dict[type[nn.Module], str | None] = {}
-    sources: dict[type[nn.Module], str] = {}
+    uses: dict[type[nn.Module], Uses] = {}
     for name, module in modules.items():
         base = unwrapped(module)
-        for child in sorted(_read_directly(base, sources)):
+        for child in sorted(_read_directly(base, uses)):
             reasons[join(name, child)] = (
                 f"the forward of {name!r} ({type(base).__name__}) reads its weight directly and passes an adapter by"
             )
@@ -59,7 +62,7 @@ def find_unreached(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return reasons
 
 
-def _read_directly(module: nn.Module, sources: dict[type[nn.Module], str]) -> set[str]:
+def _read_directly(module: nn.Module, uses: dict[type[nn.Module], Uses]) -> set[str]:
     """Names of the linears in `module` whose weights its forward takes without calling them."""
     if isinstance(module, nn.MultiheadAttention):
         return {"out_proj"}
@@ -69,23 +72,36 @@ def _read_directly(module: nn.Module, sources: dict[type[nn.Module], str]) -> se
     if not linears:
         return linears
     kind = type(module)
-    if kind not in sources:
-        sources[kind] = _source(kind)
-    read = linears & set(_WEIGHT_READ.findall(sources[kind]))
+    if kind not in uses:
+        uses[kind] = _uses(kind)
+    read, other = uses[kind]
     if {"A_log", "D"} <= module._parameters.keys():  # a state-space model: a kernel, or else the modules are called
-        return read
-    return read - set(_OTHER_USE.findall(sources[kind]))
+        return linears & read
+    return linears & read - other
 
 
-def _source(kind: type[nn.Module]) -> str:
-    """The code of a class's methods, but those that only initialise; "" where it cannot be read."""
-    methods = []
+def _uses(kind: type[nn.Module]) -> Uses:
+    """What the methods of a class use, but those that only initialise."""
+    read: set[str] = set()
+    other: set[str] = set()
     for parent in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, method in vars(parent).items():
             if inspect.isfunction(method) and "init" not in name and "reset" not in name:
-                with contextlib.suppress(OSError, TypeError):
-                    methods.append(inspect.getsource(method))
-    return "\n".join(methods)
+                found = _uses_in(method)
+                read |= found[0]
+                other |= found[1]
+    return read, other
+
+
+# by the function, which a patch replaces: reading the code again for every adapter would be half of an injection
+@functools.cache
+def _uses_in(method: Callable[..., object]) -> Uses:
+    """What one function uses; nothing where its code cannot be read."""
+    try:
+        code = inspect.getsource(method)
+    except (OSError, TypeError):
+        return frozenset(), frozenset()
+    return frozenset(_WEIGHT_READ.findall(code)), frozenset(_OTHER_USE.findall(code))
 
 
 def _odd_forward(linear: nn.Linear) -> str | None:

@@ -49,7 +49,7 @@ def test_every_request_and_score_is_that_of_lm_evals_own_task(tmp_path: Path) ->
 @pytest.mark.real_model
 @pytest.mark.usefixtures("commonsense")
 def test_on_the_real_model() -> None:
-    _check("smollm2-135m-instruct", 3)
+    _check("smollm2-135m-instruct", 2)
 
 
 @pytest.mark.usefixtures("commonsense")

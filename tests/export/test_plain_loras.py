@@ -223,7 +223,8 @@ def test_route_py_chooses_as_the_mixture_does(tmp_path: Path, base: Path, embedd
             mixture = model(input_ids=ids).logits
             alone = plain if expected is None else with_lora(base, tmp_path / "out" / expected)
             torch.testing.assert_close(alone(ids).logits, mixture, atol=1e-5, rtol=1e-5)
-    assert routed_by(tmp_path / "out" / "route.py", prompts[1]) == NAMES[1]
+    if embedding == "hidden":  # the file is the same for both
+        assert routed_by(tmp_path / "out" / "route.py", prompts[1]) == NAMES[1]
 
 
 def test_route_py_by_task(tmp_path: Path, base: Path) -> None:

@@ -1,4 +1,4 @@
-"""The export of a mixture of the quickstart's shape on the real SmolLM2."""
+"""The export of a mixture of the quickstart's shape, with fewer experts, on the real SmolLM2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart-joint.yaml"
 
 @pytest.mark.real_model
 def test_the_quickstarts_adapter_on_smollm2(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART)
+    config = load_config(QUICKSTART, ["adapter.num_experts=3"])
     base = load_model(config)
     model = get_peft_model(base, adapter_config(config))
     generator = torch.Generator().manual_seed(0)
@@ -30,9 +30,9 @@ def test_the_quickstarts_adapter_on_smollm2(tmp_path: Path) -> None:
     source = model.peft_config["default"].base_model_name_or_path
     del model, base
 
-    moe = to_native_moe(tmp_path / "adapter", tmp_path / "moe", dtype="float32", max_shard_size="1GB")
+    moe = to_native_moe(tmp_path / "adapter", tmp_path / "moe", dtype="float32", max_shard_size="500MB")
     assert moe.architecture == "MixtralForCausalLM"
-    assert moe.parameters == 692_036_928
+    assert moe.parameters == 293_819_328
     assert len(moe.files) == 3
     found, flips = check_export(moe.folder, tmp_path / "adapter", source)
     assert found.logit_difference < 1e-5 * found.largest_logit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 from moelora import record_routing
 from tests.adapters import ROUTED, router_biases
 from tests.llava import adapted_llava, collate, mixed_rows
-from tests.training.processes import run_two_processes
-from tests.training.runs import Run, assert_same_gradients, assert_same_step, train
-from tests.training.sometimes_two_processes import CASES, run
+from tests.training.runs import Run, assert_same_step, train
 
 WORDS: dict[str, dict[str, Any]] = {
     "mixlora": {"balance_coef": 1.0, "z_loss_coef": 0.1},
@@ -93,20 +90,3 @@ def test_the_bias_of_a_mixture_that_did_not_run_stays() -> None:
     model(**collate(mixed_rows("tt")))
     for name, bias_E in router_biases(model).items():
         assert torch.equal(bias_E, before[name]) == ("vision_tower" in name or "projector" in name), name
-
-
-@pytest.mark.distributed
-def test_one_of_two_processes_has_no_image(tmp_path: Path) -> None:
-    ranks = run_two_processes("tests.training.sometimes_two_processes", tmp_path / "results", timeout=120)
-    for name in CASES:
-        expected = run(name, 1)
-        for rank in ranks:
-            found = rank[name]
-            for log, wanted in zip(found["logs"], expected["logs"], strict=True):
-                assert log == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
-            for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
-                assert_same_gradients(gradients, wanted)
-            assert found["biases"].keys() == expected["biases"].keys()
-            assert bool(expected["biases"]) == (name == "smora")
-            for key, bias_E in expected["biases"].items():
-                torch.testing.assert_close(found["biases"][key], bias_E, rtol=0, atol=1e-7)

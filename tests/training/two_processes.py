@@ -19,6 +19,7 @@ from trl import DPOConfig, SFTConfig
 
 from moelora import MoeLoraDPOTrainer, MoeLoraSFTTrainer, MoeLoraTrainer
 from tests.adapters import adapted, adapter_tensors
+from tests.llava import adapted_llava, collate, mixed_rows
 from tests.training.draws import fixed_draws
 from tests.training.runs import (
     Run,
@@ -37,6 +38,11 @@ SMORA: dict[str, Any] = {"bias_update_rate": 0.05, "balance_coef": 1.0, "lora_al
 
 # Every expert is in every graph, so DDP need not look for unused parameters (with reentrant checkpointing it cannot).
 FIND_NONE: dict[str, Any] = {"ddp_find_unused_parameters": False}
+
+
+def processes(world: int) -> dict[str, Any]:
+    """The backend of several; one that waits for the other in vain gives up soon."""
+    return {"ddp_backend": "gloo", "ddp_timeout": 100} if world > 1 else {}
 
 
 def supervised() -> dict[str, Any]:
@@ -70,8 +76,7 @@ def case(
                 batch=4 // accumulate // world,
                 accumulate=accumulate,
                 max_steps=2,
-                ddp_backend="gloo" if world > 1 else None,
-                **FIND_NONE | settings | {"sft": supervised, "dpo": preferences}.get(of, dict)(),
+                **processes(world) | FIND_NONE | settings | {"sft": supervised, "dpo": preferences}.get(of, dict)(),
             )
         return results_of(found)
 
@@ -89,6 +94,26 @@ def results_of(run: Run) -> dict[str, Any]:
     return {"gradients": run.gradients, "logs": logs, "biases": biases}
 
 
+def images(preset: str, words: dict[str, Any], *, accumulate: int = 1) -> Callable[[int], dict[str, Any]]:
+    """A run of two steps: rows go to the processes in turn, so that the first has text only and the second images."""
+
+    def run(world: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        found = train(
+            adapted_llava(preset, lora_alpha=0.3, **words),
+            mixed_rows("titititi"),
+            batch=4 // accumulate // world,
+            accumulate=accumulate,
+            max_steps=2,
+            remove_unused_columns=False,
+            trainer_words={"data_collator": collate},
+            **processes(world),
+        )
+        return results_of(found)
+
+    return run
+
+
 def uneven(world: int) -> dict[str, Any]:
     """One step of three micro-batches, of which one process has two and the other one: nobody waits for a second."""
     torch.manual_seed(0)
@@ -97,8 +122,8 @@ def uneven(world: int) -> dict[str, Any]:
         toy_rows(8)[:6],
         batch=2,
         accumulate=3 if world == 1 else 2,
-        ddp_backend="gloo" if world > 1 else None,
         accelerator_config={"even_batches": False},
+        **processes(world),
         **FIND_NONE,
     )
     return results_of(found)
@@ -115,7 +140,7 @@ def checkpointed(folder: str, world: int, *, resume: bool = False) -> dict[str, 
         learning_rate=1e-2,
         save_strategy="steps",
         save_steps=3,
-        ddp_backend="gloo" if world > 1 else None,
+        **processes(world),
         **FIND_NONE,
     )
     trainer = MoeLoraTrainer(model=model, args=args, train_dataset=toy_rows(8))
@@ -139,6 +164,9 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "thor-accumulate": case("thor", {"consistency_coef": 3.0}, accumulate=2, ddp_find_unused_parameters=None),
     "sft-accumulate": case("mixlora", BALANCED, accumulate=2, of="sft"),
     "dpo-accumulate": case("mixlora", BALANCED, accumulate=2, of="dpo"),
+    "mixlora-images": images("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}),
+    "mixlora-images-accumulate": images("mixlora", {"balance_coef": 1.0}, accumulate=2),
+    "smora-images": images("smora", {"balance_coef": 1.0, "bias_update_rate": 0.05}),
     "uneven": uneven,
 }
 
