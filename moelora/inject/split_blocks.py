@@ -194,7 +194,8 @@ def _check_in_layer(modules: Mapping[str, nn.Module], block: SplitBlock) -> None
                     return
                 reasons.insert(0, "its forward does not give act(up x) to the second, as it is and to nothing else")
             except Exception as error:
-                reasons.append(f"its forward cannot be followed ({type(error).__name__}: {error})")
+                said = f"{type(error).__name__}: {error}".removesuffix(": ")
+                reasons.append(f"its forward cannot be followed ({said})")
     up, down, activation = (path.rpartition(".")[2] for path in (block.up, block.down, block.activation))
     raise TargetError(
         f"{name!r} ({type(layer).__name__}) has the linears {up!r} and {down!r} and the activation {activation!r} of a "

@@ -131,7 +131,7 @@ def test_all_linear_is_refused_by_name_and_works_with_what_the_message_says(name
     config = small_config(preset, **kind, exclude_modules=pattern)
     if preset == "mixlora" and name not in ("qwen3_moe", "deepseek_v3", "llama4", "switch"):
         # no dense block is left; a layer of gemma 4 itself has two linears and an activation
-        message = "fits none of the known forms" if name == "gemma4" else "none of the targeted linears is in a feed-"
+        message = "its forward cannot be followed" if name == "gemma4" else "none of the targeted linears is in a feed-"
         with pytest.raises(TargetError, match=message):
             get_peft_model(model, config)
         assert snapshot(model) == before

@@ -65,7 +65,7 @@ def test_padding_and_batch_mates_change_nothing(option: str) -> None:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         words: dict[str, Any] = {"input_ids": torch.cat([row, mates]), "attention_mask": mask}
         together = outputs(model, **words, position_ids=positions, labels=None)
-        torch.testing.assert_close(together[0, place], alone, rtol=1e-4, atol=5e-6)
+        torch.testing.assert_close(together[0, place], alone, rtol=1e-4, atol=2e-5)
 
 
 @every_option

@@ -130,7 +130,7 @@ def test_a_finished_comparison_does_nothing(
     assert "Left" not in capsys.readouterr().out
     assert main([str(again), "--render", "--json"]) == 0
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["methods"].keys() == {"lora", "mixlora"}
+    assert json.loads(shown.out)["methods"].keys() == {"base", "lora", "mixlora"}
     assert "Table     " in shown.err
     assert main([str(again), "--plan", "--json"]) == 1
     assert "--plan scores nothing; leave one of them out" in capsys.readouterr().err
