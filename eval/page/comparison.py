@@ -86,7 +86,7 @@ def _merge(name: str, protocol: str | None, parts: list[tuple[str, Json]]) -> Js
     for column, cells in columns.items():
         for key, cell in cells.items():
             rows[key]["cells"][column] = cell
-    ordered = sorted(rows.values(), key=lambda row: row["task"].startswith("mean of tasks"))
+    ordered = sorted(rows.values(), key=_is_mean)
     return {
         "name": name,
         "protocol": protocol,
@@ -98,10 +98,18 @@ def _merge(name: str, protocol: str | None, parts: list[tuple[str, Json]]) -> Js
 
 def _keyed(evaluation: Json) -> dict[Any, Json]:
     """The rows by what makes them comparable."""
-    tasks = [row for row in evaluation["rows"] if not row["task"].startswith("mean of tasks")]
-    keys = {id(row): (row["task"], row["metric"], row["n"], row["floor"]) for row in tasks}
-    everything = frozenset(keys.values())
-    return {keys.get(id(row), (row["task"], row["metric"], everything)): row for row in evaluation["rows"]}
+    everything = frozenset(_key(row) for row in evaluation["rows"] if not _is_mean(row))
+    return {(row["task"], row["metric"], everything) if _is_mean(row) else _key(row): row for row in evaluation["rows"]}
+
+
+def _key(row: Json) -> tuple[Any, ...]:
+    return row["task"], row["metric"], row["n"], row["floor"]
+
+
+def _is_mean(row: Json) -> bool:
+    """Whether a row is a mean of tasks."""
+    found: bool = row["task"].startswith("mean of tasks")
+    return found
 
 
 def _curves(runs: Mapping[str, Json]) -> list[Json]:

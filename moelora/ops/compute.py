@@ -31,10 +31,10 @@ class Compute(Choice):
 
     def check(self, config: Any) -> None:
         """Say it where the experts or the placement have no such form, and the one they have runs instead."""
-        if (reason := self.is_missing(config)) is not None:
+        if (reason := self.missing_because(config)) is not None:
             warnings.warn(f"compute is {self.kind!r}, and {reason}; it runs as 'fast'.", stacklevel=2)
 
-    def is_missing(self, config: Any) -> str | None:
+    def missing_because(self, config: Any) -> str | None:
         """Why a configuration has no such form; None where it has one."""
         return None
 
@@ -100,7 +100,7 @@ class Compiled(Compute):
 
     kind: ClassVar[str] = "compiled"
 
-    def is_missing(self, config: Any) -> str | None:
+    def missing_because(self, config: Any) -> str | None:
         """Only feed-forward mixtures of low-rank experts have loops to compile."""
         if config.placement.kind != "feed_forward":
             return f"a mixture with placement {config.placement.kind!r} has no element-wise part to compile"
@@ -121,7 +121,7 @@ class Reference(Compute):
 
     kind: ClassVar[str] = "reference"
 
-    def is_missing(self, config: Any) -> str | None:
+    def missing_because(self, config: Any) -> str | None:
         """Experts that compute their output themselves have a reference in the tests alone, but for DoRA."""
         found = config.experts
         return None if found.has_reference else f"{found.kind!r} experts have one form, in plain autograd"

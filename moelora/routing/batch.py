@@ -166,9 +166,9 @@ class Batch:
 
     def leading(self, x: Tensor) -> torch.Size:
         """[B, S] of a layer's input `x` [..., D], also where the model has flattened it to [N, D], as OPT does."""
-        leading = x.shape[:-1]
-        flattened = len(leading) == 1 and self.shape is not None and self.shape.numel() == leading[0]
-        return self.shape if flattened and self.shape is not None else leading
+        if self.shape is not None and x.dim() == 2 and self.shape.numel() == len(x):
+            return self.shape
+        return x.shape[:-1]
 
     def tokens(self, x: Tensor) -> Tokens:
         """The tokens of a layer's input `x` [..., D].

@@ -18,6 +18,8 @@ from moelora.validation import check, is_count
 BASE = -1
 """The task id of a sequence that stays with the base model."""
 
+_WHOLE = "allowed: one whole number for each sequence"
+
 
 def task_numbers(tokens: Tokens, least: int, most: int, allowed: str) -> Tensor:
     """The task id of each sequence, [N].
@@ -39,9 +41,6 @@ def task_numbers(tokens: Tokens, least: int, most: int, allowed: str) -> Tensor:
     ids_N = ids_N.long()
     _require(((ids_N >= least) & (ids_N <= most)).all(), ids_N, f"allowed: {allowed}")
     return ids_N
-
-
-_WHOLE = "allowed: one whole number for each sequence"
 
 
 def _require(holds: Tensor, ids_N: Tensor, allowed: str) -> None:
