@@ -1,7 +1,8 @@
 """Score a trained run or an adapter beside its base model and its baseline.
 
-The tasks are fresh problems of the reasoning-gym tasks that the run was trained on, or with --suite the eight
-commonsense tasks or any task that lm-eval knows. In a clone `python -m eval` is the same as `moelora eval`.
+On what: the rows that the run kept from training (dataset.held_out), or fresh problems of the reasoning-gym tasks that
+it was trained on; with --data rows of files; with --suite the eight commonsense tasks or any task that lm-eval knows.
+In a clone `python -m eval` is the same as `moelora eval`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ STOPPED = "Stopped; nothing was written."
 EXAMPLES = """\
 Examples:
     moelora eval runs/quickstart
+    moelora eval runs/mine --data unseen.jsonl
     moelora eval runs/quickstart --suite commonsense --limit 400
     moelora eval owner/adapter --suite arc_easy,mmlu --beside owner/lora"""
 
@@ -46,7 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         help="commonsense; reasoning; tasks of lm-eval by name, or YAML files of tasks, separated by commas (default: "
-        "fresh problems of the reasoning-gym tasks that the run was trained on)",
+        "rows that the run kept from training, or fresh problems of its reasoning-gym tasks)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="ROWS",
+        help="JSON, JSONL, CSV or Parquet files with commas between, whose rows have prompt and completion, or "
+        "messages; scored are exact answers and the loss",
+    )
+    parser.add_argument(
+        "--stages", action="store_true", help="of a run of tasks one after the other: score the adapter after each too"
     )
     parser.add_argument(
         "--protocol", help="of the suite commonsense: loglik (default), letters (MixLoRA's), instruct (LLM-Adapters')"
@@ -102,14 +113,25 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
 
     quiet_libraries()
     own = options.suite == "reasoning" and has_own_problems(options.source, options.config)
+    if options.suite and (options.data or options.stages):
+        word = "--data" if options.data else "--stages"
+        raise RunError(f"{word} and --suite {options.suite!r} are both given; leave one out.")
     if options.suite is None or own:
-        refused = {"--protocol": options.protocol, "--model": options.model, "--beside": options.beside}
-        for word, value in refused.items():
-            if value:
-                raise RunError(f"{word} does not apply to the problems of a run's own tasks; leave it out.")
-        from eval.scoring.own_problems import evaluate
+        if options.protocol:
+            raise RunError("--protocol does not apply to rows and problems of a run's own tasks; leave it out.")
+        from eval.scoring.own_problems import evaluate, evaluate_stages
 
-        return evaluate(options.source, options.config, options.limit, options.batch_size)
+        if options.stages:
+            evaluate_stages(options.source, options.limit, options.batch_size)
+        return evaluate(
+            options.source,
+            options.config,
+            options.limit,
+            options.batch_size,
+            data=[part.strip() for part in (options.data or "").split(",") if part.strip()],
+            model=options.model,
+            others=options.beside,
+        )
     from eval.scoring.suite_run import card_metrics, run_suite
 
     scores = run_suite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -33,11 +34,23 @@ def _moelora(verb: str, words: list[str]) -> int:
     return moelora([verb, *words])
 
 
+def _in_turn(folder: Path) -> Path:
+    """A folder with rows of two tasks and a run that learnt one after the other, some rows held out."""
+    folder.mkdir()
+    rows = [{"prompt": f"{n} ", "completion": str(n + 1), "task": "ab"[n % 2]} for n in range(8)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = {"recipe": "sequential", "dataset": {"files": str(folder / "rows.jsonl"), "held_out": 0.1}}
+    file = write_run(folder, **words, adapter={"preset": "lora", "r": 2}, sequential={"order": ["a", "b"]})
+    assert train([str(file), "training.max_steps=1"]) == 0
+    return folder
+
+
 def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = {"preset": "mixlora", "r": 24, "lora_alpha": 48, "num_experts": 3, "top_k": 1}
     training = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "dataloader_pin_memory": False}
     assert train([str(write_run(tmp_path, adapter=adapter, baseline={}, training=training))]) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "other")
+    in_turn = _in_turn(tmp_path / "in_turn")
     (tmp_path / "comparison").mkdir()
     (tmp_path / "task").mkdir()
     changes: dict[str, Any] = {
@@ -49,9 +62,11 @@ def test_the_benchmark_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "runs/quickstart": str(tmp_path / "run"),
         "runs/one": str(tmp_path / "run"),
         "runs/other": str(tmp_path / "other"),
-        "runs/seq": str(tmp_path / "run"),
-        "runs/seq/config.yaml": str(tmp_path / "run" / "config.yaml"),
-        "runs/seq/stages/1-chain_sum": str(tmp_path / "run" / "adapter"),
+        "runs/mine": str(in_turn / "run"),
+        "runs/seq": str(in_turn / "run"),
+        "rows.jsonl": str(in_turn / "rows.jsonl"),
+        "unseen.jsonl": str(in_turn / "rows.jsonl"),
+        "my-mixture": f"{tmp_path / 'run' / 'adapter'} --model {tmp_path / 'model'}",
         "comparison.html": str(tmp_path / "comparison.html"),
         "my-base": str(tmp_path / "model"),
         "my-adapter": str(tmp_path / "run" / "adapter"),

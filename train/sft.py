@@ -87,7 +87,8 @@ def say_done(config: RunConfig, folder: RunDir) -> None:
     if RECIPES[config.recipe].task_type != "CAUSAL_LM":
         say(f"\nDone: {root}\nNext: moelora report {root}")
         return
-    scored = f"moelora eval {root}" if config.dataset.tasks else f"moelora eval {root} --suite commonsense"
+    has_own = config.dataset.tasks or config.dataset.held_out
+    scored = f"moelora eval {root}{'' if has_own else ' --suite commonsense'}"
     say(f"\nDone: {root}\nNext: {scored}\n      moelora chat {root}\n      moelora report {root}")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from eval.compare.regimes.base import Work
-from eval.conflict.measure import BATCH, GRADIENT_BATCHES, Example, conflict, row_losses, told_apart
+from eval.conflict.measure import GRADIENT_BATCHES, conflict, told_apart
 from eval.conflict.plan import ARMS, OWN, RANDOM, SHARED, Plan, warmup
 from eval.conflict.split import Split, at_random
+from eval.scoring.losses import BATCH, Example, row_losses
 from moelora.compose.tokens import tokenize
 from moelora.files import write_atomically
 from moelora.runs.config import RunConfig, training_config

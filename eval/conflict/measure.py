@@ -1,12 +1,11 @@
-"""What a model does on rows: the loss of each, the gradients of each task, and whether prompts tell the tasks apart.
+"""What a model does on rows: the gradients of each task, and whether prompts tell the tasks apart.
 
-Shape suffixes: N rows, S positions of a batch, V tokens of the vocabulary, D features of an embedding, E tasks.
+Shape suffixes: N rows, D features of an embedding, E tasks.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,54 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.scoring.losses import BATCH, Example, losses_of_rows
 from moelora.compose import fit_centroid
 from moelora.compose.tokens import batches
-from moelora.errors import RunError
 from moelora.progress import track
 from moelora.routing.prompts import prompt_of
 from moelora.scores.centroids import cosines
 
-Example = Mapping[str, Sequence[int]]
-# Rows at once, in scoring and in gradients.
-BATCH = 8
 # Of a task's rows, as many batches make its gradient: half of them each half.
 GRADIENT_BATCHES = 4
 # What lies outside of numbered layers.
 OUTSIDE = "outside"
-
-
-def losses_of_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of the labelled tokens of each row, [N], in nats and fp32.
-
-    Args:
-        model: A causal language model.
-        batch: Inputs of its forward with `labels`, -100 where a token does not count.
-
-    Raises:
-        RunError: If a row has no labelled token behind its first one.
-    """
-    logits_NSV = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
-    targets_NS = batch["labels"][:, 1:]
-    counted_NS = targets_NS != -100
-    count_N = counted_NS.sum(1)
-    if int(count_N.min()) == 0:
-        raise RunError("a row that is held out has no token of an answer, so it has no loss; allowed: an answer each.")
-    of_tokens = F.cross_entropy(logits_NSV[counted_NS].float(), targets_NS[counted_NS], reduction="none")
-    row = counted_NS.nonzero()[:, 0]
-    return torch.zeros(len(count_N), device=of_tokens.device).index_add(0, row, of_tokens) / count_N
-
-
-@torch.no_grad()
-def row_losses(model: nn.Module, examples: Sequence[Example]) -> list[float]:
-    """The loss of each row, see `losses_of_rows`.
-
-    Args:
-        model: A causal language model in eval mode.
-        examples: Tokenised rows with labels.
-    """
-    device = next(model.parameters()).device
-    parts = track(batches(examples, BATCH, device), "scoring rows", math.ceil(len(examples) / BATCH))
-    return [loss for batch in parts for loss in losses_of_rows(model, batch).tolist()]
 
 
 def gradients(model: nn.Module, given: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moelora.errors import RunError
+from moelora.runs.held_out import prompt_key
 
 # Of the rows that are held out, the share that chooses learning rates.
 SELECTION_SHARE = 1 / 3
@@ -48,7 +47,7 @@ def split_rows(rows: Any, held_out: float, seed: int) -> Split:
         RunError: If the rows do not say their task, there is one task only, or a task has too few rows.
     """
     by_task = _by_task(rows)
-    keys = [_prompt_key(row, seed) for row in rows]
+    keys = [prompt_key(row, seed) for row in rows]
     selection: dict[str, list[int]] = {}
     scored: dict[str, list[int]] = {}
     for task, indices in by_task.items():
@@ -83,17 +82,6 @@ def _by_task(rows: Any) -> dict[str, list[int]]:
             "mixture by task; train a LoRA, and a mixture beside it if you are curious (`moelora train`)."
         )
     return dict(sorted(by_task.items()))
-
-
-def _prompt_key(row: Mapping[str, Any], seed: int) -> str:
-    """A number for the prompt, the same wherever the prompt comes again; of a text, for all of it."""
-    if row.get("prompt") is not None:
-        prompt = row["prompt"]
-    elif row.get("messages"):
-        prompt = row["messages"][:-1] or row["messages"]
-    else:
-        prompt = row.get("text")
-    return hashlib.sha256(json.dumps([seed, prompt], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_enough(

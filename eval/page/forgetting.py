@@ -15,7 +15,7 @@ _METRIC = "exact"
 def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple[list[Json], list[str]]:
     """Tables and series of the adapter and, where its stages are scored, of the baseline; and what is in the way.
 
-    The scores are those that `moelora eval RUN/stages/1-TASK --config RUN/config.yaml` leaves beside the stage. The
+    The scores are those that `moelora eval RUN --stages` leaves beside the stages. The
     last stage is the finished adapter, so that the scores of the run itself do for it.
 
     Args:

@@ -1,23 +1,30 @@
-"""The suite over reasoning-gym: fresh problems of a run's tasks, scored by reasoning-gym's own verifiers."""
+"""Answers to problems of a run's own tasks: fresh ones of reasoning-gym, scored by its verifiers, or the user's rows.
+
+Rows are right where the answer is theirs, letter for letter but for white space around it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from eval.scoring.generation import RoutingCounts, answer, shared_tokens
 from eval.scoring.judging import majority_share
+from eval.scoring.losses import Example, row_losses
 from eval.scoring.routing import TokenView, chosen_by_task, has_routers, token_views
 from eval.scoring.sources import Contestant
 from moelora import batch_facts
+from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
 from moelora.runs.config import RunConfig
 from moelora.runs.data import chat_prompt, load_rows
-from moelora.runs.models import load_tokenizer
 from moelora.runs.tasks import Problem, fresh_problems, task_data_set
+
+ROWS = "rows"
+"""What rows are called that do not say their task."""
 
 
 @dataclass
@@ -30,8 +37,11 @@ class TaskResult:
         dropped: Problems left out because a training row has the same prompt.
         majority: Share of the most frequent reference answer: what a model scores that always says the same.
         prompts: Token ids of the prompts.
+        examples: Of rows, their tokens with labels; empty for problems of reasoning-gym.
+        task_id: The number of the task in training, for an adapter that routes by it; None where that is not known.
         answers: Model to its answers.
         scores: Model to the verifier's scores from 0 to 1.
+        losses: Model to the loss of each row's answer in nats per token; empty without `examples`.
     """
 
     task: str
@@ -39,8 +49,11 @@ class TaskResult:
     dropped: int
     majority: float
     prompts: list[list[int]]
+    examples: Sequence[Example] = ()
+    task_id: int | None = None
     answers: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
 
     def exact(self, model: str) -> list[float]:
         """1 for each problem that the verifier gives its full score, else 0."""
@@ -67,6 +80,11 @@ class ReasoningResults:
     chosen: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether the problems are rows, whose answers have a loss."""
+        return any(task.losses for task in self.tasks)
+
 
 def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -> list[TaskResult]:
     """Fresh problems of every task of the run, none of which is among the training rows.
@@ -82,12 +100,13 @@ def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -
     data, wish = config.dataset, limit or config.evaluation.rows_per_task
     if not data.tasks:
         raise RunError(
-            "this run was not trained on reasoning-gym tasks (`dataset.tasks`), so it has no problems of its own; say "
-            "what to score it on: --suite commonsense, --suite reasoning, or tasks of lm-eval."
+            "this run was not trained on reasoning-gym tasks (`dataset.tasks`), and none of its rows were kept from "
+            "training (`dataset.held_out`), so it has no problems of its own; say what to score it on: --data with "
+            "rows that it has not seen, --suite commonsense, --suite reasoning, or tasks of lm-eval."
         )
     seen = {_question(row["prompt"]) for row in load_rows(data, tokenizer)}
     results = []
-    for task, options in data.tasks.items():
+    for number, (task, options) in enumerate(data.tasks.items()):
         problems, dropped = fresh_problems(task, options, seed=config.evaluation.seed, size=wish, seen=seen)
         if not problems:
             raise RunError(
@@ -96,8 +115,55 @@ def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -
             )
         majority = majority_share([problem.answer for problem in problems])
         prompts = [_encode(tokenizer, problem.prompt, config) for problem in problems]
-        results.append(TaskResult(task, problems, dropped, majority, prompts))
+        results.append(TaskResult(task, problems, dropped, majority, prompts, task_id=number))
     return results
+
+
+def problems_of_rows(rows: Any, tokenizer: Any, numbers: Sequence[str], limit: int | None = None) -> list[TaskResult]:
+    """Rows of the user's as problems, task by task.
+
+    Args:
+        rows: What `load_rows` gave, with a column `task` or of one task.
+        tokenizer: Makes the prompts, as in training.
+        numbers: The tasks of training in their order, for an adapter that routes by their number.
+        limit: Rows per task; None takes all.
+
+    Raises:
+        RunError: If the rows have no prompts to answer.
+    """
+    tasks = list(map(str, rows["task"])) if "task" in rows.column_names else [ROWS] * len(rows)
+    results = []
+    for task in sorted(set(tasks)):
+        own = rows.select([index for index, each in enumerate(tasks) if each == task][:limit])
+        examples = tokenize(own, tokenizer)
+        prompts = [_prompt(example) for example in examples]
+        if not all(prompts):
+            raise RunError(
+                "the rows are texts without prompts, so that there is nothing to answer; allowed: prompt and "
+                "completion, or messages. --suite scores on tasks of lm-eval."
+            )
+        problems = [Problem(task, _question_of(row), _answer_of(row), entry={}) for row in own]
+        majority = majority_share([problem.answer for problem in problems])
+        number = numbers.index(task) if task in numbers else None
+        results.append(TaskResult(task, problems, 0, majority, prompts, examples, number))
+    return results
+
+
+def _prompt(example: Example) -> list[int]:
+    """The tokens before the answer."""
+    labels = example.get("labels") or []
+    return list(example["input_ids"])[: next((i for i, label in enumerate(labels) if label != -100), len(labels))]
+
+
+def _question_of(row: Mapping[str, Any]) -> str:
+    """The last words of a row's prompt."""
+    return _question(row["prompt"]) if "prompt" in row else str(row["messages"][-2]["content"])
+
+
+def _answer_of(row: Mapping[str, Any]) -> str:
+    """The answer that a row teaches."""
+    completion = row["completion"] if "completion" in row else row["messages"]
+    return (completion if isinstance(completion, str) else str(completion[-1].get("content") or "")).strip()
 
 
 def _question(prompt: Any) -> str:
@@ -133,21 +199,26 @@ def training_row(problem: Problem, config: RunConfig, tokenizer: Any) -> dict[st
 
 
 def run(
-    config: RunConfig, contestants: Sequence[Contestant], limit: int | None = None, batch_size: int | None = None
+    config: RunConfig,
+    contestants: Sequence[Contestant],
+    tasks: list[TaskResult],
+    tokenizer: Any,
+    batch_size: int | None = None,
 ) -> ReasoningResults:
     """Let every contestant answer the same problems.
 
     Args:
         config: The run.
         contestants: The models; the routing of those with routers is recorded, the last one's is kept.
-        limit: Problems per task; None takes `evaluation.rows_per_task`.
+        tasks: The problems.
+        tokenizer: Of the base model.
         batch_size: Problems at once; None takes `evaluation.batch_size`.
     """
-    tokenizer = load_tokenizer(config)
-    results = ReasoningResults(make_problems(config, tokenizer, limit), [contestant.name for contestant in contestants])
+    results = ReasoningResults(tasks, [contestant.name for contestant in contestants])
     for task in results.tasks:
+        kind = "rows" if task.examples else "fresh problems"
         note = f", {task.dropped} dropped because they occur in training" if task.dropped else ""
-        print(f"{task.task}: {len(task.problems)} fresh problems{note}", flush=True)
+        print(f"{task.task}: {len(task.problems)} {kind}{note}", flush=True)
     shared = shared_tokens([prompt for task in results.tasks for prompt in task.prompts])
     for contestant in contestants:
         started = time.monotonic()
@@ -155,7 +226,7 @@ def run(
         routed = contestant.role == "adapter" and has_routers(model)
         for task in results.tasks:
             began = time.monotonic()
-            with facts_of(model, config, task.task):
+            with facts_of(model, task):
                 answers, halves = answer(
                     model,
                     tokenizer,
@@ -164,6 +235,8 @@ def run(
                     max_new_tokens=_longest(task, config, tokenizer),
                     shared=shared if routed else None,
                 )
+                if task.examples:
+                    task.losses[contestant.name] = row_losses(model, task.examples)
             task.answers[contestant.name] = answers
             task.scores[contestant.name] = verify(task, config, answers)
             if routed:
@@ -173,7 +246,7 @@ def run(
         if routed:
             results.views = []
             for task in results.tasks:
-                with facts_of(model, config, task.task):
+                with facts_of(model, task):
                     results.views += token_views(model, tokenizer, {task.task: task.prompts})
         if contestant.role == "adapter":
             results.chosen = chosen_by_task(model, {task.task: task.prompts for task in results.tasks})
@@ -182,12 +255,21 @@ def run(
     return results
 
 
-def facts_of(model: Any, config: RunConfig, task: str) -> AbstractContextManager[None]:
-    """What an adapter that has a table of tasks has to know of a batch: the number that the task has in training."""
+def facts_of(model: Any, task: TaskResult) -> AbstractContextManager[None]:
+    """What an adapter that has a table of tasks has to know of a batch: the number that the task has in training.
+
+    Raises:
+        RunError: If that is not known.
+    """
     adapters = getattr(model, "peft_config", {}).values()
     if not any(hasattr(getattr(adapter, "scores", None), "num_tasks") for adapter in adapters):
         return nullcontext()
-    return batch_facts(task_ids=[list(config.dataset.tasks or {}).index(task)])
+    if task.task_id is None:
+        raise RunError(
+            f"the adapter routes by the task, and it is not known which number {task.task!r} had in training; allowed: "
+            "the folder of its run, and rows whose column task has names of that run."
+        )
+    return batch_facts(task_ids=[task.task_id])
 
 
 def room(task: TaskResult, tokenizer: Any) -> int:
@@ -216,7 +298,9 @@ def solved(model: Any, tokenizer: Any, task: TaskResult, config: RunConfig, *, b
 
 
 def verify(task: TaskResult, config: RunConfig, answers: Sequence[str]) -> list[float]:
-    """Scores of the answers by reasoning-gym's verifier of the task."""
+    """Scores of the answers by reasoning-gym's verifier of the task; of rows 1 where it is the row's, else 0."""
+    if task.examples:
+        return [float(text.strip() == problem.answer) for text, problem in zip(answers, task.problems, strict=True)]
     options = (config.dataset.tasks or {})[task.task]
     verifier = task_data_set(task.task, options, seed=0, size=1)
     return [

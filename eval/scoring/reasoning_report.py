@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.scoring.heatmaps import RoutingMap
 from eval.scoring.reasoning import ReasoningResults, TaskResult
-from eval.scoring.reasoning_tables import at_floor, chosen_rows, score_rows, verdict
+from eval.scoring.reasoning_tables import chosen_rows, loss_rows, notes, score_rows
 from eval.scoring.scores import card_row, macro, mean
 from eval.scoring.sources import Contestant
 from moelora.files import write_atomically
@@ -18,6 +18,16 @@ from moelora.runs.tables import markdown
 from moelora.runs.wording import commit_words
 
 EXAMPLES = 2
+_PROBLEMS = (
+    "Share of fresh problems that reasoning-gym's verifier accepts, in percent, ± standard error. `majority` is what a "
+    "model scores that always gives the most frequent answer; no problem occurs in the training rows. The verifiers "
+    "want the bare answer that the prompt asks for, so a part of what training gains is the form."
+)
+_ROWS = (
+    "Share of the rows whose answer the model gives letter for letter, white space around it left out, in percent, "
+    "± standard error. `majority` is what a model scores that always gives the most frequent answer. Where many "
+    "answers are as good, look at the loss."
+)
 
 
 def metrics(
@@ -30,13 +40,14 @@ def metrics(
     scores = []
     for task in results.tasks:
         for model in results.models:
-            for metric, values in (("exact", task.exact(model)), ("verifier score", task.scores[model])):
-                scores.append(card_row(task.task, metric, model, mean(values)))
+            scores.append(card_row(task.task, "exact", model, mean(task.exact(model))))
+            if not task.examples:
+                scores.append(card_row(task.task, "verifier score", model, mean(task.scores[model])))
     for model in results.models:
         score = macro([mean(task.exact(model)) for task in results.tasks])
         scores.append(card_row("mean of tasks", "exact", model, score))
     found: dict[str, Any] = {
-        "suite": "reasoning",
+        "suite": "rows" if results.has_losses else "reasoning",
         "scores": scores,
         "tasks": {
             task.task: {"n": len(task.problems), "majority": round(task.majority, 6), "dropped": task.dropped}
@@ -52,6 +63,14 @@ def metrics(
                 for task, row in zip(routing.tasks, routing.distances(), strict=True)
             },
             "distance_between_halves": dict(zip(routing.tasks, routing.noise.round(4).tolist(), strict=True)),
+        }
+    if results.has_losses:
+        found["losses"] = {
+            task.task: {
+                model: {"value": round(loss.value, 6), "stderr": round(loss.stderr, 6), "n": loss.n}
+                for model, loss in ((model, mean(task.losses[model])) for model in results.models)
+            }
+            for task in results.tasks
         }
     if results.chosen:
         found["chosen"] = results.chosen
@@ -94,12 +113,12 @@ def write_report(
     receipt = found["receipt"]
     sections = [
         f"# {ours.name} on {receipt['config']['model']}",
-        "Share of fresh problems that reasoning-gym's verifier accepts, in percent, ± standard error. `majority` is "
-        "what a model scores that always gives the most frequent answer; no problem occurs in the training rows. "
-        "The verifiers want the bare answer that the prompt asks for, so a part of what training gains is the form.",
+        _ROWS if results.has_losses else _PROBLEMS,
         markdown(*score_rows(results)),
-        verdict(results),
-        at_floor(results),
+        f"Loss of an answer's token in nats; less is better.\n\n{markdown(*loss_rows(results))}"
+        if results.has_losses
+        else "",
+        *notes(results),
         _comparison(contestants, receipt),
     ]
     if routing is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 from eval.scoring import judging
 from eval.scoring.judging import floor_cell, is_at_floor
 from eval.scoring.reasoning import ReasoningResults
@@ -13,26 +15,57 @@ def score_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
 
     The difference is between the last model and the one before it, when that is not the base.
     """
+    values = [{model: task.exact(model) for model in results.models} for task in results.tasks]
+    header, rows = _table(results, values, percent)
+    floors = [task.majority for task in results.tasks]
+    floors.append(sum(floors) / len(floors))
+    return [*header[:2], "majority", *header[2:]], [
+        [*row[:2], floor_cell(floor), *row[2:]] for row, floor in zip(rows, floors, strict=True)
+    ]
+
+
+def loss_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
+    """As `score_rows`, of the loss of the rows' answers."""
+    return _table(results, [task.losses for task in results.tasks], nats)
+
+
+def _table(
+    results: ReasoningResults, values: Sequence[Mapping[str, Sequence[float]]], show: Callable[..., str]
+) -> tuple[list[str], list[list[str]]]:
     models = results.models
     paired = len(models) > 2
-    header = ["task", "n", "majority", *models, *([f"{models[-1]} - {models[-2]}"] if paired else [])]
+    header = ["task", "n", *models, *([f"{models[-1]} - {models[-2]}"] if paired else [])]
+    columns = [[mean(of_task[model]) for of_task in values] for model in models]
+    gaps = [difference(of_task[models[-1]], of_task[models[-2]]) for of_task in values] if paired else []
     rows = []
-    columns: list[list[Score]] = [[] for _ in models]
-    gaps: list[Score] = []
-    for task in results.tasks:
-        scores = [mean(task.exact(model)) for model in models]
-        for column, score in zip(columns, scores, strict=True):
-            column.append(score)
-        cells = [task.task, str(len(task.problems)), floor_cell(task.majority), *map(percent, scores)]
-        if paired:
-            gaps.append(difference(task.exact(models[-1]), task.exact(models[-2])))
-            cells.append(percent(gaps[-1], sign=True))
-        rows.append(cells)
-    floor = sum(task.majority for task in results.tasks) / len(results.tasks)
+    for number, task in enumerate(results.tasks):
+        cells = [task.task, str(len(task.problems)), *(show(column[number]) for column in columns)]
+        rows.append([*cells, *([show(gaps[number], sign=True)] if paired else [])])
     total = str(sum(len(task.problems) for task in results.tasks))
-    last = ["mean", total, floor_cell(floor), *(percent(macro(column)) for column in columns)]
-    rows.append([*last, *([percent(macro(gaps), sign=True)] if paired else [])])
-    return header, rows
+    last = ["mean", total, *(show(macro(column)) for column in columns)]
+    return header, [*rows, [*last, *([show(macro(gaps), sign=True)] if paired else [])]]
+
+
+def nats(score: Score, sign: bool = False) -> str:
+    """A loss with its standard error."""
+    return f"{score.value:{'+' if sign else ''}.3f} ± {score.stderr:.3f}"
+
+
+def notes(results: ReasoningResults) -> list[str]:
+    """What the tables say, in words."""
+    return [note for note in (verdict(results), loss_verdict(results), at_floor(results)) if note]
+
+
+def loss_verdict(results: ReasoningResults) -> str:
+    """Whether the losses of the adapter and the baseline differ by more than chance, in words; empty without both."""
+    if len(results.models) < 3 or not results.has_losses:
+        return ""
+    ours, theirs = results.models[-1], results.models[-2]
+    gap = macro([difference(task.losses[ours], task.losses[theirs]) for task in results.tasks])
+    said = f"Loss, {ours} against {theirs}: {nats(gap, sign=True)} nats"
+    if abs(gap.value) <= 2 * gap.stderr:
+        return f"{said}; within two standard errors, so no difference is shown."
+    return f"{said}; that of {ours if gap.value < 0 else theirs} is lower."
 
 
 def verdict(results: ReasoningResults) -> str:

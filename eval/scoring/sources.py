@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import RunError
-from moelora.runs.config import RunConfig, load_config
+from moelora.runs.config import DatasetConfig, RunConfig, load_config
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import ModelSource, load_adapter, load_model
 from moelora.runs.recipes import RECIPES
@@ -108,6 +109,30 @@ def find_suite_models(
     if not base:
         raise RunError(f"adapter {source!r} does not say what its base model is; say it with --model.")
     return ModelSource(base), [Contestant("base", "base"), Contestant(_name(source), "adapter", source)], results
+
+
+def run_on_rows(config: RunConfig | ModelSource, source: str, files: Sequence[str]) -> RunConfig:
+    """The run whose models are scored on rows of files.
+
+    Args:
+        config: The run, or the base model of an adapter that has none.
+        source: The run or adapter.
+        files: The files; columns and system message are the run's.
+    """
+    if isinstance(config, RunConfig):
+        return replace(config, dataset=replace(config.dataset, tasks=None, hub=None, files=list(files), held_out=0.0))
+    dataset = DatasetConfig(files=list(files))
+    words: dict[str, Any] = {"dtype": config.dtype, "model_kwargs": config.model_kwargs}
+    return RunConfig(model=config.model, output_dir=source, dataset=dataset, adapter={"path": source}, **words)
+
+
+def distinct(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """With the folder in the name where two would have the same."""
+    names = [contestant.name for contestant in contestants]
+    return [
+        replace(each, name=f"{each.name} ({each.adapter})") if names.count(each.name) > 1 else each
+        for each in contestants
+    ]
 
 
 def _results_of_adapter(source: str) -> Path:

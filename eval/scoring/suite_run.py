@@ -14,7 +14,7 @@ from eval.scoring.model_scores import ModelScores
 from eval.scoring.routing import analyse
 from eval.scoring.scorer import Scorer
 from eval.scoring.scores import card_row
-from eval.scoring.sources import Contestant, beside, find_suite_models, read_adapter_config
+from eval.scoring.sources import Contestant, beside, distinct, find_suite_models, read_adapter_config
 from eval.scoring.suite_scores import score_suite, uses_chat
 from eval.scoring.suite_tables import check_comparable, notes, score_table
 from eval.suites.registry import Suite, load_suite
@@ -62,7 +62,7 @@ def run_suite(
     started = time.monotonic()
     base, contestants, folder = find_suite_models(source, config_file, model)
     earlier, others = _beside(beside)
-    contestants = _distinct([*contestants[:-1], *others, contestants[-1]])
+    contestants = distinct([*contestants[:-1], *others, contestants[-1]])
     loaded = load_suite(suite, protocol)
     if earlier:  # what cannot be compared is said before the time is spent
         _check_protocol(earlier, loaded)
@@ -163,15 +163,6 @@ def _check_protocol(earlier: Sequence[ModelScores], suite: Suite) -> None:
                 f"{each.name} was scored on {each.suite!r} by the protocol {each.protocol!r}, which cannot stand in a "
                 f"table of {suite.name!r} by {suite.protocol!r}: numbers of different protocols are not comparable."
             )
-
-
-def _distinct(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """With the folder in the name where two would have the same."""
-    names = [contestant.name for contestant in contestants]
-    return [
-        Contestant(f"{c.name} ({c.adapter})" if names.count(c.name) > 1 else c.name, c.role, c.adapter, c.training)
-        for c in contestants
-    ]
 
 
 def slug(suite: Suite) -> str:

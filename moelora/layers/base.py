@@ -19,6 +19,7 @@ from moelora.experts.base import ExpertInput
 from moelora.layers.repeated import not_reentrant, not_repeatable
 from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import Dense, FrozenFeedForward
+from moelora.ops.sparse_dropout import LoraDropout
 from moelora.routing.batch import Batch, Tokens
 from moelora.routing.decision import Routing
 from moelora.routing.prompts import BASE_HIDDEN
@@ -133,7 +134,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.sites[adapter_name] = site
         self.scaling[adapter_name] = config.experts.scaling
-        self.moelora_dropout[adapter_name] = nn.Dropout(config.experts.lora_dropout)
+        self.moelora_dropout[adapter_name] = LoraDropout(config.experts.lora_dropout)
         declared = config.expert_params(site)
         parts: dict[str, AdapterTensors] = {}
         for first in dict.fromkeys(param.name.partition(".")[0] for param in declared):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
 from moelora.choices import Choice, register
 from moelora.errors import ConfigError
@@ -20,6 +19,7 @@ from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
 from moelora.ops.mixture_feed_forward import mixture_feed_forward
 from moelora.ops.mixture_linear import mixture_linear
+from moelora.ops.sparse_dropout import dropout
 from moelora.routing.decision import Routing
 
 
@@ -137,7 +137,7 @@ class Reference(Compute):
     ) -> Tensor:
         """See `Compute.linear`."""
         a_ERD = factors.expanded_a_ERD()
-        x_TD = functional.dropout(x_TD, p) if p > 0 else x_TD
+        x_TD = dropout(x_TD, p)
         return base_TO + reference.mixture_linear(x_TD, a_ERD, factors.b_EOR, gates_TE, factors.scaling)
 
     def feed_forward(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moelora.ops.factors import Factors
 from moelora.ops.recomputed_linear import recomputed_linear
+from moelora.ops.sparse_dropout import dropout
 
 
 def mixture_linear(
@@ -43,7 +44,7 @@ def mixture_linear(
     if x_TD.device.type != "cpu" and torch.is_grad_enabled() and not is_separate and not _is_traced():
         return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
     if p > 0:
-        x_TD = F.dropout(x_TD, p)
+        x_TD = dropout(x_TD, p)
     if is_separate and gates_TE is not None:
         return _separately(x_TD, factors, gates_TE, base_TO)
     if gates_TE is None:

@@ -53,6 +53,8 @@ class DatasetConfig:
         system: System message put before every prompt of strings.
         chat: Whether prompts and completions of strings become a chat; None asks whether the tokenizer has a template.
         limit: Keep this many rows, chosen by `seed`.
+        held_out: Share of each task's different prompts that is not trained on; `moelora eval` scores on them. Of the
+            recipes sft and sequential; `tasks` make fresh problems instead.
     """
 
     tasks: dict[str, Any] | None = None
@@ -68,6 +70,7 @@ class DatasetConfig:
     system: str | None = None
     chat: bool | None = None
     limit: int | None = None
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         given = [name for name in ("tasks", "hub", "files") if getattr(self, name)]
@@ -83,6 +86,12 @@ class DatasetConfig:
                 )
         check_at_least_one(self, "dataset", "rows_per_task", "limit")
         check(is_seed(self.seed), "dataset.seed", self.seed, "a whole number of 0 to 4294967295")
+        check(is_share(self.held_out), "dataset.held_out", self.held_out, "a number of 0 to below 1")
+        if self.held_out and self.tasks:
+            raise RunError(
+                f"dataset.held_out is {self.held_out} with dataset.tasks; allowed: 0. Fresh problems score them "
+                "(evaluation.rows_per_task)."
+            )
 
 
 @dataclass(kw_only=True)
@@ -158,7 +167,7 @@ class EvaluationConfig:
     """How `moelora eval` scores the run.
 
     Args:
-        rows_per_task: Fresh problems per task.
+        rows_per_task: Fresh problems per task; rows that were held out are all scored.
         seed: Seed of the problems; it must not be near the training rows' (reasoning-gym uses `seed + index`).
         batch_size: Problems answered at once.
         max_new_tokens: Longest answer in tokens; None takes the longest reference answer of the task and a little more.
@@ -222,6 +231,11 @@ class RunConfig:
             raise RunError(
                 "router_training is given with recipe 'sequential'; allowed: none. Its centroids are not trained, and "
                 "of its linear router one new gate at a time is, with its expert."
+            )
+        if self.dataset.held_out and self.recipe not in ("sft", "sequential"):
+            raise RunError(
+                f"dataset.held_out is {self.dataset.held_out} with recipe {self.recipe!r}; allowed: 0. Rows are held "
+                "out of the recipes sft and sequential."
             )
 
 

@@ -11,6 +11,7 @@ from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig
 from moelora.runs.conversations import as_messages
 from moelora.runs.generated import generated_rows
+from moelora.runs.held_out import hold_out
 from moelora.runs.recipes import RECIPES, Recipe
 from moelora.runs.rows import checked_rows
 from moelora.runs.wording import one_line
@@ -28,13 +29,14 @@ SUFFIXES = tuple(_BUILDERS)
 """Those of the files that rows are read from."""
 
 
-def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any:
+def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft", *, held_out: bool = False) -> Any:
     """The training rows as a `datasets.Dataset` in a random order that depends on the seed alone.
 
     Args:
         config: Where they come from.
         tokenizer: Decides by its chat template whether prompts become chats, unless `config.chat` says so.
         recipe: The recipe that trains on them.
+        held_out: Give the rows that `config.held_out` keeps from training instead.
 
     Returns:
         Rows of one of the recipe's forms, for sft `prompt` and `completion`, `messages`, or `text`; and of `task` where
@@ -60,6 +62,9 @@ def load_rows(config: DatasetConfig, tokenizer: Any, recipe: str = "sft") -> Any
     rows = rows.shuffle(seed=config.seed)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
+    if config.held_out:
+        trained, kept = hold_out(rows, config.held_out, config.seed)
+        rows = rows.select(kept if held_out else trained)
     return _as_chat(rows, config, tokenizer, kind)
 
 
@@ -78,8 +83,20 @@ def with_task_ids(rows: Any, config: DatasetConfig) -> Any:
             f"the adapter routes by the task, and {_source(config)} has no column of tasks; allowed: dataset.tasks, or "
             "a column with the name of each row's task. Map it with `columns: {task: ...}`."
         )
-    names = list(config.tasks or sorted(set(rows["task"])))
-    return rows.add_column("task_ids", [names.index(task) for task in rows["task"]])
+    names = task_names(rows, config)
+    return rows.add_column("task_ids", [names.index(str(task)) for task in rows["task"]])
+
+
+def task_names(rows: Any, config: DatasetConfig) -> list[str]:
+    """The tasks of training rows in the order of their numbers; none where rows do not say their task.
+
+    Args:
+        rows: What `load_rows` gave.
+        config: Where they came from.
+    """
+    if config.tasks or "task" not in rows.column_names:
+        return list(config.tasks or [])
+    return list(map(str, sorted(set(rows["task"]))))
 
 
 def _source(config: DatasetConfig) -> str:

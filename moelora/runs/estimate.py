@@ -85,7 +85,7 @@ def estimate(config: RunConfig, length: int | None = None) -> Estimate:
     parameters = count_parameters(skeleton, adapter)
     stored = sum(p.numel() for name, p in skeleton.named_parameters() if "moelora_" in name)
     base = load_skeleton(config)
-    traced = _trace(base, _sites(skeleton, adapter), training.per_device_train_batch_size, length)
+    traced = _trace(base, _sites(skeleton), training.per_device_train_batch_size, length)
     tokens = training.per_device_train_batch_size * length
     of_adapter = _BYTES[_adapter_dtype(config)]
     states = _optimizer_bytes(training.optim, of_adapter)
@@ -113,7 +113,7 @@ def estimate(config: RunConfig, length: int | None = None) -> Estimate:
 
 def _adapter_dtype(config: RunConfig) -> str:
     """PEFT takes float32 where the base has less."""
-    return "float32" if config.adapter_dtype == "auto" else config.adapter_dtype
+    return {"auto": "float32", "base": config.dtype}.get(config.adapter_dtype, config.adapter_dtype)
 
 
 def _optimizer_bytes(optim: Any, of_parameter: int) -> int:
@@ -135,30 +135,18 @@ def _base_bytes(base: Any, config: RunConfig) -> int:
     return (total - small) * _BYTES[config.dtype] + math.ceil(small * (bits or 0) / 8)
 
 
-@dataclass(frozen=True)
-class _Site:
-    """What an adapter keeps of a token at a module of the base.
+def _sites(wrapped: nn.Module) -> dict[str, int]:
+    """The modules that the adapter wraps, by name: how many numbers of its own each keeps of a token.
 
-    Attributes:
-        features: Numbers of its own that are kept.
-        copies: How often the block runs for a token: once for each chosen expert of a feed-forward mixture.
+    The hidden activations of the experts of a feed-forward mixture are made again in the backward pass.
     """
-
-    features: int
-    copies: int
-
-
-def _sites(wrapped: nn.Module, adapter: Any) -> dict[str, _Site]:
-    """The modules that the adapter wraps, by their names in the base."""
     found = {}
     for name, layer in wrapped.named_modules():
         if isinstance(layer, MoeLoraLayer):
             tensors = [p for key, p in layer.named_parameters() if "moelora_A" in key]
             ranks = sum(p.numel() // p.shape[-1] for p in tensors if p.ndim > 1)
-            is_block = not isinstance(layer.get_base_layer(), nn.Linear) and adapter.placement.kind == "feed_forward"
-            chosen = math.ceil(adapter.selection.experts_per_token(adapter.experts.num_experts))
             # of a mixture the inner features, the weights spread over them, and the product of both
-            found[name] = _Site(3 * ranks if layer.routers else ranks, max(1, chosen) if is_block else 1)
+            found[name] = 3 * ranks if layer.routers else ranks
     return found
 
 
@@ -188,7 +176,7 @@ class _Traced:
         return layers * width // 4 + self.outside
 
 
-def _trace(base: Any, sites: dict[str, _Site], sequences: int, length: int) -> _Traced:
+def _trace(base: Any, sites: dict[str, int], sequences: int, length: int) -> _Traced:
     """Run the base once without data, and note what it keeps for the backward pass.
 
     Args:
@@ -203,7 +191,6 @@ def _trace(base: Any, sites: dict[str, _Site], sequences: int, length: int) -> _
     parameters = {parameter.untyped_storage()._cdata for parameter in base.parameters()}
     seen: dict[int, Tensor] = {}  # holds the tensors, so that no storage is taken for another one
     layer: list[str] = []
-    copies = [1]
 
     def keep(num_bytes: int) -> None:
         if layer:
@@ -215,19 +202,15 @@ def _trace(base: Any, sites: dict[str, _Site], sequences: int, length: int) -> _
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and storage._cdata not in seen:
             seen[storage._cdata] = tensor
-            keep(storage.nbytes() * copies[-1])
+            keep(storage.nbytes())
         return tensor
 
     def note_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         note(inputs[0])  # the gradient of A needs it
 
-    def enter_site(site: _Site, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter_site(features: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
-        keep(x.numel() // x.shape[-1] * site.features * x.element_size())
-        copies.append(site.copies)
-
-    def leave_site(*_: Any) -> None:
-        copies.pop()
+        keep(x.numel() // x.shape[-1] * features * x.element_size())
 
     def enter_layer(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         found.inputs += sum(x.numel() * x.element_size() for x in inputs if isinstance(x, Tensor))
@@ -244,7 +227,6 @@ def _trace(base: Any, sites: dict[str, _Site], sequences: int, length: int) -> _
                 hooks.append(module.register_forward_hook(leave_layer))
             if name in sites:
                 hooks.append(module.register_forward_pre_hook(partial(enter_site, sites[name])))
-                hooks.append(module.register_forward_hook(leave_site))
                 linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
                 hooks += [linear.register_forward_pre_hook(note_input) for linear in linears]
             for hook in hooks:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from eval.conflict.__main__ import main as conflict
-from eval.conflict.measure import row_losses
 from eval.conflict.split import split_rows
 from eval.page import build_report
+from eval.scoring.losses import row_losses
 from moelora.compose.tokens import tokenize
 from moelora.runs.config import load_config
 from moelora.runs.data import load_rows

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from eval.conflict.measure import BATCH, GRADIENT_BATCHES, conflict, layer_of, row_losses, told_apart
+from eval.conflict.measure import GRADIENT_BATCHES, conflict, layer_of, told_apart
+from eval.scoring.losses import BATCH, row_losses
 from moelora.errors import RunError
 from tests.conftest import VOCAB, tiny_model
 

@@ -1,0 +1,64 @@
+"""Rows that training never sees, so that what was learnt can be scored on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moelora.errors import RunError
+
+
+def prompt_key(row: Mapping[str, Any], seed: int) -> str:
+    """A number for the prompt of a row, the same wherever the prompt comes again; of a text, for all of it.
+
+    Args:
+        row: Has `prompt`, `messages`, the last of which is the answer, or `text`.
+        seed: Another one gives other numbers.
+    """
+    if row.get("prompt") is not None:
+        prompt = row["prompt"]
+    elif row.get("messages"):
+        prompt = row["messages"][:-1] or row["messages"]
+    else:
+        prompt = row.get("text")
+    return hashlib.sha256(json.dumps([seed, prompt], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hold_out(rows: Any, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which rows train and which are held out: of each task the same share of its different prompts.
+
+    It depends on the prompts alone, not on the order of the rows. No prompt that is held out is trained on, in
+    whichever task; where it has several rows, the first of a task is the one that is held out, and the others are in
+    neither.
+
+    Args:
+        rows: A `datasets.Dataset`; it may have a column `task`.
+        share: Between 0 and 1; at least one prompt is held out.
+        seed: Of the choice.
+
+    Returns:
+        The numbers of the rows to train on, and of those held out.
+
+    Raises:
+        RunError: If a task has too few prompts for one to be trained on.
+    """
+    keys = [prompt_key(row, seed) for row in rows]
+    tasks = list(map(str, rows["task"])) if "task" in rows.column_names else [""] * len(keys)
+    held: list[int] = []
+    for task in sorted(set(tasks)):
+        first: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            if tasks[index] == task:
+                first.setdefault(key, index)
+        count = max(1, round(share * len(first)))
+        if count == len(first):
+            whose = f"task {task!r} has" if task else "there are"
+            raise RunError(
+                f"dataset.held_out is {share:g}, and {whose} {len(first)} different prompts, so that none would be "
+                "left to train on. Lower the share, add rows, or set it to 0."
+            )
+        held += [first[key] for key in sorted(first)[:count]]
+    held_keys = {keys[index] for index in held}
+    return [index for index, key in enumerate(keys) if key not in held_keys], sorted(held)
