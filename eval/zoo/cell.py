@@ -21,6 +21,7 @@ from eval.speed.measure import batch, interleaved, peak_memory, step
 from eval.speed.models import shared_copy
 from eval.zoo.bases import HELD_OUT_SEED, TASKS, TRAIN_SEED, Base, base_of, rows_of, tokenizer
 from moelora import MoeLoraConfig, MoeLoraTrainer, batch_facts
+from moelora.experts.shards import ShardExperts
 from moelora.routing.run import find_hooks
 from moelora.runs.parameters import count_parameters
 from moelora.runs.trainer_arguments import trainer_arguments
@@ -59,7 +60,13 @@ def lora_config(base: Base, r: int, dropout: float) -> LoraConfig:
 
 
 def total_rank(model: Any) -> int | None:
-    """Rows of the first factors of all experts of a linear, the most of any; None where experts have none."""
+    """Rows of the first factors of all experts of a linear, the most of any; None where experts have none.
+
+    Shards are of pools for the whole model, of which a linear gets a LoRA of rank r.
+    """
+    experts = model.active_peft_config.experts
+    if isinstance(experts, ShardExperts):
+        return experts.r
     found = [math.prod(tensor.shape[:-1]) for name, tensor in model.named_parameters() if ".moelora_A." in f".{name}."]
     return max(found, default=None)
 

@@ -108,6 +108,15 @@ def test_the_step_whose_memory_is_measured_knows_the_tasks() -> None:
     assert cell.total_rank(adapted) == SMALL["poly"]["r"] * config.experts.num_experts
 
 
+def test_shards_have_the_rank_of_the_lora_that_they_build() -> None:
+    config = MoeLoraConfig.from_preset("mos", **SMALL["mos"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny_model(), config)
+    assert (
+        cell.total_rank(adapted)
+        == adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_factors("", "default").a_ERD.shape[1]
+    )
+
+
 def test_the_wishes_are_part_of_what_a_cell_is(tiny: Base) -> None:
     first, second = (program._identity("mixlora", Wishes(steps=steps)) for steps in (1, 2))
     assert first != second
