@@ -2,18 +2,24 @@
 
 The first word of a prompt says the rule ("red", "green", "blue"); the rest looks alike under all three. What is learnt
 for one rule is wrong for the others, so that a low-rank update that all share has to tell them apart, and one for each
-rule has not. `register` makes them ordinary tasks of reasoning-gym, named as "numbers_red".
+rule has not. `register` makes them ordinary tasks of reasoning-gym, named as "numbers_red";
+`python -m eval.suites.rules --output rows.jsonl` writes rows whose task is the rule.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
+import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
+
+from moelora.files import write_atomically
 
 RULES = ("red", "green", "blue")
 """The words that say which rule holds."""
@@ -99,7 +105,6 @@ FORMS: dict[str, Form] = {
         _spaced,
         (lambda x: x[0].upper(), lambda x: x[0].capitalize(), lambda x: x[0][0]),
     ),
-    # kept for the end: nothing was chosen by looking at these two
     "ends": Form(
         lambda rng: [rng.choice(_words())],
         lambda x: f"letter of {x[0]}",
@@ -112,6 +117,9 @@ FORMS: dict[str, Form] = {
     ),
 }
 """The forms by name."""
+
+KEPT = ("ends", "pairs")
+"""Forms kept for the end: nothing was chosen by looking at these two."""
 
 
 def register() -> None:
@@ -135,9 +143,44 @@ def _data_set(form: Form, number: int) -> Any:
             super().__init__(config=config, seed=config.seed, size=config.size)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            # the same parts under every rule
-            parts = form.draw(Random(self.seed + index))
-            question = f"{RULES[number]}: {form.ask(parts)}"
-            return {"question": question, "answer": form.answers[number](parts), "metadata": {}}
+            question, answer = problem(form, number, self.seed + index)
+            return {"question": question, "answer": answer, "metadata": {}}
 
     return RuleDataset
+
+
+def problem(form: Form, number: int, seed: int) -> tuple[str, str]:
+    """A question under rule `number` and its answer; the same seed is about the same under every rule."""
+    parts = form.draw(Random(seed))
+    return f"{RULES[number]}: {form.ask(parts)}", form.answers[number](parts)
+
+
+def rows(per_task: int, seed: int) -> Iterator[dict[str, str]]:
+    """Rows of the forms that are not kept for the end: prompt, completion, and the rule as the task.
+
+    Args:
+        per_task: Rows of each form under each rule.
+        seed: Row i is made from `seed + i`.
+    """
+    for name, form in FORMS.items():
+        if name not in KEPT:
+            for number, rule in enumerate(RULES):
+                for index in range(per_task):
+                    prompt, completion = problem(form, number, seed + index)
+                    yield {"prompt": prompt, "completion": completion, "task": rule}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write rows to a file."""
+    parser = argparse.ArgumentParser(prog="python -m eval.suites.rules", description="Write rows whose task is a rule.")
+    parser.add_argument("--rows-per-task", type=int, default=40, help="of each form under each rule (40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first row (0)")
+    parser.add_argument("--output", type=Path, required=True, help="the JSONL file")
+    options = parser.parse_args(arguments)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in rows(options.rows_per_task, options.seed)]
+    write_atomically(options.output, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

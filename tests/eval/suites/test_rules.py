@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eval.suites import rules
 from eval.suites.rules import FORMS, RULES, register
 from moelora.runs.tasks import fresh_problems, task_data_set
 
@@ -49,3 +52,14 @@ def test_the_verifier_wants_the_whole_answer() -> None:
     assert data.score_answer(entry["answer"], entry) == 1.0
     assert data.score_answer(f"It is {entry['answer']}", entry) < 1.0
     assert data.score_answer("", entry) == 0.0
+
+
+def test_rows_whose_task_is_the_rule(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    rules.main(["--rows-per-task", "3", "--output", str(file)])
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(found) == 3 * 3 * (len(FORMS) - len(rules.KEPT))
+    assert all(row["prompt"].startswith(f"{row['task']}: ") for row in found)
+    # of the same question each rule makes something else
+    numbers = [row for row in found if row["prompt"].partition(": ")[2] == found[0]["prompt"].partition(": ")[2]]
+    assert len({row["completion"] for row in numbers}) == 3
