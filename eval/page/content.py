@@ -183,6 +183,7 @@ def _evaluation(name: str, content: Json) -> Json:
         "protocol": content.get("protocol"),
         "models": models,
         "rows": list(rows.values()),
+        "losses": content.get("losses") or {},
         "any_floor": any(cell["at_floor"] for row in rows.values() for cell in row["cells"].values()),
     }
 

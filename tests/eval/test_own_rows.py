@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from eval.__main__ import main
+from eval.page import build_report
+from eval.scoring.losses import row_losses
 from eval.scoring.reasoning import problems_of_rows
 from eval.scoring.sources import Contestant
 from moelora.runs.config import load_config
@@ -65,6 +67,9 @@ def test_a_run_is_scored_on_what_it_held_out(run: Path, capsys: pytest.CaptureFi
     assert "letter for letter" in report
     assert "Loss of an answer's token in nats" in report
     assert json.loads((run / "adapter/metrics.json").read_text()) == found
+    page = build_report(run).read_text()
+    assert "Loss of an answer's token in nats" in page
+    assert f"{found['losses']['b'][ours]['value']:.3f} <small>" in page
 
 
 def test_the_loss_is_that_of_the_answer_in_the_context_of_training(run: Path) -> None:
@@ -74,8 +79,6 @@ def test_the_loss_is_that_of_the_answer_in_the_context_of_training(run: Path) ->
     (task, _) = problems_of_rows(held, tokenizer, ["a", "b"])
     assert tokenizer.decode(task.prompts[0]).startswith("<|system|>Reply.<|end|><|user|>copy ")
     assert tokenizer.decode(task.prompts[0]).endswith("<|end|><|assistant|>")
-    from eval.scoring.losses import row_losses
-
     model = Contestant("base", "base").load(config)
     ids = torch.tensor([[*task.prompts[0], *tokenizer("y<|end|>")["input_ids"]]])
     with torch.no_grad():
