@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eval.after_training.adapters import rows_of_task
-from eval.scoring.reasoning import TaskResult, make_problems, solved, training_row
+from eval.scoring.own_tasks import TaskResult, make_problems, solved, training_row
 from moelora.compose import mean_loss
 from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import RunConfig

@@ -18,7 +18,7 @@ from eval.compare.work import Bench
 from eval.receipt import make_receipt
 from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
-from eval.scoring.reasoning import TaskResult, make_problems, solved, training_row
+from eval.scoring.own_tasks import TaskResult, make_problems, solved, training_row
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from eval.suites.rules import register
 from moelora.compose import mean_loss

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.receipt import make_receipt
-from eval.scoring import heatmaps, reasoning, reasoning_report, reasoning_tables
-from eval.scoring.reasoning import TaskResult
+from eval.scoring import heatmaps, own_report, own_tables, own_tasks
+from eval.scoring.own_tasks import TaskResult
 from eval.scoring.routing import as_json
 from eval.scoring.sources import Contestant, beside, distinct, find_contestants, find_suite_models, run_on_rows
 from moelora.errors import RunError
@@ -67,7 +67,7 @@ def evaluate(
     contestants = distinct([*contestants[:-1], *map(_beside, others), contestants[-1]])
     tokenizer = load_tokenizer(config)
     tasks = _tasks(config, trained, tokenizer, limit)
-    results = reasoning.run(config, contestants, tasks, tokenizer, batch_size)
+    results = own_tasks.run(config, contestants, tasks, tokenizer, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     routing = heatmaps.RoutingMap.of(results.routing) if results.routing else None
     pictures = heatmaps.draw(routing, contestants[-1].name, folder / "heatmaps") if routing else []
@@ -85,19 +85,19 @@ def evaluate(
         seconds=time.monotonic() - started,
         command=shlex.join(["moelora", "eval", source, *(str(w) for pair in words if pair[1] for w in pair)]),
     )
-    found = reasoning_report.metrics(results, contestants, routing, receipt)
-    metrics_file = reasoning_report.write_metrics(found, folder, [] if data else contestants)
-    report_file = reasoning_report.write_report(results, contestants, routing, pictures, found, folder)
+    found = own_report.metrics(results, contestants, routing, receipt)
+    metrics_file = own_report.write_metrics(found, folder, [] if data else contestants)
+    report_file = own_report.write_report(results, contestants, routing, pictures, found, folder)
 
     print("\nExact answers in percent, ± standard error\n")
-    print(terminal(*reasoning_tables.score_rows(results)))
+    print(terminal(*own_tables.score_rows(results)))
     if results.has_losses:
         print("\nLoss of an answer's token in nats, ± standard error; less is better\n")
-        print(terminal(*reasoning_tables.loss_rows(results)))
+        print(terminal(*own_tables.loss_rows(results)))
     if results.chosen:
         print("\nWhich expert answers\n")
-        print(terminal(*reasoning_tables.chosen_rows(results), foot=0))
-    lines = ["", *reasoning_tables.notes(results), "", f"report    {report_file}", f"metrics   {metrics_file}"]
+        print(terminal(*own_tables.chosen_rows(results), foot=0))
+    lines = ["", *own_tables.notes(results), "", f"report    {report_file}", f"metrics   {metrics_file}"]
     if pictures:
         lines.append(f"pictures  {pictures[0].parent}")
     adapter = contestants[-1].adapter
@@ -145,9 +145,9 @@ def _tasks(config: RunConfig, trained: Any, tokenizer: Any, limit: int | None) -
         RunError: If there are none.
     """
     if config.dataset.tasks or not (config.dataset.held_out or config is not trained):
-        return reasoning.make_problems(config, tokenizer, limit)
+        return own_tasks.make_problems(config, tokenizer, limit)
     rows = load_rows(config.dataset, tokenizer, config.recipe, held_out=config.dataset.held_out > 0)
     numbers: list[str] = []
     if isinstance(trained, RunConfig):
         numbers = task_names(load_rows(trained.dataset, tokenizer, trained.recipe), trained.dataset)
-    return reasoning.problems_of_rows(rows, tokenizer, numbers, limit)
+    return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit)

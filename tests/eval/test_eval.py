@@ -87,7 +87,7 @@ def test_the_batch_size_is_obeyed(run: Path, monkeypatch: pytest.MonkeyPatch, wo
         sizes.append(batch_size)
         return answer(*arguments, batch_size=batch_size, **rest)
 
-    monkeypatch.setattr("eval.scoring.reasoning.answer", noted)
+    monkeypatch.setattr("eval.scoring.own_tasks.answer", noted)
     assert main([str(run / "adapter"), "--config", str(run.parent / "run.yaml"), "--limit", "2", *words]) == 0
     assert set(sizes) == {wanted}
     command = json.loads((run / "adapter/metrics.json").read_text())["receipt"]["command"]

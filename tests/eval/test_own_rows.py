@@ -12,7 +12,7 @@ import torch
 from eval.__main__ import main
 from eval.page import build_report
 from eval.scoring.losses import row_losses
-from eval.scoring.reasoning import problems_of_rows
+from eval.scoring.own_tasks import problems_of_rows
 from eval.scoring.sources import Contestant
 from moelora.runs.config import load_config
 from moelora.runs.data import load_rows

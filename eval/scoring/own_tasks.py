@@ -61,7 +61,7 @@ class TaskResult:
 
 
 @dataclass
-class ReasoningResults:
+class OwnResults:
     """Results of the suite.
 
     Args:
@@ -204,7 +204,7 @@ def run(
     tasks: list[TaskResult],
     tokenizer: Any,
     batch_size: int | None = None,
-) -> ReasoningResults:
+) -> OwnResults:
     """Let every contestant answer the same problems.
 
     Args:
@@ -214,7 +214,7 @@ def run(
         tokenizer: Of the base model.
         batch_size: Problems at once; None takes `evaluation.batch_size`.
     """
-    results = ReasoningResults(tasks, [contestant.name for contestant in contestants])
+    results = OwnResults(tasks, [contestant.name for contestant in contestants])
     for task in results.tasks:
         kind = "rows" if task.examples else "fresh problems"
         note = f", {task.dropped} dropped because they occur in training" if task.dropped else ""

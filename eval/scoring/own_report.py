@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.scoring.heatmaps import RoutingMap
-from eval.scoring.reasoning import ReasoningResults, TaskResult
-from eval.scoring.reasoning_tables import chosen_rows, loss_rows, notes, score_rows
+from eval.scoring.own_tables import chosen_rows, loss_rows, notes, score_rows
+from eval.scoring.own_tasks import OwnResults, TaskResult
 from eval.scoring.scores import card_row, macro, mean
 from eval.scoring.sources import Contestant
 from moelora.files import write_atomically
@@ -31,7 +31,7 @@ _ROWS = (
 
 
 def metrics(
-    results: ReasoningResults,
+    results: OwnResults,
     contestants: Sequence[Contestant],
     routing: RoutingMap | None,
     receipt: Mapping[str, Any],
@@ -78,7 +78,7 @@ def metrics(
     return found
 
 
-def _model(contestant: Contestant, results: ReasoningResults) -> dict[str, Any]:
+def _model(contestant: Contestant, results: OwnResults) -> dict[str, Any]:
     training = contestant.training or {}
     kept = ("preset", "trainable_parameters", "base_parameters", "steps", "seconds", "resumed_from")
     return {
@@ -101,7 +101,7 @@ def write_metrics(found: Mapping[str, Any], results_dir: Path, contestants: Sequ
 
 
 def write_report(
-    results: ReasoningResults,
+    results: OwnResults,
     contestants: Sequence[Contestant],
     routing: RoutingMap | None,
     pictures: Sequence[Path],

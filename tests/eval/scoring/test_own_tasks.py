@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.scoring.reasoning import TaskResult, make_problems, verify
+from eval.scoring.own_tasks import TaskResult, make_problems, verify
 from moelora.errors import RunError
 from moelora.runs.config import RunConfig, load_config
 from moelora.runs.data import load_rows

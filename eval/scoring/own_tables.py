@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eval.scoring import judging
 from eval.scoring.judging import floor_cell, is_at_floor
-from eval.scoring.reasoning import ReasoningResults
+from eval.scoring.own_tasks import OwnResults
 from eval.scoring.scores import Score, difference, macro, mean, percent
 
 
-def score_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
+def score_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one task each, then their mean; one column per model, with the floor and a paired difference.
 
     The difference is between the last model and the one before it, when that is not the base.
@@ -24,13 +24,13 @@ def score_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def loss_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
+def loss_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
     """As `score_rows`, of the loss of the rows' answers."""
     return _table(results, [task.losses for task in results.tasks], nats)
 
 
 def _table(
-    results: ReasoningResults, values: Sequence[Mapping[str, Sequence[float]]], show: Callable[..., str]
+    results: OwnResults, values: Sequence[Mapping[str, Sequence[float]]], show: Callable[..., str]
 ) -> tuple[list[str], list[list[str]]]:
     models = results.models
     paired = len(models) > 2
@@ -51,12 +51,12 @@ def nats(score: Score, sign: bool = False) -> str:
     return f"{score.value:{'+' if sign else ''}.3f} ± {score.stderr:.3f}"
 
 
-def notes(results: ReasoningResults) -> list[str]:
+def notes(results: OwnResults) -> list[str]:
     """What the tables say, in words."""
     return [note for note in (verdict(results), loss_verdict(results), at_floor(results)) if note]
 
 
-def loss_verdict(results: ReasoningResults) -> str:
+def loss_verdict(results: OwnResults) -> str:
     """Whether the losses of the adapter and the baseline differ by more than chance, in words; empty without both."""
     if len(results.models) < 3 or not results.has_losses:
         return ""
@@ -68,7 +68,7 @@ def loss_verdict(results: ReasoningResults) -> str:
     return f"{said}; that of {ours if gap.value < 0 else theirs} is lower."
 
 
-def verdict(results: ReasoningResults) -> str:
+def verdict(results: OwnResults) -> str:
     """Whether the adapter and the baseline differ by more than chance, in words; empty without a baseline."""
     if len(results.models) < 3:
         return ""
@@ -77,7 +77,7 @@ def verdict(results: ReasoningResults) -> str:
     return judging.verdict(ours, theirs, gap)
 
 
-def at_floor(results: ReasoningResults) -> str:
+def at_floor(results: OwnResults) -> str:
     """Which trained models do no better on a task than always giving its most frequent answer, in words."""
     found = [
         f"{model} on {task.task}"
@@ -88,7 +88,7 @@ def at_floor(results: ReasoningResults) -> str:
     return f"Not above the most frequent answer: {', '.join(found)}." if found else ""
 
 
-def chosen_rows(results: ReasoningResults) -> tuple[list[str], list[list[str]]]:
+def chosen_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
     """Header and rows: how many of a task's questions went to each expert; without rows if nothing was routed so."""
     names = list(next(iter(results.chosen.values()), {}))
     return ["questions of", *names], [[task, *map(str, counts.values())] for task, counts in results.chosen.items()]

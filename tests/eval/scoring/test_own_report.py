@@ -6,13 +6,13 @@ import torch
 
 from eval.scoring.generation import RoutingCounts
 from eval.scoring.heatmaps import RoutingMap, _panels
-from eval.scoring.reasoning import ReasoningResults, TaskResult
-from eval.scoring.reasoning_tables import at_floor, score_rows, verdict
+from eval.scoring.own_tables import at_floor, score_rows, verdict
+from eval.scoring.own_tasks import OwnResults, TaskResult
 from moelora.runs.tables import markdown, terminal
 from moelora.runs.tasks import Problem
 
 
-def results(**right: tuple[int, int]) -> ReasoningResults:
+def results(**right: tuple[int, int]) -> OwnResults:
     """Results of models that have so many of 20 problems of each of two tasks right."""
     tasks = []
     for index, name in enumerate(("sums", "names")):
@@ -20,7 +20,7 @@ def results(**right: tuple[int, int]) -> ReasoningResults:
         task = TaskResult(name, problems, dropped=0, majority=0.25, prompts=[])
         task.scores = {model: [1.0] * count[index] + [0.5] * (20 - count[index]) for model, count in right.items()}
         tasks.append(task)
-    return ReasoningResults(tasks, list(right))
+    return OwnResults(tasks, list(right))
 
 
 def test_the_table_has_scores_floor_errors_and_the_paired_difference() -> None:
