@@ -31,7 +31,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     tiny_folder(tmp_path / "base")
     rows = {"sums": ["1 + 2", "3 + 40", "What is 7 + 5?"], "words": ["Spell cat.", "Spell a dog.", "Spell house."]}
     rows["facts"] = ["Where is Rome?", "Where is the Nile?"]
-    for name, tasks in (("rows", ("sums", "words")), ("facts", ("facts",))):
+    for name, tasks in (("rows", ("sums", "words")), ("unseen", ("sums", "words")), ("facts", ("facts",))):
         lines = [{"prompt": p, "completion": " x", "task": task} for task in tasks for p in rows[task]]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for line in "".join(blocks("bash")).splitlines():
