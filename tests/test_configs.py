@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from moelora.runs.parameters import TOLERANCE
 from moelora.runs.schema import build
 from moelora.runs.tasks import fresh_problems, problems
 from moelora.runs.yaml_file import read_words
+from moelora_cli import make_parser
 from tests.conftest import tiny_model
 from train.__main__ import main as train
 from train.baseline import baseline_config
@@ -24,7 +27,8 @@ from train.baseline import baseline_config
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Comparisons have a form of their own and are read by tests/eval/compare/test_schema.py.
 COMPOSITIONS = sorted(CONFIGS.glob("compose/*.yaml"))
-FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(CONFIGS.glob("benchmarks/*.yaml")) - set(COMPOSITIONS))
+DIAGNOSES = sorted(CONFIGS.glob("diagnose/*.yaml"))
+FILES = sorted({*CONFIGS.rglob("*.yaml")} - {*CONFIGS.glob("benchmarks/*.yaml"), *COMPOSITIONS, *DIAGNOSES})
 QUICKSTART = CONFIGS / "quickstart.yaml"
 JOINT = CONFIGS / "quickstart-joint.yaml"
 
@@ -40,6 +44,14 @@ def test_a_shipped_configuration_is_valid_and_says_how_to_run_it(file: Path) -> 
         assert config.recipe == file.stem
     elif file not in (QUICKSTART, JOINT):
         assert config.adapter["preset"] == file.stem
+
+
+@pytest.mark.parametrize("file", DIAGNOSES, ids=lambda file: file.stem)
+def test_a_shipped_diagnosis_is_valid_and_says_how_to_run_it(file: Path) -> None:
+    load_config(file)
+    (command,) = re.findall(r"^#   moelora (diagnose .*)$", file.read_text(), flags=re.MULTILINE)
+    options = make_parser().parse_args(shlex.split(command))
+    assert (options.config, options.out) == (f"configs/diagnose/{file.name}", f"runs/diagnose/{file.stem}")
 
 
 @pytest.mark.parametrize("file", COMPOSITIONS, ids=lambda file: file.stem)
