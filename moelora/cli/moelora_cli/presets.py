@@ -119,7 +119,10 @@ def _advice(name: str, config: Any, source: Any) -> list[str]:
             "For tasks that are trained at once one LoRA of equal size is hard to beat: `moelora diagnose run.yaml` "
             "finds out about yours."
         )
-        advice.append("An expert sees a part of the rows: try two to four times the learning rate of a plain LoRA.")
+        advice.append(
+            "With alpha twice an expert's rank start at twice the learning rate of a plain LoRA of equal size; with the "
+            "alpha of that LoRA at its rate (docs/training.md)."
+        )
     targets = export_targets(config, is_routed=routed)
     advice += [f"`moelora export {each.command}` writes {each.words}." for each in targets if each.answer != "no"]
     advice.append(f"`moelora init --preset {name}` writes a file to train it.")

@@ -139,7 +139,13 @@ def _source(data: str) -> str:
 def _method(name: str, tasks: str, order: list[str]) -> dict[str, Any]:
     """What depends on the method and on how the tasks come."""
     about = f"`moelora presets {name}` has its words"
-    words = {"recipe": "", "more": "", "about": about, "rate": "2e-4", "about_rate": "usual for a LoRA"}
+    words = {
+        "recipe": "",
+        "more": "",
+        "about": about,
+        "rate": "2e-4",
+        "about_rate": "usual for a LoRA; small models want more",
+    }
     if order:
         words["recipe"] = "recipe: sequential  # the tasks one after the other, each into an expert of its own\n"
         words["about"] = "each expert"
@@ -149,7 +155,7 @@ def _method(name: str, tasks: str, order: list[str]) -> dict[str, Any]:
             "  router: centroids  # a prompt goes to the expert whose training prompts it is nearest to\n"
         )
     elif name != "lora":
-        words["rate"], words["about_rate"] = "5e-4", "an expert sees a part of the rows: 2 to 4 times that of a LoRA"
+        words["rate"], words["about_rate"] = "4e-4", "twice that of the LoRA, docs/training.md; small models want more"
         words["more"] = (
             "# A plain LoRA with as many trainable parameters on the same rows, which is hard to beat; null for none.\n"
             "baseline: {training: {learning_rate: 2e-4}}\n"
