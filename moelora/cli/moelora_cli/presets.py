@@ -120,8 +120,8 @@ def _advice(name: str, config: Any, source: Any) -> list[str]:
             "finds out about yours."
         )
         advice.append(
-            "With alpha twice an expert's rank start at twice the learning rate of a plain LoRA of equal size; with the "
-            "alpha of that LoRA at its rate (docs/training.md)."
+            "With alpha twice an expert's rank start at twice the learning rate of a LoRA of equal size; with the "
+            "alpha of that LoRA, at its rate (docs/training.md)."
         )
     targets = export_targets(config, is_routed=routed)
     advice += [f"`moelora export {each.command}` writes {each.words}." for each in targets if each.answer != "no"]
