@@ -82,9 +82,7 @@ def _beside(place: Path, *, is_folder: bool = False) -> Iterator[Path]:
     It is locked meanwhile, and the system drops a lock with its process: what is there without one was left by a
     process that was killed, and is removed first. Several processes may write one file at a time.
     """
-    for path in list(place.parent.iterdir()):
-        if re.fullmatch(rf"\.{re.escape(place.name)}-[0-9a-f]{{8}}\.part", path.name):
-            _remove_if_left(path)
+    _remove_leftovers(place.parent, re.escape(place.name))
     while True:
         path = place.with_name(f".{place.name}-{secrets.token_hex(4)}.part")
         if is_folder:
@@ -103,11 +101,27 @@ def _beside(place: Path, *, is_folder: bool = False) -> Iterator[Path]:
         _unlock(lock)
 
 
-def _remove_if_left(path: Path) -> None:
-    lock = _lock(path, wait=False)
-    if lock is not None:
-        _remove(path)
-        _unlock(lock)
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed here have left of files and folders that they were writing.
+
+    Each is removed by who writes it the next time, too; this is for what may never be written again.
+
+    Args:
+        folder: A folder of ours; it need not exist.
+    """
+    if folder.is_dir():
+        _remove_leftovers(folder, ".+")
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove those of files and folders whose names match the pattern `name`, but not what is being written."""
+    for path in list(folder.iterdir()):
+        if not re.fullmatch(rf"\.{name}-[0-9a-f]{{8}}\.part", path.name):
+            continue
+        lock = _lock(path, wait=False)
+        if lock is not None:
+            _remove(path)
+            _unlock(lock)
 
 
 def _remove(path: Path) -> None:

@@ -134,7 +134,10 @@ def checked_weights(
     if unplaced:
         faults.append(f"{len(unplaced)} of its tensors have no place ({unplaced[0]}, ...)")
     if empty:
-        faults.append(f"{len(empty)} places get no tensor ({empty[0]}, ...)")
+        there, lacking = ({key.partition(f".{PREFIX}")[0] for key in keys & own} for keys in (given.keys(), set(empty)))
+        whole = [name.removeprefix(_BASE) for name in sorted(lacking - there)]
+        these = f", all those of {', '.join(whole[:4])}{', ...' if len(whole) > 4 else ''}" if whole else ""
+        faults.append(f"{len(empty)} places get no tensor ({empty[0]}, ...){these}")
     placed = sorted(given.keys() & (own | needed | allowed))
     unequal = [key for key in placed if state[key].is_floating_point() and given[key].shape != state[key].shape]
     if unequal:

@@ -80,7 +80,8 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         """See `BaseTuner.inject_adapter`; the hooks are installed once the adapter is in place."""
         self.__dict__["_state_dict_keys"] = tuple(state_dict or ())
-        is_new = not any(layer.has_adapter(adapter_name) for layer in _layers(model))
+        hooks = own_hooks(model) or RunHooks(move_biases)
+        is_new = not any(layer.has_adapter(adapter_name) for layer in hooks.layers)
         try:
             _check_adapter_name(model, adapter_name)
             with undone_on_error(self):
@@ -104,8 +105,7 @@ class MoeLoraModel(BaseTuner):
             holder = plan[layer.name].router
             if holder is not None:
                 layer.routers[adapter_name] = layers[holder].routers[adapter_name]
-        hooks = own_hooks(model) or RunHooks(move_biases)
-        hooks.set_layers(list(_layers(model)))
+        hooks.set_layers(list(layers.values()))
         attach_hooks(model, hooks)
         add_tags = getattr(model, "add_model_tags", None)
         if add_tags is not None:
@@ -318,7 +318,8 @@ def _pass_adapter_names(
 
 
 def _layers(model: nn.Module) -> list[MixtureLinear | MixtureFeedForward]:
-    return [module for module in model.modules() if isinstance(module, (MixtureLinear, MixtureFeedForward))]
+    # not modules(): those of many adapters are many times as many
+    return [module for _, module in base_modules(model) if isinstance(module, (MixtureLinear, MixtureFeedForward))]
 
 
 def _block_bias_names(model: nn.Module) -> list[str]:

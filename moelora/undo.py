@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from moelora.layers.base import MoeLoraLayer
+from moelora.peft_type import PREFIX
 from moelora.routing.run import own_hooks
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -17,14 +19,15 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 class Snapshot:
     """How the modules of a model are put together: children, parameters, hooks, attributes, what is trained.
 
-    Values of tensors are not kept: what changes them is checked before it does.
+    Values of tensors are not kept: what changes them is checked before it does. Of the adapters that are there it is
+    only noted which there are and what of them is trained, since a model may have very many.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules: list[Any] = list(model.modules())
+        modules: list[Any] = _modules_around_adapters(model)
         hooks = [own_hooks(module) for module in modules]
         self._owners = [_Attributes(owner) for owner in (*modules, *(each for each in hooks if each is not None))]
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -36,6 +39,23 @@ class Snapshot:
         for parameter, trained in self._trained:
             if parameter.requires_grad != trained:
                 parameter.requires_grad = trained
+
+
+def _modules_around_adapters(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, with the containers of adapters and without what is in them."""
+    found: dict[nn.Module, None] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if module in found:
+            continue
+        found[module] = None
+        for name, child in module.named_children():
+            if isinstance(module, MoeLoraLayer) and name.startswith(PREFIX):
+                found[child] = None
+            else:
+                left.append(child)
+    return list(found)
 
 
 class _Attributes:

@@ -62,6 +62,18 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:3000])
 
 
+def without(module: str) -> Change:
+    """A file that has no tensor of a module at all."""
+
+    def apply(found: dict[str, Tensor]) -> None:
+        gone = [key for key in found if key.startswith(f"base_model.model.{module}.")]
+        assert gone
+        for key in gone:
+            del found[key]
+
+    return tensors(apply)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 FAULTS: dict[str, tuple[Change, str]] = {
     "an output head": (stranger("lm_head.weight"), r"no place \(base_model.model.lm_head.weight"),
@@ -76,7 +88,13 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "bool": (first(lambda tensor: tensor.bool()), r"is torch.bool; allowed"),
     "fp8": (first(lambda tensor: tensor.to(torch.float8_e4m3fn)), r"is torch.float8_e4m3fn; allowed"),
     "another shape": (first(lambda tensor: tensor[:1].clone()), r"moelora_B\S+ is \[1, .* and should be"),
-    "a tensor less": (tensors(lambda found: found.pop(next(iter(found)))), "places get no tensor"),
+    "a tensor less": (tensors(lambda found: found.pop(next(iter(found)))), r"places get no tensor \(\S+, ...\)\. Al"),
+    "no tensor of a linear": (without(Q), rf"2 places get no tensor \(\S+, ...\), all those of {Q}\."),
+    "no tensor of a block": (without("model.layers.1.mlp"), r"get no tensor \(.*\), all those of model.layers.1.mlp\."),
+    "no tensor of a layer": (
+        without("model.layers.1"),
+        r"all those of model.layers.1.mlp, \S+k_proj, \S+o_proj, \S+, \.",
+    ),
     "half a file": (cut, "cannot be loaded: Error while deserializing header"),
     "no file": (lambda folder: (folder / WEIGHTS).unlink(), "has no weights; allowed: a folder with"),
     "no JSON": (lambda folder: (folder / CONFIG).write_bytes(b"\xff{"), "is not readable as JSON"),

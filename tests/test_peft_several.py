@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from moelora import undo
 from moelora.errors import AdapterNameError
 from tests.adapters import adapted, adapter_tensors, outputs, shake, small_config, tuner_layers, two_adapters
 from tests.conftest import tiny_batch, tiny_model
@@ -30,6 +31,25 @@ def test_adding_an_adapter_leaves_the_active_one_alone() -> None:
     assert model.active_adapters == ["first"]
     assert torch.equal(outputs(model), before)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_adding_an_adapter_notes_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be able to undo it: else the hundredth takes many times as long as the second."""
+    noted: list[Any] = []
+
+    class Counted(undo._Attributes):
+        def __init__(self, owner: Any) -> None:
+            noted.append(owner)
+            super().__init__(owner)
+
+    monkeypatch.setattr(undo, "_Attributes", Counted)
+    model = get_peft_model(tiny_model(), small_config("sira"))
+    counts = []
+    for index in range(3):
+        noted.clear()
+        model.add_adapter(f"further{index}", small_config("sira"))
+        counts.append(len(noted))
+    assert set(counts) == {len({id(owner) for owner in noted})}
 
 
 def test_an_adapter_takes_the_mode_of_the_model() -> None:

@@ -191,7 +191,7 @@ def train_stage(
         trainer_class: Makes the trainer.
 
     Raises:
-        RunError: If a checkpoint cannot be read.
+        RunError: If a checkpoint cannot be read, or FSDP is on.
         TrainingError: If training diverges; what was saved before stays.
     """
     label = label or stage
@@ -204,6 +204,12 @@ def train_stage(
     # before the trainer adds a copy as its reference
     trainable, total = model.get_nb_trainable_parameters()
     trainer = make_trainer(model, args, rows, tokenizer, trainer_class)
+    if trainer.is_fsdp_enabled:
+        raise RunError(
+            "FSDP is on (training.fsdp, or --use_fsdp of accelerate), and this program saves an adapter from one "
+            "process, which then has shards; allowed: data parallelism (torchrun), or moelora's trainers in a program "
+            "of your own."
+        )
     fit_unfitted(model, trainer.train_dataset)
     experts = getattr(peft_config, "experts", None)
     name = getattr(peft_config, "preset", None) or (f"{experts.num_experts} experts" if experts else "plain LoRA")

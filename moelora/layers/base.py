@@ -167,10 +167,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if adapter_name in container:
                 del container[adapter_name]
 
-    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
-        """PEFT calls it wherever it has given an adapter's tensors their gradients."""
-        for parts in self.parts.values():
-            for part in parts.values():
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        """PEFT calls it wherever it has given tensors their gradients, with the adapters that they are of."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in self.parts if names is None else names:
+            for part in self.parts.get(name, {}).values():
                 part.freeze_untrained()
 
     def lora_factors(self, role: str, adapter: str) -> Factors | None:

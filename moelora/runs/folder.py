@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moelora.errors import RunError
-from moelora.files import write_atomically
+from moelora.files import remove_leftovers, write_atomically
 from moelora.runs.config import RunConfig, save_config
 from moelora.runs.yaml_file import parse_yaml
 
@@ -96,7 +96,7 @@ class RunDir:
         return bool(state["global_step"] >= state["max_steps"])
 
     def open(self, config: RunConfig, *, restart: bool = False) -> None:
-        """Start the run in this folder, or resume it.
+        """Start the run in this folder, or resume it; half-written stages of a run that was killed are removed.
 
         Args:
             config: What is to be run.
@@ -116,6 +116,9 @@ class RunDir:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             save_config(config, self.config_file)
+            # a stage that was being written when the last run was killed is perhaps none of this run's
+            for place in (self.root, self.root / STAGES):
+                remove_leftovers(place)
         except OSError as error:
             raise RunError(
                 f"output_dir {str(self.root)!r} cannot be written: {error.strerror}. Give the name of a folder in "

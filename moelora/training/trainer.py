@@ -31,6 +31,7 @@ from moelora.training.finite import check_gradient, check_loss, check_weights
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
 from moelora.training.router_training import RouterTraining, router_rate
+from moelora.training.sharding import prepare_sharding
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -65,7 +66,8 @@ class MoeLoraTrainerMixin(_Base):
             logged as `router_learning_rate`. None treats them as all else. The other arguments are the trainer's.
 
     Raises:
-        ConfigError: If the trainer would wrap the model in `DataParallel`, or generate with vLLM.
+        ConfigError: If the trainer would wrap the model in `DataParallel`, generate with vLLM, or train under FSDP what
+            FSDP cannot shard.
     """
 
     data_collator: Any
@@ -91,6 +93,9 @@ class MoeLoraTrainerMixin(_Base):
                 "forward; allowed: one process per GPU (torchrun --nproc_per_node), or one GPU "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
+        hooks = find_hooks(self.model)
+        if hooks is not None and self.is_fsdp_enabled:
+            prepare_sharding(self.model, hooks)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns to keep: those of the trainer, and the facts of a batch."""

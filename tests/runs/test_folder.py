@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset
 
 from moelora.errors import RunError
+from moelora.files import new_folder
 from moelora.runs.config import BaselineConfig, DatasetConfig, RunConfig
-from moelora.runs.folder import ADAPTER, BASELINE, RunDir
+from moelora.runs.folder import ADAPTER, BASELINE, RunDir, task_stage
 
 
 def run_config(root: Path) -> RunConfig:
@@ -54,6 +55,22 @@ def test_a_changed_configuration_is_refused_with_what_changed(tmp_path: Path) ->
     run.open(changed, restart=True)
     assert run.last_checkpoint(ADAPTER) is None
     run.open(changed)
+
+
+@pytest.mark.parametrize("stage", [ADAPTER, BASELINE, task_stage(2, "b"), task_stage(1, "a", BASELINE)])
+def test_a_stage_that_a_kill_left_half_written_is_gone_on_resuming(stage: str, tmp_path: Path) -> None:
+    """Without `baseline`, too, where nobody writes that stage again; what is being written stays."""
+    run, config = RunDir(tmp_path), run_config(tmp_path)
+    run.open(dataclasses.replace(config, baseline=BaselineConfig()))
+    place = run.stage(stage).parent
+    half = place / f".{run.stage(stage).name}-0123abcd.part"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_text("half")
+    (place / ".notes.part").touch()
+    with new_folder(place / "other") as other:
+        run.open(config)
+        assert {path.name for path in place.glob(".*")} == {".notes.part", other.name}
+    assert not half.exists()
 
 
 def test_before_anything_is_trained_every_change_is_welcome(tmp_path: Path) -> None:

@@ -143,6 +143,22 @@ def test_a_signal_ends_training_with_a_checkpoint(
     assert all(tensor.equal(found[key]) for key, tensor in expected.items())
 
 
+def test_fsdp_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = sft.make_trainer
+
+    def sharding(*args: Any, **kwargs: Any) -> Any:
+        trainer = make(*args, **kwargs)
+        trainer.is_fsdp_enabled = True  # a single process on a CPU never has it
+        return trainer
+
+    monkeypatch.setattr(sft, "make_trainer", sharding)
+    assert main([str(write_run(tmp_path))]) == 1
+    assert "FSDP is on (training.fsdp, or --use_fsdp of accelerate)" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/*/checkpoint-*"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_kill_while_the_adapter_is_written(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last checkpoint is there: nothing is trained again, and what the kill has left is gone."""

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,26 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def run_two_processes(module: str, path: Path, timeout: float = 300) -> list[dict[str, Any]]:
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE_FSDP = [
+    *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
+]
+
+
+def run_two_processes(
+    module: str, path: Path, timeout: float = 300, launcher: Sequence[str] = TORCHRUN
+) -> list[dict[str, Any]]:
     """What the two processes of `python -m module path` saved in `path.0` and `path.1`."""
     command = [
         sys.executable,
         "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
+        *launcher,
+        "--main_process_port" if "accelerate" in launcher[0] else "--master_port",
     ]
+    command.append(str(free_port()))
     done = subprocess.run(
         [*command, "-m", module, str(path)],
         cwd=ROOT,

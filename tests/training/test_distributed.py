@@ -1,4 +1,4 @@
-"""Two data-parallel processes (gloo, started by torchrun) equal one: loss, gradients, balance losses, load, biases."""
+"""Two processes (gloo), data-parallel or under FSDP2, equal one: loss, gradients, balance losses, load, biases."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
+from moelora.errors import TargetError
 from tests.adapters import adapted, adapter_tensors
-from tests.training.processes import run_two_processes
+from tests.conftest import tiny_model
+from tests.training.processes import ACCELERATE_FSDP, run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
+from tests.training.two_fsdp_processes import CASES as FSDP_CASES
+from tests.training.two_fsdp_processes import trained
 from tests.training.two_processes import CASES, SMORA, checkpointed
 
 pytestmark = pytest.mark.distributed
@@ -45,3 +51,32 @@ def test_one_process_alone_would_move_the_biases_otherwise() -> None:
     both = adapter_tensors(train(adapted("smora", **SMORA), toy_rows(8)[:4]).trainer.model)
     alone = adapter_tensors(train(adapted("smora", **SMORA), toy_rows(8)[:2], batch=2).trainer.model)
     assert any(not torch.equal(alone[name], tensor) for name, tensor in both.items() if name.endswith(".bias"))
+
+
+def test_fsdp_of_two_processes_equals_one(tmp_path: Path) -> None:
+    """Each holds half of every parameter; loss, gradients' norm and the saved adapter are those of one process."""
+    ranks = run_two_processes("tests.training.two_fsdp_processes", tmp_path / "two", launcher=ACCELERATE_FSDP)
+    expected = {name: trained(tmp_path / f"one-{name}", 1, **words) for name, words in FSDP_CASES.items()}
+    expected["resumed"] = expected["plain"]
+    for rank in ranks:
+        assert rank.keys() == expected.keys()
+        for name, found in rank.items():
+            assert found["fsdp"]
+            assert found["sharded"] == found["parameters"] == expected[name]["parameters"]
+            assert found["elements_here"] == pytest.approx(expected[name]["elements_here"] / 2, rel=0.1)
+            for log, wanted in zip(found["logs"], expected[name]["logs"], strict=True):
+                assert log == pytest.approx(wanted, rel=1e-4), name
+    for name in FSDP_CASES:
+        one, two = (
+            load_file(tmp_path / f"{count}-{name}/adapter/adapter_model.safetensors") for count in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=2e-5)
+    # the base is known, though the process that saves has a half of each weight
+    folder = str(tmp_path / "two-plain/adapter")
+    PeftModel.from_pretrained(tiny_model(), folder)
+    other = tiny_model()
+    other.lm_head.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(TargetError, match="the values of lm_head.weight are others"):
+        PeftModel.from_pretrained(other, folder)
