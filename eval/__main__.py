@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="ROWS",
         help="JSON, JSONL, CSV or Parquet files with commas between, whose rows have prompt and completion, or "
-        "messages; scored are exact answers and the loss",
+        "messages, or the columns that the run names; scored are exact answers and the loss",
     )
     parser.add_argument(
         "--stages", action="store_true", help="of a run of tasks one after the other: score the adapter after each too"
@@ -117,8 +117,13 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
         word = "--data" if options.data else "--stages"
         raise RunError(f"{word} and --suite {options.suite!r} are both given; leave one out.")
     if options.suite is None or own:
+        if options.stages and (options.data or options.beside):
+            raise RunError("--stages scores a run's own tasks; leave --data and --beside out.")
         if options.protocol:
             raise RunError("--protocol does not apply to rows and problems of a run's own tasks; leave it out.")
+        data = [part.strip() for part in (options.data or "").split(",") if part.strip()]
+        if options.data is not None and not data:
+            raise RunError(f"--data is {options.data!r}; allowed: files of rows.")
         from eval.scoring.own_problems import evaluate, evaluate_stages
 
         if options.stages:
@@ -128,7 +133,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
             options.config,
             options.limit,
             options.batch_size,
-            data=[part.strip() for part in (options.data or "").split(",") if part.strip()],
+            data=data,
             model=options.model,
             others=options.beside,
         )

@@ -23,7 +23,7 @@ from moelora.files import write_atomically
 from moelora.runs.config import RunConfig, save_config
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
-from moelora.runs.folder import HARMLESS, STAGES, RunDir, changes, rows_digest
+from moelora.runs.folder import HARMLESS, STAGES, RunDir, changes, rows_digest, with_defaults
 from moelora.runs.models import load_tokenizer
 from moelora.runs.wording import minutes
 
@@ -153,13 +153,20 @@ def _open(
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    elif file.is_file() and (changed := changes(json.loads(file.read_text()), now, _IGNORED)):
+    elif file.is_file() and (changed := changes(_before(file), now, _IGNORED)):
         raise RunError(
             f"--out {str(folder.root)!r} holds a diagnosis of another configuration: {'; '.join(changed)}. Give "
             "another --out, undo the change, or --restart to throw the old one away."
         )
     write_atomically(file, json.dumps(now, indent=1) + "\n")
     save_config(config, folder.config_file)
+
+
+def _before(file: Path) -> dict[str, Any]:
+    """What a diagnosis was started with; keys of the configuration that came later are at their defaults."""
+    before: dict[str, Any] = json.loads(file.read_text())
+    own = {field.name for field in dataclasses.fields(RunConfig)} & before.keys()
+    return {**before, **with_defaults({name: before[name] for name in own})}
 
 
 def _show(plan: Plan, split: Split) -> None:

@@ -92,6 +92,8 @@ def _merge(name: str, protocol: str | None, parts: list[tuple[str, Json]]) -> Js
         "protocol": protocol,
         "models": list(columns),
         "rows": ordered,
+        # each run held out rows of its own
+        "losses": {},
         "any_floor": any(evaluation["any_floor"] for _, evaluation in parts),
     }
 

@@ -40,11 +40,7 @@ def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple
         elif table is not None:
             shown.append(table)
     if len(stages.get("adapter", {})) > 1 and not shown and not notes:
-        first = next(path for path in sorted((run / "stages").glob("[0-9]*-*")))
-        notes.append(
-            "No scores by stage, which show what is forgotten: score each stage, "
-            f"`moelora eval {first} --config {run / 'config.yaml'}` and so on."
-        )
+        notes.append(f"No scores by stage, which show what is forgotten: `moelora eval {run} --stages` makes them.")
     return shown, notes
 
 

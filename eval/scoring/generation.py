@@ -69,6 +69,13 @@ def answer(
         hook.remove()
 
 
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and what the model says ends a turn of its chats."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 def _contiguous(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The last position of each prompt, cut out of all positions, makes torch copy a frozen head once for each row."""
     return tuple(x.contiguous() for x in inputs)
@@ -99,7 +106,7 @@ def _answer(
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=_ends(model, tokenizer),
             )
             if routing is not None and shared is not None:
                 _count(routing.records, halves, batch, inputs["attention_mask"], shared)
@@ -139,9 +146,14 @@ def _count(
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Number of first and of last tokens in which all prompts agree: those of the chat template and system message."""
+    """Number of first and of last tokens in which all prompts agree: those of the chat template and system message.
+
+    Of one prompt alone, or where one is the beginning of all others, they cannot be told apart, so that all counts.
+    """
     shortest = min(map(len, prompts))
     first = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
+    if first == shortest:
+        return 0, 0
     rest = shortest - first
     last = next((i for i in range(rest) if len({prompt[-1 - i] for prompt in prompts}) > 1), rest)
     return first, last

@@ -33,7 +33,8 @@ def losses_of_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         RunError: If a row has no labelled token behind its first one.
     """
-    logits_NSV = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+    # with the labels, by which routing by sequence knows where the prompt ends
+    logits_NSV = model(**batch).logits[:, :-1]
     targets_NS = batch["labels"][:, 1:]
     counted_NS = targets_NS != -100
     count_N = counted_NS.sum(1)
@@ -45,13 +46,14 @@ def losses_of_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, examples: Sequence[Example]) -> list[float]:
+def row_losses(model: nn.Module, examples: Sequence[Example], batch_size: int = BATCH) -> list[float]:
     """The loss of each row, see `losses_of_rows`.
 
     Args:
         model: A causal language model in eval mode.
         examples: Tokenised rows with labels.
+        batch_size: Rows at once.
     """
     device = next(model.parameters()).device
-    parts = track(batches(examples, BATCH, device), "scoring rows", math.ceil(len(examples) / BATCH))
+    parts = track(batches(examples, batch_size, device), "scoring rows", math.ceil(len(examples) / batch_size))
     return [loss for batch in parts for loss in losses_of_rows(model, batch).tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from moelora.files import write_atomically
 from moelora.runs.config import RunConfig
 from moelora.runs.data import load_rows, task_names
 from moelora.runs.folder import STAGES, RunDir
-from moelora.runs.models import load_tokenizer
+from moelora.runs.held_out import prompt_key
+from moelora.runs.models import ModelSource, load_tokenizer
 from moelora.runs.tables import terminal
 from moelora.runs.wording import minutes
 
@@ -37,7 +39,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run or an adapter and write metrics.json, report.md and the pictures.
 
-    They lie in the folder of the run or adapter; with `data` in its `results`, in a folder named as the first file.
+    They lie in the folder of the run or adapter; with `data` in its `results`, in a folder named as the files.
 
     Args:
         source: As on the command line of `moelora eval`.
@@ -55,18 +57,20 @@ def evaluate(
         RunError: If there is nothing to evaluate, or no way to.
     """
     started = time.monotonic()
+    trained: RunConfig | ModelSource
     if data:
         trained, contestants, place = find_suite_models(source, config_file, model)
         config = run_on_rows(trained, source, data)
-        folder = place / "results" / Path(data[0]).stem
+        names = "-".join(Path(file).stem for file in data)
+        folder = place / "results" / f"rows-{re.sub(r'[^A-Za-z0-9_.-]+', '-', names)}"
     elif model is not None:
         raise RunError(f"--model {model!r} is given without --data; leave it out: the configuration names the model.")
     else:
         trained, contestants, folder = find_contestants(source, config_file)
         config = trained
-    contestants = distinct([*contestants[:-1], *map(_beside, others), contestants[-1]])
+    contestants = distinct([contestants[0], *map(_beside, others), *contestants[1:]])
     tokenizer = load_tokenizer(config)
-    tasks = _tasks(config, trained, tokenizer, limit)
+    tasks = _tasks(config, trained, RunDir(Path(config_file).parent if config_file else source), tokenizer, limit)
     results = own_tasks.run(config, contestants, tasks, tokenizer, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     routing = heatmaps.RoutingMap.of(results.routing) if results.routing else None
@@ -77,16 +81,13 @@ def evaluate(
     words += [("--batch-size", batch_size), *(("--beside", other) for other in others)]
     receipt = make_receipt(
         config=dataclasses.asdict(config),
-        seeds={
-            "training": config.training.get("seed", 42),
-            "training rows": config.dataset.seed,
-            "evaluation problems": config.evaluation.seed,
-        },
+        seeds=_seeds(trained),
         seconds=time.monotonic() - started,
         command=shlex.join(["moelora", "eval", source, *(str(w) for pair in words if pair[1] for w in pair)]),
     )
     found = own_report.metrics(results, contestants, routing, receipt)
-    metrics_file = own_report.write_metrics(found, folder, [] if data else contestants)
+    # beside the adapter, for its card, are the scores that the run itself asks for
+    metrics_file = own_report.write_metrics(found, folder, [] if data or others else contestants)
     report_file = own_report.write_report(results, contestants, routing, pictures, found, folder)
 
     print("\nExact answers in percent, ± standard error\n")
@@ -105,6 +106,14 @@ def evaluate(
     lines += [f"  moelora push {adapter} YOUR_NAME/YOUR_ADAPTER", "To look at scores, curves and routing in a browser:"]
     print("\n".join([*lines, f"  moelora report {place if data else folder}"]), flush=True)
     return found
+
+
+def _seeds(trained: RunConfig | ModelSource) -> dict[str, int]:
+    """What was random: nothing that is known of an adapter without a run."""
+    if not isinstance(trained, RunConfig):
+        return {}
+    seeds = {"training": trained.training.get("seed", 42), "training rows": trained.dataset.seed}
+    return seeds | ({"evaluation problems": trained.evaluation.seed} if trained.dataset.tasks else {})
 
 
 def evaluate_stages(source: str, limit: int | None = None, batch_size: int | None = None) -> None:
@@ -138,16 +147,34 @@ def _beside(word: str) -> Contestant:
     return beside(word)
 
 
-def _tasks(config: RunConfig, trained: Any, tokenizer: Any, limit: int | None) -> list[TaskResult]:
+def _tasks(
+    config: RunConfig, trained: RunConfig | ModelSource, run: RunDir, tokenizer: Any, limit: int | None
+) -> list[TaskResult]:
     """The problems.
 
+    Args:
+        config: What to score on.
+        trained: The run, or the base model of an adapter that has none.
+        run: Where the run noted what it was trained on.
+        tokenizer: Of the base model.
+        limit: Problems per task; None takes all rows, and of reasoning-gym as many as the run says.
+
     Raises:
-        RunError: If there are none.
+        RunError: If there are none, or the rows that were held out are not those that would be now.
     """
-    if config.dataset.tasks or not (config.dataset.held_out or config is not trained):
+    is_own = config is trained
+    if config.dataset.tasks or (is_own and not config.dataset.held_out):
         return own_tasks.make_problems(config, tokenizer, limit)
-    rows = load_rows(config.dataset, tokenizer, config.recipe, held_out=config.dataset.held_out > 0)
+    rows = load_rows(config.dataset, tokenizer, config.recipe, held_out=is_own)
     numbers: list[str] = []
     if isinstance(trained, RunConfig):
-        numbers = task_names(load_rows(trained.dataset, tokenizer, trained.recipe), trained.dataset)
+        seen = load_rows(trained.dataset, tokenizer, trained.recipe)
+        numbers = task_names(seen, trained.dataset)
+        if is_own:
+            run.check_rows_are(seen)
+        else:
+            keys = {prompt_key(row, 0) for row in seen}
+            known = sum(prompt_key(row, 0) in keys for row in rows)
+            if known:
+                print(f"Note: the run was trained on the prompts of {known} of these {len(rows)} rows.", flush=True)
     return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit)

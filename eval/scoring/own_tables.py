@@ -46,6 +46,11 @@ def _table(
     return header, [*rows, [*last, *([show(macro(gaps), sign=True)] if paired else [])]]
 
 
+def _too_few(results: OwnResults) -> str:
+    """The first task with one problem alone, whose mean has no standard error."""
+    return next((task.task for task in results.tasks if len(task.problems) < 2), "")
+
+
 def nats(score: Score, sign: bool = False) -> str:
     """A loss with its standard error."""
     return f"{score.value:{'+' if sign else ''}.3f} ± {score.stderr:.3f}"
@@ -58,7 +63,7 @@ def notes(results: OwnResults) -> list[str]:
 
 def loss_verdict(results: OwnResults) -> str:
     """Whether the losses of the adapter and the baseline differ by more than chance, in words; empty without both."""
-    if len(results.models) < 3 or not results.has_losses:
+    if len(results.models) < 3 or not results.has_losses or _too_few(results):
         return ""
     ours, theirs = results.models[-1], results.models[-2]
     gap = macro([difference(task.losses[ours], task.losses[theirs]) for task in results.tasks])
@@ -72,6 +77,8 @@ def verdict(results: OwnResults) -> str:
     """Whether the adapter and the baseline differ by more than chance, in words; empty without a baseline."""
     if len(results.models) < 3:
         return ""
+    if few := _too_few(results):
+        return f"No difference can be told: one problem alone of {few}, and a standard error needs two."
     ours, theirs = results.models[-1], results.models[-2]
     gap = macro([difference(task.exact(ours), task.exact(theirs)) for task in results.tasks])
     return judging.verdict(ours, theirs, gap)

@@ -13,9 +13,9 @@ from typing import Any
 
 from eval.scoring.generation import RoutingCounts, answer, shared_tokens
 from eval.scoring.judging import majority_share
-from eval.scoring.losses import Example, row_losses
+from eval.scoring.losses import BATCH, Example, row_losses
 from eval.scoring.routing import TokenView, chosen_by_task, has_routers, token_views
-from eval.scoring.sources import Contestant
+from eval.scoring.sources import BESIDE, Contestant
 from moelora import batch_facts
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
@@ -142,8 +142,11 @@ def problems_of_rows(rows: Any, tokenizer: Any, numbers: Sequence[str], limit: i
                 "the rows are texts without prompts, so that there is nothing to answer; allowed: prompt and "
                 "completion, or messages. --suite scores on tasks of lm-eval."
             )
-        problems = [Problem(task, _question_of(row), _answer_of(row), entry={}) for row in own]
-        majority = majority_share([problem.answer for problem in problems])
+        answers = [tokenizer.decode(_answer(example), skip_special_tokens=True).strip() for example in examples]
+        problems = [
+            Problem(task, _question_of(row), answer, entry={}) for row, answer in zip(own, answers, strict=True)
+        ]
+        majority = majority_share(answers)
         number = numbers.index(task) if task in numbers else None
         results.append(TaskResult(task, problems, 0, majority, prompts, examples, number))
     return results
@@ -155,15 +158,14 @@ def _prompt(example: Example) -> list[int]:
     return list(example["input_ids"])[: next((i for i, label in enumerate(labels) if label != -100), len(labels))]
 
 
+def _answer(example: Example) -> list[int]:
+    """The tokens that are taught, with what the chat template puts around the row's own words."""
+    return [label for label in example.get("labels") or [] if label != -100]
+
+
 def _question_of(row: Mapping[str, Any]) -> str:
     """The last words of a row's prompt."""
     return _question(row["prompt"]) if "prompt" in row else str(row["messages"][-2]["content"])
-
-
-def _answer_of(row: Mapping[str, Any]) -> str:
-    """The answer that a row teaches."""
-    completion = row["completion"] if "completion" in row else row["messages"]
-    return (completion if isinstance(completion, str) else str(completion[-1].get("content") or "")).strip()
 
 
 def _question(prompt: Any) -> str:
@@ -223,10 +225,12 @@ def run(
     for contestant in contestants:
         started = time.monotonic()
         model = contestant.load(config)
-        routed = contestant.role == "adapter" and has_routers(model)
+        # two halves of a task's prompts are compared
+        comparable = all(len(task.problems) > 1 for task in results.tasks)
+        routed = contestant.role == "adapter" and has_routers(model) and comparable
         for task in results.tasks:
             began = time.monotonic()
-            with facts_of(model, task):
+            with facts_of(model, task, is_of_run=contestant.role != BESIDE):
                 answers, halves = answer(
                     model,
                     tokenizer,
@@ -236,7 +240,7 @@ def run(
                     shared=shared if routed else None,
                 )
                 if task.examples:
-                    task.losses[contestant.name] = row_losses(model, task.examples)
+                    task.losses[contestant.name] = row_losses(model, task.examples, batch_size or BATCH)
             task.answers[contestant.name] = answers
             task.scores[contestant.name] = verify(task, config, answers)
             if routed:
@@ -246,7 +250,7 @@ def run(
         if routed:
             results.views = []
             for task in results.tasks:
-                with facts_of(model, task):
+                with facts_of(model, task, is_of_run=True):
                     results.views += token_views(model, tokenizer, {task.task: task.prompts})
         if contestant.role == "adapter":
             results.chosen = chosen_by_task(model, {task.task: task.prompts for task in results.tasks})
@@ -255,8 +259,13 @@ def run(
     return results
 
 
-def facts_of(model: Any, task: TaskResult) -> AbstractContextManager[None]:
+def facts_of(model: Any, task: TaskResult, *, is_of_run: bool) -> AbstractContextManager[None]:
     """What an adapter that has a table of tasks has to know of a batch: the number that the task has in training.
+
+    Args:
+        model: The model.
+        task: The task.
+        is_of_run: Whether it was trained in the run whose tasks are numbered.
 
     Raises:
         RunError: If that is not known.
@@ -264,7 +273,7 @@ def facts_of(model: Any, task: TaskResult) -> AbstractContextManager[None]:
     adapters = getattr(model, "peft_config", {}).values()
     if not any(hasattr(getattr(adapter, "scores", None), "num_tasks") for adapter in adapters):
         return nullcontext()
-    if task.task_id is None:
+    if task.task_id is None or not is_of_run:
         raise RunError(
             f"the adapter routes by the task, and it is not known which number {task.task!r} had in training; allowed: "
             "the folder of its run, and rows whose column task has names of that run."
@@ -274,6 +283,8 @@ def facts_of(model: Any, task: TaskResult) -> AbstractContextManager[None]:
 
 def room(task: TaskResult, tokenizer: Any) -> int:
     """Tokens for an answer: those of the longest reference, its end, and a little talk that must not cut it off."""
+    if task.examples:
+        return max(len(_answer(example)) for example in task.examples) + 4
     return max(len(tokenizer(problem.answer)["input_ids"]) for problem in task.problems) + 4
 
 

@@ -15,6 +15,7 @@ from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import ModelSource, load_adapter, load_model
 from moelora.runs.recipes import RECIPES
 
+BESIDE = "beside"
 # What tables call a preset.
 TITLES = {
     "mixlora": "MixLoRA",
@@ -31,7 +32,7 @@ class Contestant:
 
     Args:
         name: Its name in tables.
-        role: "base", "baseline" or "adapter".
+        role: "base", "baseline", "adapter", or `BESIDE` for one that was asked for beside them.
         adapter: Folder or Hub name of its adapter; None for the base model.
         training: What the run noted of its training, if it was trained by one.
     """
@@ -120,19 +121,34 @@ def run_on_rows(config: RunConfig | ModelSource, source: str, files: Sequence[st
         files: The files; columns and system message are the run's.
     """
     if isinstance(config, RunConfig):
-        return replace(config, dataset=replace(config.dataset, tasks=None, hub=None, files=list(files), held_out=0.0))
+        words: dict[str, Any] = {"tasks": None, "hub": None, "files": list(files), "held_out": 0.0, "limit": None}
+        return replace(config, recipe="sft", sequential=None, dataset=replace(config.dataset, **words))
     dataset = DatasetConfig(files=list(files))
-    words: dict[str, Any] = {"dtype": config.dtype, "model_kwargs": config.model_kwargs}
+    words = {"dtype": config.dtype, "model_kwargs": config.model_kwargs}
     return RunConfig(model=config.model, output_dir=source, dataset=dataset, adapter={"path": source}, **words)
 
 
 def distinct(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """With the folder in the name where two would have the same."""
-    names = [contestant.name for contestant in contestants]
-    return [
-        replace(each, name=f"{each.name} ({each.adapter})") if names.count(each.name) > 1 else each
-        for each in contestants
-    ]
+    """With the end of its folder's name behind the name of a model where two would have the same.
+
+    Raises:
+        RunError: If one is given twice.
+    """
+    given = [Path(each.adapter).as_posix() for each in contestants if each.adapter is not None]
+    twice = next((adapter for adapter in given if given.count(adapter) > 1), None)
+    if twice is not None:
+        raise RunError(f"the adapter {twice!r} is given twice; leave one out.")
+    found, depth = list(contestants), 0
+    while len({each.name for each in found}) < len(found):
+        depth += 1
+        names = [each.name for each in contestants]
+        found = [
+            replace(each, name=f"{each.name} ({'/'.join(Path(each.adapter).parts[-depth:])})")
+            if each.adapter is not None and names.count(each.name) > 1
+            else each
+            for each in contestants
+        ]
+    return found
 
 
 def _results_of_adapter(source: str) -> Path:
@@ -151,7 +167,7 @@ def _results_of_adapter(source: str) -> Path:
 
 def beside(adapter: str) -> Contestant:
     """An adapter to compare with."""
-    return Contestant(_name(adapter), "baseline", adapter)
+    return Contestant(_name(adapter), BESIDE, adapter)
 
 
 def read_adapter_config(adapter: str) -> Any:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 # Above it there are so many zeros that a number for each element costs as much.
 _SPARSE = 0.25
+# Below it gaps are longer than numbers of double precision tell apart.
+_LEAST = 1e-6
 
 
 class LoraDropout(nn.Dropout):
@@ -36,7 +38,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
         p: From 0 to 1.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not 0 < p <= _SPARSE or x.device.type != "cpu" or is_traced:
+    # a subclass has values of its own, or none
+    if not _LEAST <= p <= _SPARSE or x.device.type != "cpu" or is_traced or type(x) not in (Tensor, nn.Parameter):
         return F.dropout(x, p)
     zeroed: Tensor = _Zeroed.apply(x, zeros(x.numel(), p), 1 / (1 - p))
     return zeroed
@@ -53,7 +56,7 @@ def zeros(n: int, p: float) -> Tensor:
     parts, last = [], -1
     while last < n:
         # six standard deviations more than expected: one draw is enough but once in a billion
-        gaps = torch.empty(int(expected + 6 * math.sqrt(expected)) + 16, dtype=torch.float64)
+        gaps = torch.empty(int(expected + 6 * math.sqrt(expected)) + 16, dtype=torch.float64, device="cpu")
         places = gaps.exponential_(-math.log1p(-p)).long().add_(1).cumsum(0).add_(last)
         parts.append(places)
         last = int(places[-1])
@@ -78,4 +81,5 @@ class _Zeroed(torch.autograd.Function):
 
 def _with_zeros(x: Tensor, places: Tensor, scale: float) -> Tensor:
     y = (x * scale).contiguous()
-    return y.view(-1).index_fill_(0, places, 0).view(x.shape)
+    y.view(-1).index_fill_(0, places, 0)
+    return y

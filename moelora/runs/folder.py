@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moelora.errors import RunError
+from moelora.errors import MoeLoraError, RunError
 from moelora.files import remove_leftovers, write_atomically
 from moelora.runs.config import RunConfig, save_config
+from moelora.runs.schema import build
 from moelora.runs.yaml_file import parse_yaml
 
 ADAPTER = "adapter"
@@ -140,6 +141,20 @@ class RunDir:
             )
         write_atomically(file, json.dumps(found, indent=2) + "\n")
 
+    def check_rows_are(self, rows: Any) -> None:
+        """Refuse training rows that are not those that were noted: what would be held out of them may be trained on.
+
+        Raises:
+            RunError: If they differ.
+        """
+        file = self.root / "rows.json"
+        if file.is_file() and json.loads(file.read_text()) != rows_digest(rows):
+            raise RunError(
+                f"the training rows are not those of the run {str(self.root)!r} any more, so that what is held out of "
+                "them now may have been trained on; needed: files, dataset.seed and dataset.held_out as in training. "
+                "Rows that the run has not seen can be scored with --data."
+            )
+
     def _has_work(self) -> bool:
         of_tasks = {
             f"{STAGES}/{path.name}"
@@ -157,12 +172,21 @@ class RunDir:
         ignored: tuple[str, ...] = HARMLESS
         if not self.is_finished(BASELINE) and self.last_checkpoint(BASELINE) is None:
             ignored = (*HARMLESS, "baseline")
-        changed = changes(parse_yaml(self.config_file.read_text()), dataclasses.asdict(config), ignored)
+        before = with_defaults(parse_yaml(self.config_file.read_text()))
+        changed = changes(before, dataclasses.asdict(config), ignored)
         if changed:
             raise RunError(
                 f"output_dir {str(self.root)!r} holds a run of another configuration: {'; '.join(changed)}. Give "
                 "another output_dir, undo the change, or --restart to throw the old run away."
             )
+
+
+def with_defaults(words: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the keys that came later at their defaults; as it is where it cannot be read."""
+    try:
+        return dataclasses.asdict(build(RunConfig, words, "the configuration"))
+    except MoeLoraError:
+        return words
 
 
 def rows_digest(rows: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,18 +12,17 @@ from moelora.errors import RunError
 
 
 def prompt_key(row: Mapping[str, Any], seed: int) -> str:
-    """A number for the prompt of a row, the same wherever the prompt comes again; of a text, for all of it.
+    """A number for the prompt of a row, the same wherever the prompt comes again.
+
+    Of a chat it is what comes before the first reply, since a longer chat may hold a shorter one; of a text all of it.
 
     Args:
-        row: Has `prompt`, `messages`, the last of which is the answer, or `text`.
+        row: Has `prompt`, `messages` or `text`.
         seed: Another one gives other numbers.
     """
-    if row.get("prompt") is not None:
-        prompt = row["prompt"]
-    elif row.get("messages"):
-        prompt = row["messages"][:-1] or row["messages"]
-    else:
-        prompt = row.get("text")
+    prompt = next((row[name] for name in ("prompt", "messages", "text") if row.get(name)), None)
+    if isinstance(prompt, list):
+        prompt = list(itertools.takewhile(lambda message: message["role"] != "assistant", prompt)) or prompt
     return hashlib.sha256(json.dumps([seed, prompt], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -61,4 +61,11 @@ def hold_out(rows: Any, share: float, seed: int) -> tuple[list[int], list[int]]:
             )
         held += [first[key] for key in sorted(first)[:count]]
     held_keys = {keys[index] for index in held}
-    return [index for index, key in enumerate(keys) if key not in held_keys], sorted(held)
+    trained = [index for index, key in enumerate(keys) if key not in held_keys]
+    lost = set(tasks) - {tasks[index] for index in trained}
+    if lost:
+        raise RunError(
+            f"dataset.held_out is {share:g}, and all prompts of task {min(lost)!r} are held out, some of them with "
+            "another task, so that it has none to train on. Lower the share, add rows, or set it to 0."
+        )
+    return trained, sorted(held)

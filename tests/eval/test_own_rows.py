@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 
 from eval.__main__ import main
 from eval.page import build_report
 from eval.scoring.losses import row_losses
-from eval.scoring.own_tasks import problems_of_rows
-from eval.scoring.sources import Contestant
+from eval.scoring.own_tasks import problems_of_rows, room
+from eval.scoring.sources import Contestant, distinct
+from moelora import record_routing
+from moelora.compose import from_loras
 from moelora.runs.config import load_config
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_tokenizer
-from tests.runs.tiny import write_run
+from tests.compose.loras import three_loras
+from tests.conftest import tiny_model
+from tests.runs.tiny import TEMPLATE, tiny_tokenizer, write_run
 from train.__main__ import main as train
 
 TABLE = {"preset": "moelora_task", "r": 4, "lora_alpha": 8, "num_experts": 2, "num_tasks": 2}
@@ -95,7 +103,7 @@ def test_rows_of_a_file_and_an_adapter_without_a_run(
     earlier = (run / "metrics.json").read_text() if (run / "metrics.json").is_file() else None
     assert main([str(run), "--data", new, "--limit", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((run / "results/new rows/metrics.json").read_text())
+    assert found == json.loads((run / "results/rows-new-rows/metrics.json").read_text())
     assert {row["n"] for row in found["scores"] if row["task"] == "a"} == {2}
     assert "--data '" in found["receipt"]["command"]
     assert earlier == ((run / "metrics.json").read_text() if (run / "metrics.json").is_file() else None)
@@ -103,10 +111,71 @@ def test_rows_of_a_file_and_an_adapter_without_a_run(
     # as a composition would be scored: beside other adapters of the same base
     adapter, other = str(run / "adapter"), str(run / "baseline")
     model = ["--model", str(run.parent / "model")]
-    assert main([adapter, "--data", new, *model, "--beside", other, "--beside", other, "--json"]) == 0
-    names = list(json.loads(capsys.readouterr().out)["models"])
-    assert names[0] == "base"
-    assert [name.endswith(f"({other})") for name in names] == [False, True, True, False] or len(set(names)) == 3
+    assert main([adapter, "--data", new, *model, "--beside", other, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["models"]) == ["base", "LoRA r=4", "MixLoRA"]
+    assert found["models"]["LoRA r=4"]["role"] == "beside"
+    assert found["receipt"]["seeds"] == {}
+    assert main([adapter, "--data", new, *model, "--beside", other, "--beside", other]) == 1
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    alike = [Contestant("LoRA r=4", "beside", f"/home/me/{place}/adapter") for place in ("one", "two")]
+    found = distinct([Contestant("base", "base"), *alike, Contestant("MixLoRA", "adapter", "x")])
+    assert [each.name for each in found] == ["base", "LoRA r=4 (one/adapter)", "LoRA r=4 (two/adapter)", "MixLoRA"]
+
+
+def test_an_answer_is_what_the_template_makes_of_it() -> None:
+    """A template that thinks before it answers: the thoughts are taught, and so they are asked for."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "<|{{ message['role'] }}|>",
+        "<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}[thought]{% endif %}",
+    )
+    given = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}]
+    )
+    (task,) = problems_of_rows(given, tokenizer, [])
+    assert task.task == "rows"
+    assert task.problems[0].prompt == "2 + 2"
+    assert task.problems[0].answer == "[thought]4"
+    assert room(task, tokenizer) == len("[thought]4") + 1 + 4
+
+
+def test_the_router_does_not_see_the_answer_whose_loss_it_is(tmp_path: Path) -> None:
+    """Routing by sequence looks at the prompt alone, in scoring as in generation."""
+    loras = {name: folder for name, folder in three_loras(tmp_path).items() if name != "facts"}
+    examples = {"sums": [{"input_ids": [5, 6, 7]}], "words": [{"input_ids": [20, 21, 22]}]}
+    router = {"kind": "centroids", "embedding": "input", "unknown": False}
+    mixture = from_loras(tiny_model(), loras, router, examples=examples).eval()
+    prompt, answer = [5, 6, 7], [20, 21, 22] * 4
+
+    def expert(of: Callable[[], object]) -> int:
+        with record_routing(mixture) as found, torch.no_grad():
+            of()
+        return int(found.records[0].routing.load_TE()[0].argmax())
+
+    labelled = {"input_ids": [*prompt, *answer], "labels": [-100] * 3 + answer}
+    asked = expert(lambda: mixture(input_ids=torch.tensor([prompt])))
+    assert expert(lambda: row_losses(mixture, [labelled])) == asked
+    assert expert(lambda: mixture(input_ids=torch.tensor([[*prompt, *answer]]))) != asked
+
+
+def test_rows_that_are_not_those_of_the_training_any_more(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    words = yaml.safe_load((moved / "config.yaml").read_text())
+    words["dataset"]["files"] = write_rows(tmp_path / "more.jsonl", rows(60))
+    (moved / "config.yaml").write_text(yaml.safe_dump(words))
+    assert main([str(moved)]) == 1
+    assert "the training rows are not those of the run" in capsys.readouterr().err
+    assert main([str(moved), "--data", words["dataset"]["files"], "--limit", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Note: the run was trained on the prompts of" in shown
+    assert "No difference can be told: one problem alone of a" in shown
 
 
 def test_an_adapter_that_routes_by_task_has_the_numbers_of_training(
@@ -141,6 +210,8 @@ def test_the_stages_of_a_sequential_run(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--data", "x.jsonl", "--suite", "commonsense"], "are both given; leave one out"),
         (["--stages", "--suite", "commonsense"], "are both given; leave one out"),
+        (["--stages", "--data", "x.jsonl"], "leave --data and --beside out"),
+        (["--data", " ,"], "--data is ' ,'; allowed: files of rows"),
         (["--stages"], "has no stages; allowed with --stages"),
         (["--protocol", "loglik"], "--protocol does not apply to rows"),
         (["--beside", "x.json"], "is a file of results; allowed without --suite: adapters"),

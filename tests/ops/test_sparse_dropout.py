@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from moelora.ops import sparse_dropout
@@ -75,6 +76,12 @@ def test_where_it_is_torchs_own() -> None:
         torch.manual_seed(5)
         assert torch.equal(found, F.dropout(x, p))
     assert dropout(torch.empty(3, 2, device="meta"), 0.1).is_meta
+    with FakeTensorMode() as fake:
+        assert dropout(fake.from_tensor(x), 0.1).shape == x.shape
+    with torch.device("meta"):  # a default device is not that of the input
+        assert not dropout(x, 0.1).is_meta
+    assert dropout(x, 1e-20).shape == x.shape
+    dropout(x.clone().requires_grad_(), 0.1).mul_(2).sum().backward()  # the output is no view
     compiled = torch.compile(lambda x: dropout(x, 0.1), fullgraph=True, backend="eager")
     assert compiled(x).shape == x.shape
     module = LoraDropout(0.1)

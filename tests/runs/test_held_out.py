@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from datasets import Dataset
 
 from moelora.errors import MoeLoraError, RunError
-from moelora.runs.config import DatasetConfig, load_config
+from moelora.runs.config import DatasetConfig, RunConfig, load_config
 from moelora.runs.data import load_rows
+from moelora.runs.folder import with_defaults
 from moelora.runs.held_out import hold_out
+from moelora.runs.schema import build
 from tests.runs.tiny import tiny_tokenizer, write_run
 
 
@@ -63,3 +66,39 @@ def test_what_cannot_be_held_out(tmp_path: Path) -> None:
     ):
         with pytest.raises(MoeLoraError, match=message):
             load_config(write_run(tmp_path), words)
+
+
+def test_a_longer_chat_goes_where_the_shorter_one_goes() -> None:
+    def turns(n: int, count: int) -> dict[str, Any]:
+        return {"messages": [m for t in range(count) for m in (said("user", f"{n} {t}"), said("assistant", f"a{t}"))]}
+
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    rows = Dataset.from_list([turns(n, count) for n in range(20) for count in (1, 2)])
+    trained, kept = hold_out(rows, 0.3, 0)
+    first = {index: rows[index]["messages"][0]["content"] for index in range(len(rows))}
+    assert len(kept) == 6
+    assert not {first[index] for index in trained} & {first[index] for index in kept}
+
+
+def test_a_task_whose_prompts_another_task_holds_out() -> None:
+    rows = Dataset.from_list([*({"text": f"{n}", "task": "a"} for n in range(4)), {"text": "x", "task": "b"}] * 1)
+    with pytest.raises(RunError, match="task 'b' has 1 different prompts"):
+        hold_out(rows, 0.5, 0)
+    both = Dataset.from_list([{"text": f"{n}", "task": task} for task in "ab" for n in range(4)])
+    trained, kept = hold_out(both, 0.5, 0)
+    assert (len(trained), len(kept)) == (4, 4)
+    (index, other) = kept[:2]
+    few = Dataset.from_list([*both, *({"text": both[i]["text"], "task": "c"} for i in (index, other))])
+    with pytest.raises(RunError, match="all prompts of task 'c' are held out"):
+        hold_out(few, 0.5, 0)
+
+
+def test_a_run_from_before_the_key_existed_is_the_same_run() -> None:
+    words = {"model": "m", "output_dir": "o", "dataset": {"files": "x"}, "adapter": {"preset": "lora"}}
+    now = asdict(build(RunConfig, words, "the configuration"))
+    del words["dataset"]
+    old = {**now, "dataset": {name: value for name, value in now["dataset"].items() if name != "held_out"}}
+    assert with_defaults(old) == now
+    assert with_defaults({"unreadable": 1}) == {"unreadable": 1}
