@@ -1,8 +1,10 @@
-"""FSDP: which adapters it can shard, and what has to be read of the base before it does."""
+"""FSDP and ZeRO-3: which adapters they can shard, and what has to be read of the base before that."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from moelora.config import MoeLoraConfig
 from moelora.errors import ConfigError
@@ -10,6 +12,22 @@ from moelora.fingerprint import fingerprint
 from moelora.layers.base import MoeLoraLayer
 from moelora.routing.prompts import DERIVED
 from moelora.routing.run import RunHooks
+
+
+def refuse_zero_3() -> None:
+    """Refuse DeepSpeed's ZeRO-3, which gathers the parameters of a module while that module runs.
+
+    A mixture multiplies by weights of linears that it does not call, and keeps them for the backward pass.
+
+    Raises:
+        ConfigError: If it is on.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "zero_optimization.stage is 3: ZeRO-3 gathers a module's parameters only while that module runs, and a "
+            "mixture reads the weights of linears that it does not call; allowed: stage 1 or 2, or FSDP2, which "
+            "gathers whole decoder layers."
+        )
 
 
 def prepare_sharding(model: Any, hooks: RunHooks) -> None:

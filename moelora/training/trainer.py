@@ -31,7 +31,7 @@ from moelora.training.finite import check_gradient, check_loss, check_weights
 from moelora.training.metrics import RoutingMetrics
 from moelora.training.micro_batch import MicroBatchBalance, active_config
 from moelora.training.router_training import RouterTraining, router_rate
-from moelora.training.sharding import prepare_sharding
+from moelora.training.sharding import prepare_sharding, refuse_zero_3
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -67,7 +67,7 @@ class MoeLoraTrainerMixin(_Base):
 
     Raises:
         ConfigError: If the trainer would wrap the model in `DataParallel`, generate with vLLM, or train under FSDP what
-            FSDP cannot shard.
+            FSDP cannot shard, or anything under DeepSpeed's ZeRO-3.
     """
 
     data_collator: Any
@@ -94,8 +94,10 @@ class MoeLoraTrainerMixin(_Base):
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
         hooks = find_hooks(self.model)
-        if hooks is not None and self.is_fsdp_enabled:
-            prepare_sharding(self.model, hooks)
+        if hooks is not None:
+            refuse_zero_3()
+            if self.is_fsdp_enabled:
+                prepare_sharding(self.model, hooks)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns to keep: those of the trainer, and the facts of a batch."""

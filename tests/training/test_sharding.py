@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from moelora import MoeLoraTrainer
 from moelora.errors import ConfigError
 from moelora.routing.run import find_hooks
 from moelora.training.sharding import prepare_sharding
 from tests.adapters import adapted
+from tests.training.runs import arguments
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,10 @@ def test_what_is_within_a_layer_is_sharded(preset: str, words: dict[str, Any]) -
     assert hooks is not None
     prepare_sharding(model, hooks)
     assert model.peft_config["default"].base_fingerprint["architecture"] == "llama"
+
+
+def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers knows of it from its arguments, which need deepspeed to say so."""
+    monkeypatch.setattr("moelora.training.sharding.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match=r"stage is 3: .*; allowed: stage 1 or 2, or FSDP2"):
+        MoeLoraTrainer(model=adapted("mixlora"), args=arguments(), train_dataset=[])
