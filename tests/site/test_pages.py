@@ -113,7 +113,7 @@ def test_the_run_of_the_start_page_is_valid(world: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_known(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A command of `moelora` that is gone, or a program or file that is not there, is found on every page."""
-    for line in "\n".join(blocks(page.read_text(), "bash")).splitlines():
+    for line in "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ").splitlines():
         program, *words = shlex.split(line, comments=True) or ["none"]
         if program == "moelora":
             with pytest.raises(SystemExit) as stopped:
@@ -185,13 +185,16 @@ def test_links_to_the_repository_are_turned_to_the_site() -> None:
 
 def test_numbers_are_those_of_the_results() -> None:
     """Scores with their errors and losses stand on a page of results; ratios and rates in the tables there."""
-    results = {path.parent.name: path.read_text() for path in (ROOT / "eval/results").rglob("*.md")}
+    folder = ROOT / "eval/results"
+    results = {path.parent.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.md")}
     results["speed"] = (ROOT / "eval/results/speed/speed.md").read_text()
     everything = "\n".join(results.values())
     pages = {page.stem: page.read_text() for page in PAGES}
     for page in ("training", "faq", "coming-from", "when-to-use", "index"):
         for number in re.findall(r"\d+\.\d ± \d\.\d|\b3\.\d{3}\b", pages[page]):
             assert number in everything, f"{page}: {number}"
+    for number in re.findall(r"\b\d\.\d{3}\b", pages["diagnose"]):
+        assert number in results["diagnose/skills"] + results["diagnose/rules"], f"diagnose: {number}"
     shown = re.findall(
         r"^\| (?:step|one decoded|memory).*?\| ([\d.]+) \| ([\d.]+) \|$", pages["training"], flags=re.MULTILINE
     )
