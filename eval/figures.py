@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from moelora.files import write_atomically
+
+
+def are_possible() -> bool:
+    """Whether matplotlib is installed, which is of the extra `report`."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def save(figure: Any, file: Path, dpi: int = 120) -> None:

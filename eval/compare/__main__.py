@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> Path | None:
     """The table of what is scored; None if nothing is, or for a plan."""
+    from eval import figures
     from eval.compare import plan
     from eval.compare.cells import Board
     from eval.compare.render import render
@@ -101,6 +102,8 @@ def _run(options: argparse.Namespace) -> Path | None:
     command = shlex.join(["moelora", "compare", options.config, *options.overrides])
     config = load_benchmark(options.config, options.overrides)
     board = Board(config)
+    if not options.plan and not figures.are_possible():
+        raise RunError("a comparison draws with matplotlib, which is not installed: pip install matplotlib.")
     if options.render:
         table = render(board, command)
         if table is None:

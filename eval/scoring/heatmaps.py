@@ -95,8 +95,11 @@ def draw(routing: RoutingMap, adapter: str, folder: Path) -> list[Path]:
         folder: Where the PNG files go.
 
     Returns:
-        The files: the overview first.
+        The files: the overview first; none, with a line that says so, where matplotlib is not installed.
     """
+    if not figures.are_possible():
+        print("No pictures of the routing: matplotlib is not installed (pip install matplotlib).", flush=True)
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     overview = folder / "overview.png"
     _overview(routing, adapter, overview)

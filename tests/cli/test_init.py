@@ -107,3 +107,18 @@ def test_what_does_not_do(place: Path, capsys: pytest.CaptureFixture[str], words
     assert main(["init", *words.split()]) == 1
     assert message in capsys.readouterr().err
     assert not (place / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(("small", "rates"), [(5e8, (2e-3, 1e-3)), (0.0, (4e-4, 2e-4))])
+def test_the_rates_suit_the_size_of_the_base(
+    place: Path, small: float, rates: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture has twice the rate of the LoRA beside it, and a small base five times that of a large one."""
+    monkeypatch.setattr("moelora_cli.run_file._SMALL", small)
+    words = ["--model", "./model", "--data", "rows.jsonl", "--tasks", "together", "--memory", "4"]
+    assert main(["init", *words]) == 0
+    config = load_config("run.yaml")
+    assert config.baseline is not None
+    found = (config.training["learning_rate"], config.baseline.training["learning_rate"])
+    assert tuple(map(float, found)) == rates
+    assert max(map(len, Path("run.yaml").read_text().splitlines())) <= 120

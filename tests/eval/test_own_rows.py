@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.conftest import tiny_model
 from tests.runs.tiny import TEMPLATE, tiny_tokenizer, write_run
 from train.__main__ import main as train
 
+ROOT = Path(__file__).parents[2]
 TABLE = {"preset": "moelora_task", "r": 4, "lora_alpha": 8, "num_experts": 2, "num_tasks": 2}
 
 
@@ -118,6 +120,23 @@ def test_rows_of_a_file_and_an_adapter_without_a_run(
     assert found["receipt"]["seeds"] == {}
     assert main([adapter, "--data", new, *model, "--beside", other, "--beside", other]) == 1
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_are_scores_and_no_pictures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no part of what the README installs."""
+    monkeypatch.setattr("eval.figures.are_possible", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    new = write_rows(tmp_path / "plain.jsonl", rows(4, start=100))
+    assert main([str(run), "--data", new]) == 0
+    assert "No pictures of the routing: matplotlib is not installed" in capsys.readouterr().out
+    assert not (run / "results/rows-plain/heatmaps").exists()
+    assert "![" not in (run / "results/rows-plain/report.md").read_text()
+    from eval.compare.__main__ import main as compare
+
+    assert compare([str(ROOT / "configs/benchmarks/rules_8.yaml"), f"output_dir={tmp_path}"]) == 1
+    assert "a comparison draws with matplotlib" in capsys.readouterr().err
 
 
 def test_models_of_one_name_are_told_apart() -> None:

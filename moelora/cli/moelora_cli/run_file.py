@@ -19,6 +19,10 @@ from moelora_cli.programs import load_program
 _BATCH = 16
 # What is left for kernels and the allocator.
 _SHARE = 0.9
+# Parameters below which a base is small, and learning rates of a LoRA and of a mixture with the reason for the first.
+_SMALL = 5e8
+_RATES_OF_SMALL = ("1e-3", "2e-3", "the best of five for a LoRA on SmolLM2-135M, see docs/training.md")
+_RATES = ("2e-4", "4e-4", "usual for a LoRA on models of billions of parameters")
 _ADAPTERS = {
     "lora": "{preset: lora, r: 16, lora_alpha: 32}",
     "mixlora": "{preset: mixlora, r: 8, lora_alpha: 16, num_experts: 8, top_k: 2}",
@@ -107,9 +111,11 @@ def write_run_file(
         "task": ", and here a column task" if order else "",
         "adapter": _ADAPTERS.get(name, f"{{preset: {name}}}"),
         "output": f"runs/{Path(file).stem}",
-        **_method(name, tasks, order),
+        **_method(name, tasks, order, _RATES),
     }
     fitted = _fit(words, memory)
+    if fitted["base"] < _SMALL:
+        words |= _method(name, tasks, order, _RATES_OF_SMALL)
     config = _read(_TEMPLATE.format(**words, **fitted))
     if config.baseline is not None and not _has_rank(config):
         words["more"] = (
@@ -136,15 +142,16 @@ def _source(data: str) -> str:
     return f"files: {json.dumps(parts if len(parts) > 1 else parts[0])}"
 
 
-def _method(name: str, tasks: str, order: list[str]) -> dict[str, Any]:
-    """What depends on the method and on how the tasks come."""
+def _method(name: str, tasks: str, order: list[str], rates: tuple[str, str, str]) -> dict[str, Any]:
+    """What depends on the method, on how the tasks come, and on which learning rates suit the base model."""
+    of_lora, of_mixture, why = rates
     about = f"`moelora presets {name}` has its words"
     words = {
         "recipe": "",
         "more": "",
         "about": about,
-        "rate": "2e-4",
-        "about_rate": "usual for a LoRA; small models want more",
+        "rate": of_lora,
+        "about_rate": why,
     }
     if order:
         words["recipe"] = "recipe: sequential  # the tasks one after the other, each into an expert of its own\n"
@@ -155,10 +162,10 @@ def _method(name: str, tasks: str, order: list[str]) -> dict[str, Any]:
             "  router: centroids  # a prompt goes to the expert whose training prompts it is nearest to\n"
         )
     elif name != "lora":
-        words["rate"], words["about_rate"] = "4e-4", "twice that of the LoRA, docs/training.md; small models want more"
+        words["rate"], words["about_rate"] = of_mixture, "twice that of the LoRA, see docs/training.md"
         words["more"] = (
             "# A plain LoRA with as many trainable parameters on the same rows, which is hard to beat; null for none.\n"
-            "baseline: {training: {learning_rate: 2e-4}}\n"
+            f"baseline: {{training: {{learning_rate: {of_lora}}}}}  # {why}\n"
         )
     elif tasks == "together":
         words["about"] += "; `moelora diagnose` finds out whether a mixture would be better"
@@ -170,12 +177,14 @@ def _fit(words: dict[str, Any], memory: float) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for checkpointing in ("false", "true"):
         one = {"micro": 1, "accumulation": _BATCH, "checkpointing": checkpointing, "needed": 0.0}
-        needed = estimate(_read(_TEMPLATE.format(**words, **one))).memory
+        estimated = estimate(_read(_TEMPLATE.format(**words, **one)))
+        needed = estimated.memory
         # activations grow with the rows at once, and nothing else does
         fixed = sum(needed.values()) - needed["activations"]
         for micro in (16, 8, 4, 2, 1):
             gib = (fixed + micro * needed["activations"]) / 2**30
-            found.append({**one, "micro": micro, "accumulation": _BATCH // micro, "needed": gib})
+            fits = {"micro": micro, "accumulation": _BATCH // micro, "needed": gib, "base": estimated.parameters.base}
+            found.append({**one, **fits})
     return next((each for each in found if each["needed"] <= _SHARE * memory), found[-1])
 
 
