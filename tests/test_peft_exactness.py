@@ -284,7 +284,7 @@ def test_fast_operations_equal_the_references_in_a_model(preset: str) -> None:
 def test_reference_with_dropout_is_refused() -> None:
     config = small_config("mixlora", lora_dropout=0.1, compute="reference")
     model = get_peft_model(tiny_model(), config).train()
-    with pytest.raises(ValueError, match=r"'reference' and a feed-forward mixture trains with Dropout"):
+    with pytest.raises(ValueError, match=r"'reference' and a feed-forward mixture trains with LoraDropout"):
         model(**tiny_batch())
 
 
