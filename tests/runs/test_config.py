@@ -25,7 +25,10 @@ def write(folder: Path, **changes: Any) -> Path:
             {"modell": "x"},
             r"unknown key 'modell' in the configuration. Did you mean 'model'\? Allowed: adapter, .*training",
         ),
-        ({"dataset": {"hub": "a/b", "rows": 1}}, r"unknown key 'rows' in dataset.* Allowed: chat, columns, files, held_out, hub"),
+        (
+            {"dataset": {"hub": "a/b", "rows": 1}},
+            r"unknown key 'rows' in dataset.* Allowed: chat, columns, files, held_out",
+        ),
         (
             {"training": {"learning_ratee": 1}},
             r"unknown key 'learning_ratee' in training. Did you mean 'learning_rate'",
