@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelora.errors import RunError
-from moelora.runs.held_out import prompt_key
+from moelora.runs.held_out import in_order_of_keys, prompt_key
 
 # Of the rows that are held out, the share that chooses learning rates.
 SELECTION_SHARE = 1 / 3
@@ -51,10 +51,7 @@ def split_rows(rows: Any, held_out: float, seed: int) -> Split:
     selection: dict[str, list[int]] = {}
     scored: dict[str, list[int]] = {}
     for task, indices in by_task.items():
-        first: dict[str, int] = {}
-        for index in indices:
-            first.setdefault(keys[index], index)
-        order = [first[key] for key in sorted(first)]
+        order = in_order_of_keys(indices, keys)
         held = round(held_out * len(order))
         chosen = round(SELECTION_SHARE * held)
         selection[task], scored[task] = order[:chosen], order[chosen:held]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eval.page.matrix import Json, matrix
+from moelora.runs.folder import STAGES, read_task_stage
 
-_STAGE = re.compile(r"(baseline-)?(\d+)-(.+)")
 _METRIC = "exact"
 
 
 def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple[list[Json], list[str]]:
     """Tables and series of the adapter and, where its stages are scored, of the baseline; and what is in the way.
 
-    The scores are those that `moelora eval RUN --stages` leaves beside the stages. The
-    last stage is the finished adapter, so that the scores of the run itself do for it.
+    The scores are those that `moelora eval RUN --stages` leaves beside the stages. The last stage is the finished
+    adapter, so that the scores of the run itself do for it.
 
     Args:
         run: Folder of the run.
@@ -28,10 +27,10 @@ def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple
         were scored on different problems, which cannot be compared.
     """
     stages: dict[str, dict[int, tuple[str, Json]]] = {}
-    for folder in sorted((run / "stages").glob("*")):
-        if found := _STAGE.fullmatch(folder.name):
-            role = "baseline" if found[1] else "adapter"
-            stages.setdefault(role, {})[int(found[2])] = found[3], read(folder / "metrics.json")
+    for folder in sorted((run / STAGES).glob("*")):
+        if found := read_task_stage(folder.name):
+            role, number, task = found
+            stages.setdefault(role, {})[number] = task, read(folder / "metrics.json")
     shown, notes = [], []
     for role, of_role in sorted(stages.items()):
         table = _of_role(role, of_role, own)

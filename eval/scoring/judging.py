@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from eval.scoring.scores import Score, percent
 
 FLOOR_MARK = "▼"
+NOT_SHOWN = "within two standard errors, so no difference is shown."
 FLOOR_NOTE = f"{FLOOR_MARK} not above the majority floor: no better than always giving the most frequent answer."
 
 
@@ -32,6 +33,11 @@ def floor_cell(majority: float | None) -> str:
     return "-" if majority is None else f"{100 * majority:.1f}"
 
 
+def is_shown(gap: Score) -> bool:
+    """Whether a difference is more than two standard errors."""
+    return abs(gap.value) > 2 * gap.stderr
+
+
 def verdict(ours: str, theirs: str, gap: Score) -> str:
     """Whether two models differ by more than chance, in words.
 
@@ -41,7 +47,7 @@ def verdict(ours: str, theirs: str, gap: Score) -> str:
         gap: Their difference on the mean of the tasks.
     """
     points = f"{percent(gap, sign=True)} points on the mean of the tasks"
-    if abs(gap.value) <= 2 * gap.stderr:
-        return f"{ours} against {theirs}: {points}; within two standard errors, so no difference is shown."
+    if not is_shown(gap):
+        return f"{ours} against {theirs}: {points}; {NOT_SHOWN}"
     ahead = ours if gap.value > 0 else theirs
     return f"{ours} against {theirs}: {points}; {ahead} is ahead, in one training run each."

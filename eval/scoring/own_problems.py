@@ -20,7 +20,7 @@ from moelora.errors import RunError
 from moelora.files import write_atomically
 from moelora.runs.config import RunConfig
 from moelora.runs.data import load_rows, task_names
-from moelora.runs.folder import STAGES, RunDir
+from moelora.runs.folder import ADAPTER, STAGES, RunDir, read_task_stage
 from moelora.runs.held_out import prompt_key
 from moelora.runs.models import ModelSource, load_tokenizer
 from moelora.runs.tables import terminal
@@ -128,7 +128,9 @@ def evaluate_stages(source: str, limit: int | None = None, batch_size: int | Non
         RunError: If it has no stages.
     """
     run = RunDir(source)
-    stages = sorted((run.root / STAGES).glob("[0-9]*-*"), key=lambda stage: int(stage.name.split("-")[0]))
+    found = {folder: read_task_stage(folder.name) for folder in (run.root / STAGES).glob("*")}
+    numbers = {stage[1]: folder for folder, stage in found.items() if stage and stage[0] == ADAPTER}
+    stages = [folder for _, folder in sorted(numbers.items())]
     if not run.config_file.is_file() or not stages:
         raise RunError(f"{source!r} has no stages; allowed with --stages: the folder of a run of recipe sequential.")
     for stage in stages[:-1]:

@@ -68,8 +68,8 @@ def loss_verdict(results: OwnResults) -> str:
     ours, theirs = results.models[-1], results.models[-2]
     gap = macro([difference(task.losses[ours], task.losses[theirs]) for task in results.tasks])
     said = f"Loss, {ours} against {theirs}: {nats(gap, sign=True)} nats"
-    if abs(gap.value) <= 2 * gap.stderr:
-        return f"{said}; within two standard errors, so no difference is shown."
+    if not judging.is_shown(gap):
+        return f"{said}; {judging.NOT_SHOWN}"
     return f"{said}; that of {ours if gap.value < 0 else theirs} is lower."
 
 

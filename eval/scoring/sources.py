@@ -138,10 +138,10 @@ def distinct(contestants: Sequence[Contestant]) -> list[Contestant]:
     twice = next((adapter for adapter in given if given.count(adapter) > 1), None)
     if twice is not None:
         raise RunError(f"the adapter {twice!r} is given twice; leave one out.")
+    names = [each.name for each in contestants]
     found, depth = list(contestants), 0
     while len({each.name for each in found}) < len(found):
         depth += 1
-        names = [each.name for each in contestants]
         found = [
             replace(each, name=f"{each.name} ({'/'.join(Path(each.adapter).parts[-depth:])})")
             if each.adapter is not None and names.count(each.name) > 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,12 @@ HARMLESS = (
     "training.run_name",
     "training.disable_tqdm",
 )
+
+
+def read_task_stage(folder: str) -> tuple[str, int, str] | None:
+    """What `task_stage` made the name of a folder in `stages` of: what was trained, the number, the task; else None."""
+    found = re.fullmatch(r"(?:(baseline)-)?(\d+)-(.+)", folder)
+    return (found[1] or ADAPTER, int(found[2]), found[3]) if found else None
 
 
 def task_stage(number: int, task: str, of: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moelora.errors import RunError
@@ -24,6 +24,19 @@ def prompt_key(row: Mapping[str, Any], seed: int) -> str:
     if isinstance(prompt, list):
         prompt = list(itertools.takewhile(lambda message: message["role"] != "assistant", prompt)) or prompt
     return hashlib.sha256(json.dumps([seed, prompt], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def in_order_of_keys(indices: Iterable[int], keys: Sequence[str]) -> list[int]:
+    """The first row of each different prompt, in the order of the prompts' numbers, which is random.
+
+    Args:
+        indices: The rows to look at.
+        keys: The `prompt_key` of every row.
+    """
+    first: dict[str, int] = {}
+    for index in indices:
+        first.setdefault(keys[index], index)
+    return [first[key] for key in sorted(first)]
 
 
 def hold_out(rows: Any, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -46,23 +59,23 @@ def hold_out(rows: Any, share: float, seed: int) -> tuple[list[int], list[int]]:
     """
     keys = [prompt_key(row, seed) for row in rows]
     tasks = list(map(str, rows["task"])) if "task" in rows.column_names else [""] * len(keys)
+    by_task: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        by_task.setdefault(task, []).append(index)
     held: list[int] = []
-    for task in sorted(set(tasks)):
-        first: dict[str, int] = {}
-        for index, key in enumerate(keys):
-            if tasks[index] == task:
-                first.setdefault(key, index)
-        count = max(1, round(share * len(first)))
-        if count == len(first):
+    for task, indices in sorted(by_task.items()):
+        order = in_order_of_keys(indices, keys)
+        count = max(1, round(share * len(order)))
+        if count == len(order):
             whose = f"task {task!r} has" if task else "there are"
             raise RunError(
-                f"dataset.held_out is {share:g}, and {whose} {len(first)} different prompts, so that none would be "
+                f"dataset.held_out is {share:g}, and {whose} {len(order)} different prompts, so that none would be "
                 "left to train on. Lower the share, add rows, or set it to 0."
             )
-        held += [first[key] for key in sorted(first)[:count]]
+        held += order[:count]
     held_keys = {keys[index] for index in held}
     trained = [index for index, key in enumerate(keys) if key not in held_keys]
-    lost = set(tasks) - {tasks[index] for index in trained}
+    lost = by_task.keys() - {tasks[index] for index in trained}
     if lost:
         raise RunError(
             f"dataset.held_out is {share:g}, and all prompts of task {min(lost)!r} are held out, some of them with "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,14 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
+
+
+def save_results(results: dict[str, Any], path: str) -> None:
+    """Save what a process of two found, for `run_two_processes`, and end its group."""
+    assert dist.get_world_size() == 2
+    torch.save(results, f"{path}.{os.environ['RANK']}")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]

@@ -5,18 +5,17 @@ accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 ... -m tests.tra
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 
 from moelora import MoeLoraTrainer
 from tests.adapters import adapted
+from tests.training.processes import save_results
 from tests.training.runs import arguments, checkpointing_words, toy_rows
 from tests.training.two_processes import BALANCED, processes
 
@@ -65,10 +64,7 @@ def trained(folder: Path, world: int, *, resume: bool = False, **words: Any) -> 
 def main(path: str) -> None:
     results = {name: trained(Path(f"{path}-{name}"), 2, **words) for name, words in CASES.items()}
     results["resumed"] = trained(Path(f"{path}-plain"), 2, resume=True, **CASES["plain"])
-    assert dist.get_world_size() == 2
-    torch.save(results, f"{path}.{os.environ['RANK']}")
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ Each case is cut for `world` processes so that the optimizer steps hold the same
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from trl import DPOConfig, SFTConfig
 
@@ -21,6 +19,7 @@ from moelora import MoeLoraDPOTrainer, MoeLoraSFTTrainer, MoeLoraTrainer
 from tests.adapters import adapted, adapter_tensors
 from tests.llava import adapted_llava, collate, mixed_rows
 from tests.training.draws import fixed_draws
+from tests.training.processes import save_results
 from tests.training.runs import (
     Run,
     arguments,
@@ -175,10 +174,7 @@ def main(path: str) -> None:
     results = {name: run(2) for name, run in CASES.items()}
     results["saved"] = checkpointed(f"{path}-two", 2)
     results["resumed"] = checkpointed(f"{path}-one", 2, resume=True)
-    assert dist.get_world_size() == 2
-    torch.save(results, f"{path}.{os.environ['RANK']}")
-    dist.barrier()
-    dist.destroy_process_group()
+    save_results(results, path)
 
 
 if __name__ == "__main__":
