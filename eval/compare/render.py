@@ -82,6 +82,18 @@ def _alike(config: BenchmarkConfig) -> str:
         f"begins with task s of {', '.join(data.tasks)}. Scores are the share of fresh problems that reasoning-gym's "
         "verifier accepts; no prompt is among the training rows or among the problems that learning rates are chosen "
         f"on. Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
+        + _conversation(config.evaluation.earlier_turns)
+    )
+
+
+def _conversation(turns: int) -> str:
+    """What stands before a problem."""
+    if not turns:
+        return ""
+    problems = "a solved problem" if turns == 1 else f"{turns} solved problems"
+    return (
+        f" Before each problem stands {problems} of {'another task' if turns == 1 else 'other tasks'}, as earlier turns "
+        "of the conversation; nothing was trained or fitted on conversations of several turns."
     )
 
 
