@@ -90,10 +90,14 @@ def _conversation(turns: int) -> str:
     """What stands before a problem."""
     if not turns:
         return ""
-    problems = "a solved problem" if turns == 1 else f"{turns} solved problems"
+    earlier = (
+        "a solved problem of another task, as the earlier turn"
+        if turns == 1
+        else f"{turns} solved problems of other tasks, as earlier turns"
+    )
     return (
-        f" Before each problem stands {problems} of {'another task' if turns == 1 else 'other tasks'}, as earlier turns "
-        "of the conversation; nothing was trained or fitted on conversations of several turns."
+        f" Before each problem stands {earlier} of the conversation; nothing was trained or fitted on conversations of "
+        "several turns."
     )
 
 

@@ -195,7 +195,7 @@ def _encode(tokenizer: Any, question: str, config: RunConfig, earlier: Sequence[
 def ask_after(tasks: Sequence[TaskResult], turns: int, config: RunConfig, tokenizer: Any) -> None:
     """Put solved problems of other tasks before each problem: a conversation that goes from one task to another.
 
-    Before problem i of a task come problem i of each of the `turns` tasks after it (from the last on to the first), with
+    Before problem i of a task come problems i of the `turns` tasks after it (the first comes after the last), with
     their reference answers. What is scored, and how, stays.
 
     Args:
