@@ -56,6 +56,14 @@ def _ratio(found: dict[str, Any], peer: str) -> str:
     return f"{ratio:.2f} (r = {found['ranks'][peer]})"
 
 
+def facts(cells: Sequence[dict[str, Any]]) -> str:
+    """Where the cells of a page were measured, in a sentence."""
+    receipts = [found["receipt"] for found in cells]
+    machine = receipts[-1]["machine"]
+    commits = ", ".join(sorted({commit_words(each["git"]) for each in receipts}))
+    return f"Measured on {machine['processor']}, {machine['threads']} threads; commits: {commits}."
+
+
 def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequence[str]) -> str:
     """Write the page; its text.
 
@@ -64,9 +72,7 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         cells: What was found of each preset.
         missing: Presets that were not tried yet.
     """
-    receipts = [found["receipt"] for found in cells]
     wishes = cells[0]["wishes"]
-    machine = receipts[-1]["machine"]
     lines = [
         "# Every preset, for a few steps",
         "",
@@ -85,8 +91,7 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         "got nothing in the last third of the steps. Random bases stand where a method is for another architecture "
         "than a dense decoder.",
         "",
-        f"Measured on {machine['processor']}, {machine['threads']} threads; commits: "
-        f"{', '.join(sorted({commit_words(each['git']) for each in receipts}))}.",
+        facts(cells),
         "",
     ]
     text = "\n".join(lines)
