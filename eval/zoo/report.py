@@ -26,6 +26,12 @@ HEADER = [
     "dead experts",
 ]
 
+BESIDE = {
+    "profile.md": "Where each step takes more time than the LoRA's",
+    "shared_routers.md": "One router for linears of the same input",
+}
+"""Pages in the same folder, which other options write."""
+
 
 def row(found: dict[str, Any]) -> list[str]:
     """A preset's line."""
@@ -93,6 +99,7 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         "",
         facts(cells),
         "",
+        *(f"{words}: [{name}]({name}).\n" for name, words in BESIDE.items() if (output / name).is_file()),
     ]
     text = "\n".join(lines)
     write_atomically(output / "README.md", text)

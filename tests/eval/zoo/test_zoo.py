@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from eval.speed.models import shared_copy
 from eval.zoo import __main__ as program
-from eval.zoo import bases, cell
+from eval.zoo import bases, cell, profile, shared_routers
 from eval.zoo.bases import Base
 from eval.zoo.cell import Wishes
 from moelora import MoeLoraConfig, presets
@@ -29,9 +29,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     source = ModelSource(str(tmp_path / "model"), "bfloat16")
     base = Base("tiny", lambda tokenizer: load_model(source), "CAUSAL_LM")
     for module in (bases, cell):
-        monkeypatch.setattr(module, "base_of", lambda preset: base)
         monkeypatch.setattr(module, "tokenizer", lambda: load_tokenizer(source))
-    monkeypatch.setattr(cell, "config_of", lambda preset, kind: small_config(preset))
+    for module in (bases, cell, profile, shared_routers):
+        monkeypatch.setattr(module, "base_of", lambda preset: base)
+    for module in (cell, profile, shared_routers):
+        monkeypatch.setattr(module, "config_of", lambda preset, kind, **words: small_config(preset, **words))
     peaks = {"ours": 300, "equal_size": 200}
     monkeypatch.setattr(
         cell, "peak_memory", lambda build, inputs, work: peaks["ours" if build.args[1] is None else "equal_size"]
