@@ -47,8 +47,14 @@ class Wishes:
     learning_rate: float = 2e-3
 
 
+MOLA_LAYERS = [2] * 7 + [4] * 8 + [6] * 7 + [8] * 8
+"""MoLA's experts by layer, 2, 4, 6 and 8 for a quarter each, where there are 30 layers as in SmolLM2."""
+
+
 def config_of(preset: str, base: Base, **words: Any) -> MoeLoraConfig:
-    """A preset at its defaults, but for what the words say."""
+    """A preset at its defaults, but for what the words say, and for quarters of layers that four does not divide."""
+    if preset == "mola":
+        words = {"num_experts": MOLA_LAYERS, **words}
     return MoeLoraConfig.from_preset(preset, task_type=base.task_type, **words)
 
 

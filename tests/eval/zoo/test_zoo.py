@@ -88,6 +88,11 @@ def test_every_preset_fits_the_base_that_it_is_tried_on(preset: str) -> None:
     assert cell.config_of(preset, kind).preset == preset
 
 
+def test_mola_fits_the_layers_of_the_real_model() -> None:
+    config = cell.config_of("mola", bases.SMOLLM2)
+    assert config.num_trainable_parameters(tiny_model(num_hidden_layers=30)) > 0
+
+
 def test_the_rank_of_a_lora_of_equal_size(tiny: Base) -> None:
     base = tiny.make(None)
     for r in (1, 3, 8):
