@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     kind = KINDS[options.kind]
     jobs = kind.jobs()
     check_keys("--only", options.only or [], sorted({job.preset for job in jobs}))
-    wishes = Wishes(options.steps if kind.trains else 1, options.rounds)
+    wishes = Wishes(options.steps, options.rounds)
     folder = options.output / kind.folder
     left = [
         job

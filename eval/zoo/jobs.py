@@ -30,14 +30,12 @@ class Kind:
         folder: Where they are, below the results.
         jobs: Gives all of them in order.
         write: Writes their page.
-        trains: Whether each trains as many steps as are wished; else one.
     """
 
     command: str
     folder: str
     jobs: Callable[[], list[Job]]
     write: Callable[..., str]
-    trains: bool = True
 
 
 def _tried() -> list[Job]:
@@ -58,7 +56,7 @@ def _shared() -> list[Job]:
 
 KINDS = {
     "cells": Kind("python -m eval.zoo", "cells", _tried, report.write_report),
-    "profile": Kind("python -m eval.zoo --profile", "profiles", _profiled, profile.write_profile, trains=False),
+    "profile": Kind("python -m eval.zoo --profile", "profiles", _profiled, profile.write_profile),
     "shared-routers": Kind(
         "python -m eval.zoo --shared-routers", "shared_routers", _shared, shared_routers.write_shared
     ),

@@ -42,7 +42,7 @@ def measure_parts(preset: str, wishes: Wishes, say: Callable[[str], None]) -> di
 
     Args:
         preset: Its name.
-        wishes: How many rounds.
+        wishes: How many rounds, and of which rows.
         say: Prints a line.
 
     Returns:
