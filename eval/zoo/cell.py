@@ -19,7 +19,7 @@ from transformers import ProgressCallback, TrainingArguments
 
 from eval.speed.measure import batch, interleaved, peak_memory, step
 from eval.speed.models import shared_copy
-from eval.zoo.bases import HELD_OUT_SEED, TASKS, TRAIN_SEED, Base, base_of, rows_of, tokenizer
+from eval.zoo.bases import HELD_OUT_SEED, MOE, TASKS, TRAIN_SEED, Base, base_of, rows_of, tokenizer
 from moelora import MoeLoraConfig, MoeLoraTrainer, batch_facts
 from moelora.experts.shards import ShardExperts
 from moelora.routing.run import find_hooks
@@ -59,10 +59,9 @@ def config_of(preset: str, base: Base, **words: Any) -> MoeLoraConfig:
 
 
 def lora_config(base: Base, r: int, dropout: float) -> LoraConfig:
-    """PEFT's LoRA on every linear but the head."""
-    return LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type=base.task_type
-    )
+    """PEFT's LoRA on every linear but the head; the experts of an MoE base are no linears, and PEFT would take them."""
+    targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if base is MOE else "all-linear"
+    return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, task_type=base.task_type)
 
 
 def total_rank(model: Any) -> int | None:
