@@ -93,6 +93,13 @@ def test_mola_fits_the_layers_of_the_real_model() -> None:
     assert config.num_trainable_parameters(tiny_model(num_hidden_layers=30)) > 0
 
 
+def test_a_lora_beside_perft_leaves_the_experts_of_the_base_alone() -> None:
+    model = get_peft_model(tiny_model("olmoe"), cell.lora_config(bases.MOE, 3, 0.05))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".self_attn." in name for name in trained)
+
+
 def test_the_rank_of_a_lora_of_equal_size(tiny: Base) -> None:
     base = tiny.make(None)
     for r in (1, 3, 8):
