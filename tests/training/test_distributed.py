@@ -16,7 +16,7 @@ from tests.training.processes import ACCELERATE_FSDP, run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
 from tests.training.two_fsdp_processes import CASES as FSDP_CASES
 from tests.training.two_fsdp_processes import trained
-from tests.training.two_processes import CASES, SMORA, checkpointed
+from tests.training.two_processes import CASES, OTHERS, SMORA, checkpointed, mean_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +38,11 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             for key, bias_E in expected["biases"].items():
                 assert bias_E.abs().max() > 0
                 torch.testing.assert_close(found["biases"][key], bias_E, rtol=0, atol=1e-7)
+    for preset in OTHERS:
+        expected_gradients = mean_gradients(preset)
+        assert expected_gradients
+        for rank in ranks:
+            assert_same_gradients(rank["others"][preset], expected_gradients)
     # a checkpoint of one process goes on with two, and of two with one
     resumed = checkpointed(f"{tmp_path}/results-two", 1, resume=True)
     for found in (resumed, *(rank[name] for rank in ranks for name in ("saved", "resumed"))):
