@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moelora.formats import upgrade_keys
-from tests.adapters import outputs
+from tests.adapters import outputs, shake
 from tests.conftest import tiny_model
 from tests.formats.write_version_1 import FIXTURES, FOLDER, SECOND, Fixture, expected
 
@@ -87,6 +88,13 @@ def test_logits(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_bit_for_bit(name: str) -> None:
     assert_tensors_of_the_file(load(name), FOLDER / name)
+
+
+def test_hot_swap() -> None:
+    model = load("mixlora")
+    shake(model)
+    hotswap_adapter(model, str(FOLDER / "mixlora"), adapter_name="default", torch_device="cpu")
+    assert_tensors_of_the_file(model, FOLDER / "mixlora")
 
 
 @pytest.mark.parametrize("name", NAMES)
