@@ -84,6 +84,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a linear": (stranger(f"{Q}.weight"), r"no place \(\S*q_proj.weight"),
     "a wrapped linear": (stranger(f"{Q}.base_layer.weight"), r"no place \(\S*q_proj.base_layer.weight"),
     "a stranger": (stranger("foo"), r"no place \(\S*foo"),
+    "a name of two lines": (stranger("foo\nbar"), r"no place \(\S*foo bar,"),
     "NaN": (filled(float("nan")), r"holds NaN or infinity in \S+moelora_B"),
     "infinity": (filled(float("-inf")), r"holds NaN or infinity in \S+moelora_B"),
     "int64": (first(lambda tensor: tensor.long()), r"moelora_B\S+ is torch.int64; allowed: torch.float16"),
