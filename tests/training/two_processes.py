@@ -168,7 +168,6 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "thor": case("thor", {"consistency_coef": 3.0}),
     "thor-accumulate": case("thor", {"consistency_coef": 3.0}, accumulate=2, ddp_find_unused_parameters=None),
     "moelora_task": case("moelora_task", {"lora_alpha": 0.3}, accumulate=2, of="tasks"),
-    "poly": case("poly", {}, accumulate=2, of="tasks"),
     "sft-accumulate": case("mixlora", BALANCED, accumulate=2, of="sft"),
     "dpo-accumulate": case("mixlora", BALANCED, accumulate=2, of="dpo"),
     "mixlora-images": images("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}),
