@@ -33,6 +33,7 @@ NUMBERS = {
     "training.max_steps=-5": "training.max_steps is -5; allowed",
     "training.num_train_epochs=0": "training.num_train_epochs is 0; allowed: a number above 0",
     "training.learning_rate=.inf": "training.learning_rate is inf; allowed",
+    "training.logging_steps=.inf": "training.logging_steps is inf; allowed: a finite number",
     "training.learning_rate=0": "training.learning_rate is 0; allowed",
     "training.seed=-1": "training.seed is -1; allowed: a whole number of 0 to",
     "training.per_device_train_batch_size=0": "training.per_device_train_batch_size is 0; allowed",
