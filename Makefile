@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test soak long-runs test-oldest test-matrix check docs release clean
+.PHONY: help quickstart quickstart-joint test soak random-cases long-runs test-oldest test-matrix check docs release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,6 +59,9 @@ test: $(VENV)/dev.stamp ## Run every test
 
 soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md
+
+random-cases: $(VENV)/dev.stamp ## 10,000 configurations, adapter folders, YAML files and rows that are changed at random; tests/RELIABILITY.md gets the table
+	@$(BIN)/python -W ignore -m tests.random_cases --output tests/RELIABILITY.md
 
 long-runs: $(VENV)/dev.stamp ## 10,000 steps, 8,192 tokens, 64 adapters on tiny models; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.long_runs --output tests/RELIABILITY.md

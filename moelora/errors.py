@@ -8,14 +8,15 @@ from typing import ClassVar
 class MoeLoraError(ValueError):
     """Base of every error raised on purpose by moelora.
 
-    A traceback, and the line that a command prints, end with the place in the documentation that says more.
+    A message is one line, whatever it quotes of a file. A traceback, and the line that a command prints, end with the
+    place in the documentation that says more.
     """
 
     anchor: ClassVar[str] = "troubleshooting"
     """The heading of docs/troubleshooting.md about errors of this kind."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+        super().__init__(*(" ".join(arg.splitlines()) if isinstance(arg, str) else arg for arg in args))
         self.add_note(self.see())
 
     @classmethod

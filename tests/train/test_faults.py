@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from moelora.runs.program import exit_status
 from tests.runs.tiny import write_run
 from train import sft
 from train.__main__ import main
@@ -31,6 +33,7 @@ NUMBERS = {
     "training.max_steps=-5": "training.max_steps is -5; allowed",
     "training.num_train_epochs=0": "training.num_train_epochs is 0; allowed: a number above 0",
     "training.learning_rate=.inf": "training.learning_rate is inf; allowed",
+    "training.logging_steps=.inf": "training.logging_steps is inf; allowed: a finite number",
     "training.learning_rate=0": "training.learning_rate is 0; allowed",
     "training.seed=-1": "training.seed is -1; allowed: a whole number of 0 to",
     "training.per_device_train_batch_size=0": "training.per_device_train_batch_size is 0; allowed",
@@ -99,6 +102,24 @@ def test_a_full_disk_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFix
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "Is there space, and the right to read and write?" in capsys.readouterr().err.splitlines()[-1]
     assert main([file]) == 0  # what is half-written is not resumed from
+
+
+FULL = {
+    "torch on a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "torch on a CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_memory_names_the_settings_that_lower_it(error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise FULL[error]
+
+    assert exit_status(work, stopped="") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    for setting in ("per_device_train_batch_size", "max_length", "activation_checkpointing: true", "batch_size"):
+        assert setting in line.partition("Memory is full: lower ")[2]
 
 
 class Send(TrainerCallback):

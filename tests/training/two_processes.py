@@ -24,6 +24,7 @@ from tests.llava import adapted_llava, collate, mixed_rows
 from tests.training.draws import fixed_draws
 from tests.training.processes import save_results
 from tests.training.runs import (
+    Rows,
     Run,
     arguments,
     checkpointing_words,
@@ -63,10 +64,15 @@ def preferences() -> dict[str, Any]:
     }
 
 
+def task_rows(count: int) -> Rows:
+    """Rows of two tasks in turn: with one row in each batch, a process has none of the other's task."""
+    return [{**row, "task_ids": torch.tensor(i % 2)} for i, row in enumerate(toy_rows(count))]
+
+
 def case(
     preset: str, words: dict[str, Any], *, accumulate: int = 1, of: str = "", **settings: Any
 ) -> Callable[[int], dict[str, Any]]:
-    """A run of two steps over eight rows, of the plain trainer, "sft" or "dpo"."""
+    """A run of two steps over eight rows, of the plain trainer, of "tasks", "sft" or "dpo"."""
 
     def run(world: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -74,7 +80,7 @@ def case(
         with fixed_draws():  # of the one preset that draws
             found = train(
                 model,
-                {"sft": sft_rows, "dpo": preference_rows}.get(of, toy_rows)(8),
+                {"tasks": task_rows, "sft": sft_rows, "dpo": preference_rows}.get(of, toy_rows)(8),
                 batch=4 // accumulate // world,
                 accumulate=accumulate,
                 max_steps=2,
@@ -192,6 +198,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "smora-accumulate": case("smora", SMORA, accumulate=2),
     "smora-non-reentrant": case("smora", SMORA, **checkpointing_words(False)),
     "thor-accumulate": case("thor", {"consistency_coef": 3.0}, accumulate=2, ddp_find_unused_parameters=None),
+    "moelora_task": case("moelora_task", {"lora_alpha": 0.3}, accumulate=2, of="tasks"),
     "sft-accumulate": case("mixlora", BALANCED, accumulate=2, of="sft"),
     "dpo-accumulate": case("mixlora", BALANCED, accumulate=2, of="dpo"),
     "mixlora-images-accumulate": images("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}, accumulate=2),
