@@ -294,6 +294,8 @@ def learn(model: Any, steps: int = 12) -> tuple[list[float], Any]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        if losses[-1] < losses[0] - 0.3 * min(1.0, losses[0]):
+            break  # all that the tests ask for
     return losses, model
 
 
