@@ -47,7 +47,7 @@ def run_two(module: str, *words: str, output: Path, environment: Mapping[str, st
         environment: Of both; None is that of this process.
     """
     # as torchrun does, which would import torch once more: who starts the processes holds what they meet in
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     shared = {
         **(os.environ if environment is None else environment),
         "MASTER_ADDR": "127.0.0.1",
