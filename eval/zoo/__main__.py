@@ -37,18 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # after the words are read, so that --help answers at once
     from eval.speed.measure import one_thread, restart_in_huge_pages
-    from moelora.errors import MoeLoraError
+    from moelora.runs.program import exit_status
     from moelora.runs.quiet import quiet_libraries
 
     restart_in_huge_pages("eval.zoo", arguments)
     quiet_libraries()
-    try:
-        with one_thread():
-            run(options)
-    except MoeLoraError as error:
-        print(f"error: {error}")
-        return 1
-    return 0
+    with one_thread():
+        return exit_status(lambda: run(options), stopped="Stopped. Run the same command again to resume it.")
 
 
 def run(options: argparse.Namespace) -> None:

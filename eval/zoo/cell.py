@@ -19,7 +19,7 @@ from transformers import ProgressCallback, TrainingArguments
 
 from eval.speed.measure import batch, interleaved, peak_memory, step
 from eval.speed.models import shared_copy
-from eval.zoo.bases import HELD_OUT_SEED, MOE, TASKS, TRAIN_SEED, Base, base_of, rows_of, tokenizer
+from eval.zoo.bases import HELD_OUT_SEED, MOE, TRAIN_SEED, Base, base_of, rows_of, tasks, tokenizer
 from moelora import MoeLoraConfig, MoeLoraTrainer, batch_facts
 from moelora.experts.shards import ShardExperts
 from moelora.routing.run import find_hooks
@@ -94,7 +94,7 @@ class Bench:
     def __init__(self, kind: Base, wishes: Wishes, folder: str) -> None:
         self.kind, self.wishes, self.folder = kind, wishes, folder
         self.tokens = tokenizer()
-        rows = math.ceil(wishes.steps * BATCH / len(TASKS))
+        rows = math.ceil(wishes.steps * BATCH / len(tasks()))
         self.train = rows_of(kind, self.tokens, rows, TRAIN_SEED)
         self.held_out = rows_of(kind, self.tokens, HELD_OUT_ROWS, HELD_OUT_SEED)
         self.base = kind.make(self.tokens).requires_grad_(False)
@@ -244,8 +244,8 @@ def _routing(trained: Trained) -> dict[str, Any]:
 def _inputs(kind: Base) -> dict[str, torch.Tensor]:
     """Eight rows of 128 tokens, with their tasks."""
     inputs = batch(BATCH * 128)
-    tasks = torch.arange(BATCH) % len(TASKS)
-    return {**inputs, "task_ids": tasks, **({"labels": tasks} if kind.is_classifier else {})}
+    numbers = torch.arange(BATCH) % len(tasks())
+    return {**inputs, "task_ids": numbers, **({"labels": numbers} if kind.is_classifier else {})}
 
 
 def step_with_tasks(inputs: Mapping[str, torch.Tensor]) -> Callable[[Any], None]:

@@ -79,9 +79,22 @@ def test_arguments_that_the_model_does_not_know(file: Path, tmp_path: Path, caps
     assert "secret" not in line
 
 
-def test_prompts_that_fill_the_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(write_run(tmp_path)), "training.max_length=4"]) == 1
-    assert "training.max_length is 4, and the prompt of every row" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.max_length=4", "training.max_length is 4, and the prompt of every row"),
+        ("dataset={files: none.jsonl}", "none.jsonl"),
+    ],
+)
+def test_a_run_that_is_refused_for_its_rows_leaves_its_folder_as_it_was(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert main([str(file), change, f"output_dir={tmp_path / 'new' / 'run'}"]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "config.yaml").write_text("model: another\n")
+    assert main([str(file), change, f"output_dir={tmp_path}"]) == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.yaml", "model: another\n")]
 
 
 def test_training_that_diverges_ends_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

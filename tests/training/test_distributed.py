@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from moelora.errors import TargetError
 from tests.adapters import adapted, adapter_tensors
 from tests.conftest import tiny_model
-from tests.training.processes import ACCELERATE_FSDP, run_two_processes
+from tests.training.processes import ACCELERATE_FSDP, accelerate_launch, run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
 from tests.training.two_fsdp_processes import CASES as FSDP_CASES
 from tests.training.two_fsdp_processes import trained
@@ -60,7 +60,8 @@ def test_one_process_alone_would_move_the_biases_otherwise() -> None:
 
 def test_fsdp_of_two_processes_equals_one(tmp_path: Path) -> None:
     """Each holds half of every parameter; loss, gradients' norm and the saved adapter are those of one process."""
-    ranks = run_two_processes("tests.training.two_fsdp_processes", tmp_path / "two", launcher=ACCELERATE_FSDP)
+    environment = accelerate_launch(ACCELERATE_FSDP)
+    ranks = run_two_processes("tests.training.two_fsdp_processes", tmp_path / "two", environment)
     expected = {name: trained(tmp_path / f"one-{name}", 1, **words) for name, words in FSDP_CASES.items()}
     expected["resumed"] = expected["plain"]
     for rank in ranks:

@@ -74,9 +74,26 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
 
 def test_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--only", "mixlorra") == 1
-    assert "mixlora" in capsys.readouterr().out
+    assert "mixlora" in capsys.readouterr().err
     assert program.main(["--steps", "0", "--output", str(tmp_path)]) == 1
-    assert "steps is 0" in capsys.readouterr().out
+    assert "steps is 0" in capsys.readouterr().err
+
+
+def test_stopped_it_ends_as_every_program_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run", stop)
+    assert run(tmp_path) == 130
+    assert "Run the same command again" in capsys.readouterr().err
+
+
+def test_the_tasks_are_the_quickstarts(tiny: Base) -> None:
+    assert len(bases.tasks()) == 4
+    rows = bases.rows_of(tiny, bases.tokenizer(), 2, seed=1)
+    assert sorted(rows["task_ids"]) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("preset", presets.available())
