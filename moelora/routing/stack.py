@@ -50,7 +50,7 @@ def stack_records(records: Sequence[RoutingRecord]) -> list[RoutingStack]:
 
 def stack_routings(routings: Sequence[Routing]) -> Routing:
     """Decisions of equal shape as one, each of whose tensors has a leading axis."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for field in fields(routings[0]):
         values = [getattr(routing, field.name) for routing in routings]
         if isinstance(values[0], Tensor):

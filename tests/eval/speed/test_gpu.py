@@ -13,10 +13,17 @@ import torch
 from eval.speed import __main__ as program
 from eval.speed import gpu, models
 from eval.speed.gpu import Meter
+from eval.speed.measure import step
 from eval.speed.models import LORA
+from eval.speed.run import Run
 from tests.conftest import tiny_model
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def meter() -> Meter:
@@ -40,7 +47,6 @@ def test_the_whole_benchmark(
     chosen = {LORA, "MixLoRA", full, "PyPI mixlora 0.2.3"}
     every = gpu.methods
     monkeypatch.setattr(gpu, "methods", lambda base: {n: b for n, b in every(base).items() if n in chosen})
-    step = gpu.step
 
     def step_of(inputs: dict[str, torch.Tensor]) -> Any:
         work = step(inputs)
@@ -75,7 +81,7 @@ def test_the_whole_benchmark(
 def test_gradients_that_differ_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "gradient_error", lambda base: float("nan"))
     with pytest.raises(SystemExit, match="differ from those of its reference by nan; allowed: 0.001. No timing"):
-        gpu.check_gradients(gpu.Run(1, [], {}), None)
+        gpu.check_gradients(Run(1, [], {}), None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
