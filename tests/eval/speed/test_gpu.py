@@ -41,7 +41,7 @@ def test_the_whole_benchmark(
     pytest.importorskip("mixlora")
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(models, "load_base", tiny_base)
-    for name, value in {"TOKENS": (16, 32), "LENGTH": 16, "DECODED": (1, 2)}.items():
+    for name, value in {"TOKENS": (32,), "LENGTH": 16, "DECODED": (2,)}.items():
         monkeypatch.setattr(gpu, name, value)
     full = "SiRA 16 x r=4"
     chosen = {LORA, "MixLoRA", full, "PyPI mixlora 0.2.3"}
@@ -53,7 +53,7 @@ def test_the_whole_benchmark(
 
         def run(model: Any) -> None:
             config = getattr(model, "peft_config", {}).get("default")
-            if inputs["input_ids"].numel() == 32 and getattr(config, "preset", None) == "sira":
+            if getattr(config, "preset", None) == "sira":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             work(model)
 
@@ -66,10 +66,10 @@ def test_the_whole_benchmark(
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["parity"]["gradients"] < 1e-3
     found = {(row["dtype"], row["metric"], row["method"]): row["median"] for row in results["rows"]}
-    assert found["bf16", "memory, 16 tokens", LORA] == 3 << 20
+    assert found["bf16", "memory, 32 tokens", LORA] == 3 << 20
     assert found["bf16", "memory, 32 tokens", full] is None
     for dtype in ("bf16", "nf4"):
-        for metric in ("step, 32 tokens", "forward, 32 tokens", "decode, batch 1", "decode, batch 2"):
+        for metric in ("step, 32 tokens", "forward, 32 tokens", "decode, batch 2"):
             assert found[dtype, metric, LORA] == found[dtype, metric, "MixLoRA"] == 1
             assert ((dtype, metric, full) in found) is metric.startswith("decode")
             assert ((dtype, metric, "PyPI mixlora 0.2.3") in found) is (dtype == "bf16")
