@@ -18,7 +18,7 @@ import torch
 from eval.receipt import make_receipt
 from eval.speed import models
 from eval.speed.measure import Decode, Work, batch, forward, interleaved, step
-from eval.speed.models import LINEAR_METHODS, LORA, MIXLORA, OTHERS, SMOLLM2, Builder
+from eval.speed.models import BESIDE, LINEAR_METHODS, LORA, MIXLORA, OTHERS, SMOLLM2, Builder
 from eval.speed.report import write_gpu_report
 from eval.speed.run import PARITY, Run, check_parity
 from moelora.files import write_atomically
@@ -79,9 +79,9 @@ def cuda_meter() -> Meter:
 
 
 def methods(base: str) -> dict[str, Builder]:
-    """Methods by name; packages of others on a base that is not quantised only."""
+    """Methods by name; the packages of others only on a base that is not quantised."""
     ours: dict[str, Builder] = {LORA: models.lora, MIXLORA: lambda base: models.moelora(base, "mixlora")}
-    others = {name: build for name, build in OTHERS.items() if name.startswith("P")}
+    others = {name: build for name, build in OTHERS.items() if name != BESIDE}
     return ours | LINEAR_METHODS | (others if base == "bf16" else {})
 
 
@@ -122,9 +122,8 @@ def compare(found: Run, base: Any, dtype: str, meter: Meter) -> None:
     group = (SLICE_8B, dtype)
     built = {name: build(base) for name, build in methods(dtype).items()}
 
-    def turns(metric: str, models: Mapping[str, Any], work: Work, rounds: int, train: bool) -> None:
-        seconds = interleaved(models, work, rounds, train=train, warm=2, clock=meter.clock)
-        found.add(group, metric, seconds)
+    def turns(metric: str, taking: Mapping[str, Any], work: Work, rounds: int, train: bool) -> None:
+        found.add(group, metric, interleaved(taking, work, rounds, train=train, warm=2, clock=meter.clock))
 
     # decoding first: what does not fit into a long step can still decode
     for rows in DECODED:
