@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.speed import shapes
-from eval.speed.count import LIMITS, table
+from eval.speed.count import LIMITS, after_the_layers, table
 from eval.speed.counting import Count, ReadsBackError, count, graph_breaks
 from eval.speed.shapes import BLOCK, FEED_FORWARD
 from moelora.routing.batch import Tokens
@@ -101,6 +101,14 @@ def test_mixlora_on_a_gpu_is_within_what_was_asked_for(shape: str) -> None:
 def test_routing_by_sequence_does_not_wait_for_the_device(preset: str) -> None:
     adapted = shapes.mixture(shapes.base("SmolLM2-135M"), preset)
     assert count(adapted.model, adapted.forward(BLOCK, 2, 16)).syncs == 0
+
+
+@pytest.mark.parametrize("preset", ["mixlora", "sira", "smora"])
+def test_what_comes_after_the_layers_does_not_depend_on_how_many_there_are(preset: str) -> None:
+    few, many = (after_the_layers(preset, layers) for layers in (2, 3))
+    assert few == many
+    assert few is not None
+    assert 15 < few < 80
 
 
 def test_launches_do_not_depend_on_the_mixture_or_the_tokens() -> None:
