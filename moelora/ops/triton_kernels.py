@@ -1,5 +1,5 @@
 # Triton reads annotations as code that it compiles, so there are none but its own.
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton's kernels of a mixture on one linear; `triton_linear` calls them.
 
 A program has a tile of tokens and all ranks of all experts. The tile's inner activations stay in registers between the

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moelora.autocast import autocast_dtype
 from moelora.ops.factors import Factors
+from moelora.ops.triton_check import kernels_work
 
 MOST_RANKS = 256
 """E * R up to which a tile's inner activations stay in registers."""
@@ -32,10 +33,15 @@ _PROGRAMS = 128
 
 
 def covers(x_TD: Tensor, factors: Factors) -> bool:
-    """Whether the kernels compute this: experts with an A of their own, few ranks in all, a dtype that they know."""
+    """Whether the kernels compute this: experts with an A of their own, few ranks in all, a dtype that they know.
+
+    At the first such call of a process they are checked.
+    """
     dtype = autocast_dtype(x_TD.device) or x_TD.dtype
     E, R, _ = factors.a_ERD.shape
-    return x_TD.device.type in DEVICES and factors.num_experts == E and E * R <= MOST_RANKS and dtype in DTYPES
+    device = x_TD.device.type
+    fits = factors.num_experts == E and E * R <= MOST_RANKS and dtype in DTYPES
+    return device in DEVICES and fits and kernels_work(device)
 
 
 def triton_linear(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops import mixture_linear as chosen
-from moelora.ops import reference, triton_linear
+from moelora.ops import reference, triton_check, triton_linear
 from moelora.ops.factors import Factors
 from tests.ops.compare import assert_close, assert_near, gradients
 
@@ -157,6 +157,17 @@ def test_compiled_it_is_in_the_graph_and_gives_the_same() -> None:
     assert_equal(gradients(lambda: compiled(leaves), leaves), expected)
 
 
+def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = leaves_of(5, 12, 20, 3, 2, 2)
+    experts = Factors(leaves["a"], leaves["b"], SCALING)
+    right = triton_linear._blocks
+    monkeypatch.setattr(triton_linear, "_blocks", lambda M: {**right(M), "BM": 8})  # ranks that do not fit are lost
+    monkeypatch.setattr(triton_check, "_WORKS", {})
+    with pytest.warns(RuntimeWarning, match="Triton's kernels do not work on .* continuing without them"):
+        assert not triton_linear.covers(leaves["x"], experts)
+    assert not triton_linear.covers(leaves["x"], experts)
+
+
 # The kernels are read from their file: to import moelora takes longer than to compile one.
 COMPILE = """
 import importlib.util, sys
@@ -169,15 +180,18 @@ kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
 types = {"seed": "*i64", "gates": "*fp32", "grad_gates": "*fp32", "scale": "fp32", "p": "fp32"}
 numbers = {"T", "D", "O", "E", "R", "tokens"}
-for arch, dtype in ((80, "fp32"), (90, "bf16")):
+routed, lora = {}, {"E": 1, "gates": None, "grad_gates": None, "base": None}
+rank_one = {"R": 1, "seed": None, "grad_x": None}
+for arch, dtype, given in ((80, "fp32", routed), (90, "bf16", lora), (90, "bf16", rank_one)):
     for name in ("forward", "token_grads", "factor_grads"):
-        kernel, blocks = getattr(kernels, name), {"BT": 16, "BM": 256, "BX": 32}
+        kernel = getattr(kernels, name)
+        constants = {"BT": 16, "BM": 256, "BX": 32, **{each: given[each] for each in given if each in kernel.arg_names}}
         signature = {
-            each: "constexpr" if each in blocks else "i32" if each in numbers else types.get(each, f"*{dtype}")
+            each: "constexpr" if each in constants else "i32" if each in numbers else types.get(each, f"*{dtype}")
             for each in kernel.arg_names
         }
         aligned = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(signature) if signature[each][0] == "*"}
-        source = ASTSource(kernel, signature, blocks, aligned)
+        source = ASTSource(kernel, signature, constants, aligned)
         target = GPUTarget("cuda", arch, 32)
         found = triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 2})
         assert found.asm["cubin"]
@@ -194,4 +208,4 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", COMPILE, str(triton_kernels.__file__)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 9
