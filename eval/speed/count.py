@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.receipt import make_receipt
 from eval.speed import shapes
-from eval.speed.counting import Launches, ReadsBackError, count, graph_breaks
+from eval.speed.counting import Launches, ReadsBackError, count, graph_breaks, with_triton
 from eval.speed.report import facts
 from eval.speed.shapes import BLOCK, FEED_FORWARD, SHAPES
 from moelora import presets
@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def rows_of(shape: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Counts of all presets on one shape, and why some are not counted there."""
+    """Counts of all presets on one shape, also with Triton where that changes them, and why some are not counted."""
     base = shapes.base(shape)
     rows: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
@@ -59,8 +59,14 @@ def rows_of(shape: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
                     continue
                 mine = count(adapted.model, adapted.forward(part, SEQUENCES, LENGTH))
                 theirs = count(peer.model, peer.forward(part, SEQUENCES, LENGTH))
-                row = {"shape": shape, "preset": name, "part": part, "lora_r": sorted(set(ranks.values()))}
-                rows.append({**row, "count": mine.as_dict(), "lora": theirs.as_dict(), "over_lora": mine.over(theirs)})
+                with with_triton():
+                    fused = count(adapted.model, adapted.forward(part, SEQUENCES, LENGTH))
+                for called, found in {name: mine, f"{name}, with Triton": fused}.items():
+                    if found is fused and fused == mine:
+                        continue
+                    row = {"shape": shape, "preset": called, "part": part, "lora_r": sorted(set(ranks.values()))}
+                    over = found.over(theirs)
+                    rows.append({**row, "count": found.as_dict(), "lora": theirs.as_dict(), "over_lora": over})
         except (MoeLoraError, ReadsBackError) as error:
             reasons[name] = str(error)
     return rows, reasons
@@ -151,7 +157,8 @@ def write(results: Mapping[str, Any], output: Path) -> str:
         "host waits for the device. *graph breaks*: of `torch.compile`. *x LoRA*: over PEFT's LoRA on the same linears "
         "with the same dropout; its r is one expert's where experts are whole blocks, that of all experts together on "
         "single linears, and 16 for experts that are no LoRAs. Bold: above what was asked for (launches "
-        f"{LIMITS['launches']}, saved {LIMITS['saved']}, FLOPs {LIMITS['flops']}).\n",
+        f"{LIMITS['launches']}, saved {LIMITS['saved']}, FLOPs {LIMITS['flops']}). *with Triton*: mixtures on "
+        "linears, and plain LoRAs, by Triton's kernels, of which each is one launch.\n",
         *(
             f"## {shape}, {part}\n\n{table(rows, breaks, shape, part)}\n"
             for shape in SHAPES

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from eval.speed import shapes
 from eval.speed.count import LIMITS, after_the_layers, table
-from eval.speed.counting import Count, ReadsBackError, count, graph_breaks
+from eval.speed.counting import Count, ReadsBackError, count, graph_breaks, with_triton
 from eval.speed.shapes import BLOCK, FEED_FORWARD
+from moelora.ops.factors import Factors
+from moelora.ops.mixture_linear import mixture_linear
 from moelora.routing.batch import Tokens
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "speed"
@@ -78,6 +80,22 @@ def test_graph_breaks_are_counted() -> None:
 
     assert graph_breaks(broken) == 1
     assert graph_breaks(lambda: x * 2 + 1) == 0
+
+
+@pytest.mark.parametrize(("O", "sums"), [(40, 2), (8192, 0)])
+def test_a_kernel_of_triton_is_one_launch(O: int, sums: int) -> None:
+    """Forward one; backward two, and the sum over parts of the tokens and its rounding where blocks alone are few."""
+    T, D, E, R = 63, 32, 3, 2
+    with torch.device("meta"):
+        a = nn.Parameter(torch.empty(E, R, D, dtype=torch.bfloat16))
+        b = nn.Parameter(torch.empty(E, O, R, dtype=torch.bfloat16))
+        x, gates = torch.empty(T, D, dtype=torch.bfloat16, requires_grad=True), torch.empty(T, E)
+    module = nn.ParameterList([a, b])
+    with with_triton():
+        found = count(module, lambda: mixture_linear(x, Factors(a, b, 2.0), gates))
+    assert (found.forward, found.backward) == (1, 2 + sums)
+    assert found.saved == 2 * T * (D + E * R) + 4 * T * E
+    assert found.flops == 3 * 2 * T * E * R * (D + O)
 
 
 def mixlora(shape: str, batch: int, length: int, **words: Any) -> tuple[Count, Count]:
