@@ -30,12 +30,12 @@ from tests.runs.tiny import tiny_folder
 from tests.site.pages import DOCS, PAGES, ROOT, blocks
 
 BASE = "tester/base"
-SHORT = "training.max_steps=1 training.max_length=64 training.per_device_train_batch_size=2 dtype=float32"
+SHORT = "training.max_steps=1 training.max_length=256 training.per_device_train_batch_size=2 dtype=float32"
 SHORT += " training.gradient_accumulation_steps=1 training.dataloader_pin_memory=false"
 
 KIT = [
     f"moelora train run.yaml {SHORT}",
-    f"moelora train in-turn.yaml {SHORT}",
+    f"moelora train seq.yaml {SHORT}",
     f"moelora train problems.yaml {SHORT}",
     f"moelora compose sums=loras/sums words=loras/words --base {BASE} --router centroids --data rows.jsonl -o mix",
     "moelora expert drop mix -o mix-2 --experts 1",
@@ -97,7 +97,7 @@ NAMES: dict[str, dict[str, str]] = {
     "methods": {"FILE": "methods.md"},
     "mixlora-folders": {"alpaca-mixlora": "for-mixlora"},
     "recipes": {"configs/recipes/dpo.yaml": "dpo.yaml"},
-    "sequential": {"run.yaml": "in-turn.yaml"},
+    "sequential": {"run.yaml": "seq.yaml"},
     "share": {
         **{name: name for name in ("mix", "mix-2", "my-loras", "one-lora", "my-moe", "for-mixlora")},
         "FOLDER": ADAPTER,
@@ -233,7 +233,12 @@ def write_kit(place: Path) -> None:
     tasks = {"gcd": {"max_value": 300}, "letter_counting": {"min_words": 2, "max_words": 3}}
     runs: dict[str, dict[str, Any]] = {
         "run": {**of_rows, "adapter": adapter, "baseline": {"r": 4}},
-        "in-turn": {**of_rows, "adapter": {"preset": "lora", "r": 2}, "output_dir": "runs/seq", "recipe": "sequential"},
+        "seq": {
+            **of_rows,
+            "recipe": "sequential",
+            "sequential": {"order": ["sums", "words"]},
+            "adapter": {"preset": "lora", "r": 2},
+        },
         "problems": {
             "model": BASE,
             "dataset": {"tasks": tasks, "rows_per_task": 24, "system": "Reply."},
@@ -242,8 +247,7 @@ def write_kit(place: Path) -> None:
         },
     }
     for name, words in runs.items():
-        words = {"output_dir": f"runs/{name}", **words}
-        (place / f"{name}.yaml").write_text(yaml.safe_dump(words))
+        (place / f"{name}.yaml").write_text(yaml.safe_dump({**words, "output_dir": f"runs/{name}"}))
     preferences = yaml.safe_load((ROOT / "configs/recipes/dpo.yaml").read_text())
     preferences |= {"model": BASE, "dataset": {"tasks": tasks, "rows_per_task": 4}}
     (place / "dpo.yaml").write_text(yaml.safe_dump(preferences))

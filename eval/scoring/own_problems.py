@@ -203,8 +203,9 @@ def _tasks(
         return own_tasks.make_problems(config, tokenizer, limit)
     rows = load_rows(config.dataset, tokenizer, config.recipe, held_out=is_own)
     numbers: list[str] = []
-    is_run = isinstance(trained, RunConfig)
+    longest: int | None = own_tasks.TEXT_LENGTH
     if isinstance(trained, RunConfig):
+        longest = trained.training.get("max_length", longest)
         seen = load_rows(trained.dataset, tokenizer, trained.recipe)
         numbers = task_names(seen, trained.dataset)
         if is_own:
@@ -214,5 +215,4 @@ def _tasks(
             known = sum(prompt_key(row, 0) in keys for row in rows)
             if known:
                 print(f"Note: the run was trained on the prompts of {known} of these {len(rows)} rows.", flush=True)
-    words = {key: trained.training[key] for key in ("max_length",) if key in trained.training} if is_run else {}
-    return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit, **words)
+    return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit, longest)

@@ -27,8 +27,8 @@ from moelora.runs.tasks import Problem, fresh_problems, task_data_set
 
 ROWS = "rows"
 """What rows are called that do not say their task."""
-# Tokens of a text that are trained on where the run does not say: trl.SFTConfig's own max_length.
-_TEXT_LENGTH = 1024
+TEXT_LENGTH = 1024
+"""Tokens of a text that are trained on where the run does not say: trl.SFTConfig's own max_length."""
 # Tokens from which on answers take long.
 _LONG = 256
 
@@ -132,7 +132,7 @@ def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -
 
 
 def problems_of_rows(
-    rows: Any, tokenizer: Any, numbers: Sequence[str], limit: int | None = None, longest: int | None = _TEXT_LENGTH
+    rows: Any, tokenizer: Any, numbers: Sequence[str], limit: int | None = None, longest: int | None = TEXT_LENGTH
 ) -> list[TaskResult]:
     """Rows of the user's as problems, task by task.
 

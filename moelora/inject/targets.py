@@ -31,7 +31,7 @@ def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
     in_blocks = [part for block in blocks for part in block.parts]
     kept = _not_excluded(blocks, modules, config)
     if kept:
-        raise TargetError(f"target_modules='all-linear' takes in {_moe_refusal(kept)}")
+        raise TargetError(f"target_modules='all-linear' takes in {_moe_refusal(kept)}", anchor="moe-base")
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = head_names(config)
     unreached = find_unreached(modules)

@@ -57,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_steps": 30,
         "per_device_train_batch_size": 8,
         "learning_rate": 0.02,
+        "max_length": 64,
         "dataloader_pin_memory": False,
     }
     file = write_run(folder, dataset=data, baseline={"r": 4}, training=training)
@@ -224,7 +225,12 @@ def test_the_stages_of_a_sequential_run(
     capsys.readouterr()
     loaded: list[str] = []
     load = Contestant.load
-    monkeypatch.setattr(Contestant, "load", lambda self, config: loaded.append(self.role) or load(self, config))
+
+    def counted(contestant: Contestant, config: Any) -> Any:
+        loaded.append(contestant.role)
+        return load(contestant, config)
+
+    monkeypatch.setattr(Contestant, "load", counted)
     assert main([str(root), "--stages", "--json", "evaluation.max_new_tokens=1"]) == 0
     assert loaded == ["base", "adapter", "adapter"]  # the base model is scored once
     whole = json.loads((root / "metrics.json").read_text())
@@ -264,6 +270,7 @@ def test_what_is_refused(
 
 def test_texts_have_a_loss_and_no_answers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [{"text": f"{'copy' if n % 2 else 'turn'} {n} {'xy'[n % 2]}", "task": "ba"[n % 2]} for n in range(4)]
+    given[0]["text"] *= 20  # longer than training.max_length
     texts = write_rows(tmp_path / "texts.jsonl", given)
     assert main([str(run), "--data", texts, "dataset.system=null"]) == 0
     shown = capsys.readouterr().out
@@ -276,12 +283,12 @@ def test_texts_have_a_loss_and_no_answers(run: Path, tmp_path: Path, capsys: pyt
     assert {row["metric"] for row in found["scores"]} == {"loss"}
     assert found["receipt"]["command"].endswith("dataset.system=null")
 
-    # the loss of each token but the first, the end of the text among them, as training counts it
+    # the loss of each token but the first, up to the run's max_length or with the end of the text, as in training
     tokenizer = load_tokenizer(load_config(run / "config.yaml"))
     model = Contestant("base", "base").load(load_config(run / "config.yaml"))
     losses = []
     for row in (row for row in given if row["task"] == "a"):
-        ids = torch.tensor([tokenizer(f"{row['text']}<|end|>")["input_ids"]])
+        ids = torch.tensor([tokenizer(f"{row['text']}<|end|>")["input_ids"][:64]])
         with torch.no_grad():
             losses.append(float(model(ids, labels=ids).loss))
     assert found["losses"]["a"]["base"]["value"] == pytest.approx(sum(losses) / 2, abs=1e-5)
