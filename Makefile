@@ -54,7 +54,7 @@ quickstart: ## Teach a real model four skills one after the other, and score it 
 quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equal size, where the mixture has no gain
 	@$(call run-config,quickstart-joint)
 
-test: $(VENV)/dev.stamp ## Run every test
+test: $(VENV)/dev.stamp ## Run every test but those of a release
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A folder of its own: torch for CPUs looks for Triton when it compiles, and no other test should depend on that.
@@ -75,7 +75,7 @@ random-cases: $(VENV)/dev.stamp ## 10,000 configurations, adapter folders, YAML 
 long-runs: $(VENV)/dev.stamp ## 10,000 steps, 8,192 tokens, 64 adapters on tiny models; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.long_runs --output tests/RELIABILITY.md
 
-test-oldest: ## Run every test with the oldest versions that are allowed (CI: before a release, it takes as long as test)
+test-oldest: ## Run the tests with the oldest versions that are allowed (CI: before a release, it takes as long as test)
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # The newest are those that pip takes without any constraint.
@@ -98,12 +98,13 @@ docs: $(VENV)/dev.stamp ## Build the documentation site into build/docs; every w
 	@$(build-docs)
 	@echo "See it: $(BIN)/python -m http.server --directory build/docs (a file opens as well, without the search)"
 
-release: $(VENV)/dev.stamp ## Build the sdist and the wheel into dist/, check them, and say what a maintainer does next
+release: $(VENV)/dev.stamp ## Build sdist and wheel into dist/, run every documented command from both, say what is next
 	@$(PIP_INSTALL) -e ".[release]"
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	@$(BIN)/python -m twine check --strict dist/*
-	@MOELORA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/test_release.py
+	@MOELORA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q -m "" tests/test_release.py tests/test_wheel.py \
+	  tests/test_documented_commands.py
 	@ls -l dist
 	@version=$$($(BIN)/moelora --version | cut -d' ' -f2); printf '%s\n' \
 	  "Next, for a maintainer:" \

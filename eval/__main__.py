@@ -18,7 +18,7 @@ STOPPED = "Stopped; nothing was written."
 EXAMPLES = """\
 Examples:
     moelora eval runs/quickstart
-    moelora eval runs/mine --data unseen.jsonl
+    moelora eval runs/mine --data unseen.jsonl evaluation.max_new_tokens=64
     moelora eval runs/quickstart --suite commonsense --limit 400
     moelora eval owner/adapter --suite arc_easy,mmlu --beside owner/lora"""
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     # after the words are read, so that --help answers at once
     from moelora.runs.program import exit_status
@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words of the program."""
     parser.add_argument(
         "source", metavar="SOURCE", help="folder of a run, folder of an adapter, or an adapter's name on the Hub"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a value of the run's `evaluation`, such as evaluation.max_new_tokens=64; with --data also of its "
+        "`dataset`, which says how rows are read",
     )
     parser.add_argument(
         "--suite",
@@ -124,10 +131,8 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
         data = [part.strip() for part in (options.data or "").split(",") if part.strip()]
         if options.data is not None and not data:
             raise RunError(f"--data is {options.data!r}; allowed: files of rows.")
-        from eval.scoring.own_problems import evaluate, evaluate_stages
+        from eval.scoring.own_problems import evaluate
 
-        if options.stages:
-            evaluate_stages(options.source, options.limit, options.batch_size)
         return evaluate(
             options.source,
             options.config,
@@ -136,7 +141,11 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
             data=data,
             model=options.model,
             others=options.beside,
+            overrides=options.overrides,
+            stages=options.stages,
         )
+    if options.overrides:
+        raise RunError(f"{options.overrides[0]!r} does not apply to a suite; leave it out.")
     from eval.scoring.suite_run import card_metrics, run_suite
 
     scores = run_suite(

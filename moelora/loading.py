@@ -57,7 +57,7 @@ def loading(model: nn.Module, source: Any) -> Iterator[None]:
         if isinstance(error, MoeLoraError):
             if str(source) in str(error):
                 raise
-            raise type(error)(f"adapter {str(source)!r}: {error}") from error
+            raise type(error)(f"adapter {str(source)!r}: {error}", anchor=error.anchor) from error
         if isinstance(error, KeyError):
             raise AdapterFileError(
                 f"the weights of the adapter {str(source)!r} lack {error}, which its configuration asks for "

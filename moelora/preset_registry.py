@@ -82,7 +82,8 @@ def find(name: str) -> Callable[..., Any]:
     """
     if name not in _PRESETS:
         guess = "".join(f" Did you mean {match!r}?" for match in difflib.get_close_matches(str(name), _PRESETS, n=1))
-        raise ConfigError(f"unknown preset {name!r}; allowed: {', '.join(_PRESETS)}.{guess}")
+        message = f"unknown preset {name!r}; allowed: {', '.join(_PRESETS)}.{guess}"
+        raise ConfigError(message, anchor="unknown-preset")
     return _PRESETS[name]
 
 

@@ -12,14 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from moelora.errors import ConfigError
 
 
-def check(condition: bool, name: str, value: object, allowed: str, fix: str = "") -> None:
+def check(condition: bool, name: str, value: object, allowed: str, fix: str = "", *, anchor: str | None = None) -> None:
     """Raise unless `condition` holds.
 
     Raises:
         ConfigError: Names the field, its value, the allowed values and the fix.
     """
     if not condition:
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}." + (f" {fix}" if fix else ""))
+        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}." + (f" {fix}" if fix else ""), anchor=anchor)
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -182,7 +182,7 @@ def check_keys(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None
     for key in given:
         if key not in allowed:
             hint = did_you_mean(key, allowed)
-            raise ConfigError(f"unknown key {key!r} in {where}.{hint} {words}")
+            raise ConfigError(f"unknown key {key!r} in {where}.{hint} {words}", anchor="unknown-key")
 
 
 def check_at_least_one(section: object, where: str, *names: str) -> None:

@@ -27,7 +27,7 @@ PAGE = Path(__file__).parent.parent / "docs/evaluation.md"
 def _commands() -> list[list[str]]:
     """Each line of the page's blocks, without its comment."""
     found = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for block in found for line in block.splitlines()]
+    return [words for block in found for line in block.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def _moelora(verb: str, words: list[str]) -> int:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.compose.loras import three_loras
+from tests.installed import SITE, install, run
 from tests.runs.tiny import tiny_folder
 from tests.site.pages import PAGES, ROOT, blocks
 
@@ -34,35 +32,13 @@ CHAIN = [
     "presets mixlora",
     "doctor",
 ]
-"""Each verb but `chat`, which talks, `push`, which needs a Hub, and `completion`."""
+"""Each verb but `chat`, `push` and `completion`; test_documented_commands.py has those, too."""
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel installs, and nothing of the clone."""
-    folder = tmp_path_factory.mktemp("wheel")
-    given = os.environ.get("MOELORA_DIST")
-    if given is None:
-        builders = pytest.importorskip("hatchling.builders.wheel")
-        list(builders.WheelBuilder(str(ROOT)).build(directory=str(folder / "dist"), versions=["standard"]))
-    (wheel,) = Path(given or folder / "dist").glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
-    subprocess.run([*pip, "--target", str(folder / "site"), str(wheel)], check=True)
-    return folder / "site"
-
-
-def run(installed: Path, place: Path, code: str, *words: str) -> str:
-    """What a program prints that finds moelora in the wheel alone."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *words],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    return done.stdout
+    """The Python of an environment with the wheel, and nothing of the clone."""
+    return install("wheel", tmp_path_factory.mktemp("wheel"))
 
 
 def commands() -> list[str]:
@@ -81,7 +57,8 @@ def test_every_command_of_readme_and_docs_is_taken(installed: Path, tmp_path: Pa
     )
     found = commands()
     assert len(found) > 50
-    assert run(installed, tmp_path, code, json.dumps(found)).splitlines()[-1].startswith(str(installed))
+    printed = run(installed, tmp_path, ["-c", code, json.dumps(found)])
+    assert Path(printed.splitlines()[-1]).is_relative_to(installed.parents[1])
 
 
 def test_a_chain_of_commands_runs(installed: Path, tmp_path: Path) -> None:
@@ -98,9 +75,10 @@ def test_a_chain_of_commands_runs(installed: Path, tmp_path: Path) -> None:
         "print(json.dumps(files))"
     )
     chain = [shlex.split(line.format(configs=ROOT / "configs")) for line in CHAIN]
-    shown = run(installed, tmp_path, code, json.dumps(chain))
+    shown = run(installed, tmp_path, ["-c", code, json.dumps(chain)])
     files = json.loads(shown.splitlines()[-1])
-    assert {name: str(Path(file).parent.relative_to(installed)) for name, file in files.items()} == {
+    site = installed.parents[1] / SITE
+    assert {name: str(Path(file).parent.relative_to(site)) for name, file in files.items()} == {
         "moelora": "moelora",
         "train": "moelora/_programs/train",
         "eval": "moelora/_programs/eval",

@@ -60,7 +60,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of the methods, of the library and of the results into the navigation."""
     lists: dict[str, list[Any]] = {
         "Methods": [{Path(page).stem: page} for page in methods.pages()],
-        "Results": [page for page in outside().values() if re.fullmatch(r"results/.*/.*\.md", page)],
+        # by their folders: many a heading is that of several
+        "Results": [
+            {page.removeprefix("results/").removesuffix(".md").removesuffix("/index"): page}
+            for page in outside().values()
+            if re.fullmatch(r"results/.*/.*\.md", page)
+        ],
         "API reference": [{Path(page).stem: page} for page in reference.pages() if "/api/" in page],
     }
 

@@ -67,6 +67,8 @@ def _evaluations(runs: Mapping[str, Json]) -> list[Json]:
     merged: dict[tuple[str, str | None], list[tuple[str, Json]]] = {}
     for name, content in runs.items():
         for evaluation in content["evaluations"]:
+            if not evaluation["rows"]:
+                continue  # losses of texts alone, and each run held out texts of its own
             merged.setdefault((evaluation["name"], evaluation["protocol"]), []).append((name, evaluation))
     return [_merge(name, protocol, parts) for (name, protocol), parts in merged.items()]
 

@@ -163,9 +163,10 @@ def _experts(words: Json) -> str | None:
 
 
 def _evaluation(name: str, content: Json) -> Json:
-    """A table of scores: one row per task and metric, one column per model."""
+    """A table of scores: one row per task and metric, one column per model; losses have one of their own."""
     scores = [row for row in content.get("scores", []) if {"task", "metric", "value"} <= row.keys()]
     models = list(dict.fromkeys(str(row.get("model", "value")) for row in scores))
+    scores = [row for row in scores if row["metric"] != "loss"]
     tasks = content.get("tasks") or {}
     rows: dict[tuple[str, str], Json] = {}
     for row in scores:

@@ -38,7 +38,9 @@ def read_forgetting(run: Path, own: Json, read: Callable[[Path], Json]) -> tuple
             notes.append(f"No picture of what is forgotten, {role}: {table}")
         elif table is not None:
             shown.append(table)
-    if len(stages.get("adapter", {})) > 1 and not shown and not notes:
+    if any(row["metric"] == "loss" for row in own.get("scores", [])):
+        notes.append("No picture of what is forgotten: the rows are texts, which have no exact answers.")
+    elif len(stages.get("adapter", {})) > 1 and not shown and not notes:
         notes.append(f"No scores by stage, which show what is forgotten: `moelora eval {run} --stages` makes them.")
     return shown, notes
 

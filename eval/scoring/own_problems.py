@@ -13,9 +13,17 @@ from typing import Any
 
 from eval.receipt import make_receipt
 from eval.scoring import heatmaps, own_report, own_tables, own_tasks
-from eval.scoring.own_tasks import TaskResult
+from eval.scoring.own_tasks import OwnResults, TaskResult
 from eval.scoring.routing import as_json
-from eval.scoring.sources import Contestant, beside, distinct, find_contestants, find_suite_models, run_on_rows
+from eval.scoring.sources import (
+    Contestant,
+    beside,
+    distinct,
+    find_contestants,
+    find_suite_models,
+    run_on_rows,
+    with_overrides,
+)
 from moelora.errors import RunError
 from moelora.files import write_atomically
 from moelora.runs.config import RunConfig
@@ -36,10 +44,13 @@ def evaluate(
     data: Sequence[str] = (),
     model: str | None = None,
     others: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    stages: bool = False,
 ) -> dict[str, Any]:
     """Score a run or an adapter and write metrics.json, report.md and the pictures.
 
-    They lie in the folder of the run or adapter; with `data` in its `results`, in a folder named as the files.
+    They lie in the folder of the run or adapter; with `data` in its `results`, in a folder named as the files; of a
+    stage in the folder of the stage.
 
     Args:
         source: As on the command line of `moelora eval`.
@@ -49,6 +60,8 @@ def evaluate(
         data: Files of rows to score on, as `--data`; none for the run's own problems.
         model: As there.
         others: Adapters to put beside, as `--beside`.
+        overrides: `key=value` of `evaluation`, and with `data` of `dataset`.
+        stages: Score the adapter after each task of a sequential run first. The last stage is the run's own adapter.
 
     Returns:
         What metrics.json has.
@@ -56,22 +69,44 @@ def evaluate(
     Raises:
         RunError: If there is nothing to evaluate, or no way to.
     """
+    earlier = None
+    for stage in _stages(source) if stages else []:
+        print(f"\nAfter {stage.name}", flush=True)
+        run_file = str(RunDir(source).config_file)
+        _, earlier = _evaluate(str(stage), run_file, limit, batch_size, overrides=overrides, earlier=earlier)
+    words: dict[str, Any] = {"data": data, "model": model, "others": others, "overrides": overrides}
+    return _evaluate(source, config_file, limit, batch_size, **words, earlier=earlier)[0]
+
+
+def _evaluate(
+    source: str,
+    config_file: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    *,
+    data: Sequence[str] = (),
+    model: str | None = None,
+    others: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    earlier: OwnResults | None,
+) -> tuple[dict[str, Any], OwnResults]:
+    """As `evaluate`, of one adapter; the base model is not scored again if that was done for another stage."""
     started = time.monotonic()
     trained: RunConfig | ModelSource
     if data:
         trained, contestants, place = find_suite_models(source, config_file, model)
-        config = run_on_rows(trained, source, data)
+        config = with_overrides(run_on_rows(trained, source, data), overrides, ("evaluation", "dataset"))
         names = "-".join(Path(file).stem for file in data)
         folder = place / "results" / f"rows-{re.sub(r'[^A-Za-z0-9_.-]+', '-', names)}"
     elif model is not None:
         raise RunError(f"--model {model!r} is given without --data; leave it out: the configuration names the model.")
     else:
-        trained, contestants, folder = find_contestants(source, config_file)
-        config = trained
+        found_config, contestants, folder = find_contestants(source, config_file)
+        trained = config = with_overrides(found_config, overrides, ("evaluation",))
     contestants = distinct([contestants[0], *map(_beside, others), *contestants[1:]])
     tokenizer = load_tokenizer(config)
     tasks = _tasks(config, trained, RunDir(Path(config_file).parent if config_file else source), tokenizer, limit)
-    results = own_tasks.run(config, contestants, tasks, tokenizer, batch_size)
+    results = own_tasks.run(config, contestants, tasks, tokenizer, batch_size, earlier)
     folder.mkdir(parents=True, exist_ok=True)
     routing = heatmaps.RoutingMap.of(results.routing) if results.routing else None
     pictures = heatmaps.draw(routing, contestants[-1].name, folder / "heatmaps") if routing else []
@@ -83,17 +118,20 @@ def evaluate(
         config=dataclasses.asdict(config),
         seeds=_seeds(trained),
         seconds=time.monotonic() - started,
-        command=shlex.join(["moelora", "eval", source, *(str(w) for pair in words if pair[1] for w in pair)]),
+        command=shlex.join(
+            ["moelora", "eval", source, *(str(w) for pair in words if pair[1] for w in pair), *overrides]
+        ),
     )
     found = own_report.metrics(results, contestants, routing, receipt)
     # beside the adapter, for its card, are the scores that the run itself asks for
     metrics_file = own_report.write_metrics(found, folder, [] if data or others else contestants)
     report_file = own_report.write_report(results, contestants, routing, pictures, found, folder)
 
-    print("\nExact answers in percent, ± standard error\n")
-    print(terminal(*own_tables.score_rows(results)))
+    if results.has_answers:
+        print("\nExact answers in percent, ± standard error\n")
+        print(terminal(*own_tables.score_rows(results)))
     if results.has_losses:
-        print("\nLoss of an answer's token in nats, ± standard error; less is better\n")
+        print(f"\n{own_tables.loss_title(results)}\n")
         print(terminal(*own_tables.loss_rows(results)))
     if results.chosen:
         print("\nWhich expert answers\n")
@@ -105,7 +143,7 @@ def evaluate(
     lines += [f"adapter   {adapter}", f"\nEvaluated in {minutes(time.monotonic() - started)}. To share the adapter:"]
     lines += [f"  moelora push {adapter} YOUR_NAME/YOUR_ADAPTER", "To look at scores, curves and routing in a browser:"]
     print("\n".join([*lines, f"  moelora report {place if data else folder}"]), flush=True)
-    return found
+    return found, results
 
 
 def _seeds(trained: RunConfig | ModelSource) -> dict[str, int]:
@@ -116,13 +154,11 @@ def _seeds(trained: RunConfig | ModelSource) -> dict[str, int]:
     return seeds | ({"evaluation problems": trained.evaluation.seed} if trained.dataset.tasks else {})
 
 
-def evaluate_stages(source: str, limit: int | None = None, batch_size: int | None = None) -> None:
-    """Score the adapter after each task of a sequential run but the last, which is the run's own, as `evaluate` does.
+def _stages(source: str) -> list[Path]:
+    """The adapter after each task of a sequential run but the last, which is the run's own.
 
     Args:
         source: Folder of the run.
-        limit: As in `evaluate`.
-        batch_size: As there.
 
     Raises:
         RunError: If it has no stages.
@@ -133,9 +169,7 @@ def evaluate_stages(source: str, limit: int | None = None, batch_size: int | Non
     stages = [folder for _, folder in sorted(numbers.items())]
     if not run.config_file.is_file() or not stages:
         raise RunError(f"{source!r} has no stages; allowed with --stages: the folder of a run of recipe sequential.")
-    for stage in stages[:-1]:
-        print(f"\nAfter {stage.name}", flush=True)
-        evaluate(str(stage), str(run.config_file), limit, batch_size)
+    return stages[:-1]
 
 
 def _beside(word: str) -> Contestant:
@@ -169,7 +203,9 @@ def _tasks(
         return own_tasks.make_problems(config, tokenizer, limit)
     rows = load_rows(config.dataset, tokenizer, config.recipe, held_out=is_own)
     numbers: list[str] = []
+    longest: int | None = own_tasks.TEXT_LENGTH
     if isinstance(trained, RunConfig):
+        longest = trained.training.get("max_length", longest)
         seen = load_rows(trained.dataset, tokenizer, trained.recipe)
         numbers = task_names(seen, trained.dataset)
         if is_own:
@@ -179,4 +215,4 @@ def _tasks(
             known = sum(prompt_key(row, 0) in keys for row in rows)
             if known:
                 print(f"Note: the run was trained on the prompts of {known} of these {len(rows)} rows.", flush=True)
-    return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit)
+    return own_tasks.problems_of_rows(rows, tokenizer, numbers, limit, longest)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.scoring.heatmaps import RoutingMap
-from eval.scoring.own_tables import chosen_rows, loss_rows, notes, score_rows
+from eval.scoring.own_tables import WITHOUT_ANSWERS, chosen_rows, loss_rows, loss_title, notes, score_rows
 from eval.scoring.own_tasks import OwnResults, TaskResult
 from eval.scoring.scores import card_row, macro, mean
 from eval.scoring.sources import Contestant
@@ -28,6 +28,7 @@ _ROWS = (
     "± standard error. `majority` is what a model scores that always gives the most frequent answer. Where many "
     "answers are as good, look at the loss."
 )
+_TEXTS = f"Loss of the tokens of texts. {WITHOUT_ANSWERS}"
 
 
 def metrics(
@@ -37,20 +38,26 @@ def metrics(
     receipt: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that was measured; `scores` is the list that a model card is made of."""
+    metric = "exact" if results.has_answers else "loss"
+    values = [(task, task.exact if results.has_answers else task.losses.__getitem__) for task in results.tasks]
     scores = []
-    for task in results.tasks:
+    for task, of_model in values:
         for model in results.models:
-            scores.append(card_row(task.task, "exact", model, mean(task.exact(model))))
+            scores.append(card_row(task.task, metric, model, mean(of_model(model))))
             if not task.examples:
                 scores.append(card_row(task.task, "verifier score", model, mean(task.scores[model])))
     for model in results.models:
-        score = macro([mean(task.exact(model)) for task in results.tasks])
-        scores.append(card_row("mean of tasks", "exact", model, score))
+        score = macro([mean(of_model(model)) for _, of_model in values])
+        scores.append(card_row("mean of tasks", metric, model, score))
     found: dict[str, Any] = {
         "suite": "rows" if results.has_losses else "reasoning",
         "scores": scores,
         "tasks": {
-            task.task: {"n": len(task.problems), "majority": round(task.majority, 6), "dropped": task.dropped}
+            task.task: {
+                "n": len(task.problems),
+                "majority": None if task.majority is None else round(task.majority, 6),
+                "dropped": task.dropped,
+            }
             for task in results.tasks
         },
         "models": {contestant.name: _model(contestant, results) for contestant in contestants},
@@ -113,11 +120,9 @@ def write_report(
     receipt = found["receipt"]
     sections = [
         f"# {ours.name} on {receipt['config']['model']}",
-        _ROWS if results.has_losses else _PROBLEMS,
-        markdown(*score_rows(results)),
-        f"Loss of an answer's token in nats; less is better.\n\n{markdown(*loss_rows(results))}"
-        if results.has_losses
-        else "",
+        (_ROWS if results.has_answers else _TEXTS) if results.has_losses else _PROBLEMS,
+        markdown(*score_rows(results)) if results.has_answers else "",
+        f"{loss_title(results)}.\n\n{markdown(*loss_rows(results))}" if results.has_losses else "",
         *notes(results),
         _comparison(contestants, receipt),
     ]
@@ -125,7 +130,8 @@ def write_report(
         sections += _routing(routing, pictures, results_dir)
     if results.chosen:
         sections += ["## Which expert answers", markdown(*chosen_rows(results))]
-    sections += ["## What they answer", *(_examples(task, results.models) for task in results.tasks)]
+    if results.has_answers:
+        sections += ["## What they answer", *(_examples(task, results.models) for task in results.tasks)]
     sections.append(_receipt(receipt))
     file = results_dir / "report.md"
     write_atomically(file, "\n\n".join(filter(None, sections)) + "\n")

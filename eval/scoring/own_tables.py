@@ -9,15 +9,17 @@ from eval.scoring.judging import floor_cell, is_at_floor
 from eval.scoring.own_tasks import OwnResults
 from eval.scoring.scores import Score, difference, macro, mean, percent
 
+WITHOUT_ANSWERS = "The rows are texts without a prompt, so that nothing is asked and there are no exact answers."
+
 
 def score_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one task each, then their mean; one column per model, with the floor and a paired difference.
 
-    The difference is between the last model and the one before it, when that is not the base.
+    The difference is between the last model and the one before it, when that is not the base. Of rows with answers.
     """
     values = [{model: task.exact(model) for model in results.models} for task in results.tasks]
     header, rows = _table(results, values, percent)
-    floors = [task.majority for task in results.tasks]
+    floors = [task.majority for task in results.tasks if task.majority is not None]
     floors.append(sum(floors) / len(floors))
     return [*header[:2], "majority", *header[2:]], [
         [*row[:2], floor_cell(floor), *row[2:]] for row, floor in zip(rows, floors, strict=True)
@@ -25,8 +27,14 @@ def score_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
 
 
 def loss_rows(results: OwnResults) -> tuple[list[str], list[list[str]]]:
-    """As `score_rows`, of the loss of the rows' answers."""
+    """As `score_rows`, of the loss of the rows' answers, or of texts."""
     return _table(results, [task.losses for task in results.tasks], nats)
+
+
+def loss_title(results: OwnResults) -> str:
+    """What the losses are of."""
+    whose = "an answer" if results.has_answers else "a text"
+    return f"Loss of {whose}'s token in nats, ± standard error; less is better"
 
 
 def _table(
@@ -58,13 +66,17 @@ def nats(score: Score, sign: bool = False) -> str:
 
 def notes(results: OwnResults) -> list[str]:
     """What the tables say, in words."""
-    return [note for note in (verdict(results), loss_verdict(results), at_floor(results)) if note]
+    found = [verdict(results) if results.has_answers else WITHOUT_ANSWERS, loss_verdict(results), at_floor(results)]
+    return [note for note in found if note]
 
 
 def loss_verdict(results: OwnResults) -> str:
     """Whether the losses of the adapter and the baseline differ by more than chance, in words; empty without both."""
-    if len(results.models) < 3 or not results.has_losses or _too_few(results):
+    if len(results.models) < 3 or not results.has_losses:
         return ""
+    if few := _too_few(results):
+        # where there are answers, the verdict on them has said so
+        return "" if results.has_answers else f"No difference can be told: one text alone of {few}."
     ours, theirs = results.models[-1], results.models[-2]
     gap = macro([difference(task.losses[ours], task.losses[theirs]) for task in results.tasks])
     said = f"Loss, {ours} against {theirs}: {nats(gap, sign=True)} nats"
@@ -90,6 +102,7 @@ def at_floor(results: OwnResults) -> str:
         f"{model} on {task.task}"
         for model in results.models[1:]
         for task in results.tasks
+        if task.majority is not None
         if is_at_floor(mean(task.exact(model)).value, task.majority)
     ]
     return f"Not above the most frequent answer: {', '.join(found)}." if found else ""

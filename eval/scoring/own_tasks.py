@@ -1,6 +1,7 @@
 """Answers to problems of a run's own tasks: fresh ones of reasoning-gym, scored by its verifiers, or the user's rows.
 
-Rows are right where the answer is theirs, letter for letter but for white space around it.
+Rows are right where the answer is theirs, letter for letter but for white space around it. Texts have no answers: what
+is measured of them is their loss.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from eval.scoring.generation import RoutingCounts, answer, shared_tokens
 from eval.scoring.judging import majority_share
 from eval.scoring.losses import BATCH, Example, row_losses
 from eval.scoring.routing import TokenView, chosen_by_task, has_routers, token_views
+from eval.scoring.scores import mean
 from eval.scoring.sources import BESIDE, Contestant
 from moelora import batch_facts
 from moelora.compose.tokens import tokenize
@@ -25,6 +27,10 @@ from moelora.runs.tasks import Problem, fresh_problems, task_data_set
 
 ROWS = "rows"
 """What rows are called that do not say their task."""
+TEXT_LENGTH = 1024
+"""Tokens of a text that are trained on where the run does not say: trl.SFTConfig's own max_length."""
+# Tokens from which on answers take long.
+_LONG = 256
 
 
 @dataclass
@@ -35,19 +41,20 @@ class TaskResult:
         task: Name of the task.
         problems: The problems.
         dropped: Problems left out because a training row has the same prompt.
-        majority: Share of the most frequent reference answer: what a model scores that always says the same.
-        prompts: Token ids of the prompts.
+        majority: Share of the most frequent reference answer: what a model scores that always says the same; None for
+            texts, which have no answers.
+        prompts: Token ids of the prompts, or of the texts.
         examples: Of rows, their tokens with labels; empty for problems of reasoning-gym.
         task_id: The number of the task in training, for an adapter that routes by it; None where that is not known.
         answers: Model to its answers.
         scores: Model to the verifier's scores from 0 to 1.
-        losses: Model to the loss of each row's answer in nats per token; empty without `examples`.
+        losses: Model to the loss of each row's answer, or of each text, in nats per token; empty without `examples`.
     """
 
     task: str
     problems: list[Problem]
     dropped: int
-    majority: float
+    majority: float | None
     prompts: list[list[int]]
     examples: Sequence[Example] = ()
     task_id: int | None = None
@@ -85,6 +92,11 @@ class OwnResults:
         """Whether the problems are rows, whose answers have a loss."""
         return any(task.losses for task in self.tasks)
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether something is asked; of texts it is not."""
+        return all(task.majority is not None for task in self.tasks)
+
 
 def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -> list[TaskResult]:
     """Fresh problems of every task of the run, none of which is among the training rows.
@@ -119,7 +131,9 @@ def make_problems(config: RunConfig, tokenizer: Any, limit: int | None = None) -
     return results
 
 
-def problems_of_rows(rows: Any, tokenizer: Any, numbers: Sequence[str], limit: int | None = None) -> list[TaskResult]:
+def problems_of_rows(
+    rows: Any, tokenizer: Any, numbers: Sequence[str], limit: int | None = None, longest: int | None = TEXT_LENGTH
+) -> list[TaskResult]:
     """Rows of the user's as problems, task by task.
 
     Args:
@@ -127,29 +141,49 @@ def problems_of_rows(rows: Any, tokenizer: Any, numbers: Sequence[str], limit: i
         tokenizer: Makes the prompts, as in training.
         numbers: The tasks of training in their order, for an adapter that routes by their number.
         limit: Rows per task; None takes all.
+        longest: Tokens of a text that count, as in training; None counts all.
 
     Raises:
-        RunError: If the rows have no prompts to answer.
+        RunError: If some rows have a prompt to answer and others have none.
     """
     tasks = list(map(str, rows["task"])) if "task" in rows.column_names else [ROWS] * len(rows)
+    chosen = {
+        task: rows.select([index for index, each in enumerate(tasks) if each == task][:limit])
+        for task in sorted(set(tasks))
+    }
+    tokens = {task: tokenize(own, tokenizer) for task, own in chosen.items()}
+    asked = [bool(_prompt(example)) for examples in tokens.values() for example in examples]
+    if any(asked) and not all(asked):
+        raise RunError(
+            f"{asked.count(True)} of {len(asked)} rows have a prompt, and the others have none; allowed: all or none. "
+            "Score them apart."
+        )
     results = []
-    for task in sorted(set(tasks)):
-        own = rows.select([index for index, each in enumerate(tasks) if each == task][:limit])
-        examples = tokenize(own, tokenizer)
+    for task, own in chosen.items():
+        examples = tokens[task]
+        number = numbers.index(task) if task in numbers else None
+        if not any(asked):
+            end = tokenizer.eos_token_id if "text" in rows.column_names else None  # a chat's template writes its own
+            examples = [_as_trained(example, end, longest) for example in examples]
+            problems = [Problem(task, tokenizer.decode(example["input_ids"]), "", entry={}) for example in examples]
+            texts = [example["input_ids"] for example in examples]
+            results.append(TaskResult(task, problems, 0, None, texts, examples, number))
+            continue
         prompts = [_prompt(example) for example in examples]
-        if not all(prompts):
-            raise RunError(
-                "the rows are texts without prompts, so that there is nothing to answer; allowed: prompt and "
-                "completion, or messages. --suite scores on tasks of lm-eval."
-            )
         answers = [tokenizer.decode(_answer(example), skip_special_tokens=True).strip() for example in examples]
         problems = [
             Problem(task, _question_of(row), answer, entry={}) for row, answer in zip(own, answers, strict=True)
         ]
-        majority = majority_share(answers)
-        number = numbers.index(task) if task in numbers else None
-        results.append(TaskResult(task, problems, 0, majority, prompts, examples, number))
+        results.append(TaskResult(task, problems, 0, majority_share(answers), prompts, examples, number))
     return results
+
+
+def _as_trained(text: Example, end: int | None, longest: int | None) -> dict[str, list[int]]:
+    """The tokens of a text that are trained on: with its end, and no more of them than `longest`."""
+    ids = list(text["input_ids"])
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    return {"input_ids": ids[:longest], "labels": ids[:longest]}
 
 
 def _prompt(example: Example) -> list[int]:
@@ -239,6 +273,7 @@ def run(
     tasks: list[TaskResult],
     tokenizer: Any,
     batch_size: int | None = None,
+    earlier: OwnResults | None = None,
 ) -> OwnResults:
     """Let every contestant answer the same problems.
 
@@ -248,38 +283,53 @@ def run(
         tasks: The problems.
         tokenizer: Of the base model.
         batch_size: Problems at once; None takes `evaluation.batch_size`.
+        earlier: Results on the same problems, whose base model is not scored again.
+
+    Raises:
+        RunError: If a model cannot be loaded.
     """
     results = OwnResults(tasks, [contestant.name for contestant in contestants])
     for task in results.tasks:
-        kind = "rows" if task.examples else "fresh problems"
+        kind = ("rows" if results.has_answers else "texts") if task.examples else "fresh problems"
         note = f", {task.dropped} dropped because they occur in training" if task.dropped else ""
         print(f"{task.task}: {len(task.problems)} {kind}{note}", flush=True)
+    longest = max(_longest(task, config, tokenizer) for task in tasks) if results.has_answers else 0
+    if longest > _LONG:
+        print(f"Answers may take {longest} tokens, as the longest row; evaluation.max_new_tokens caps it.", flush=True)
+    for contestant in contestants:
+        if contestant.role == BESIDE:
+            contestant.load(config)  # one of another base is found before any time is spent
     shared = shared_tokens([prompt for task in results.tasks for prompt in task.prompts])
     for contestant in contestants:
+        if earlier is not None and contestant.role == "base":
+            _take_over(contestant.name, earlier, results)
+            continue
         started = time.monotonic()
         model = contestant.load(config)
         # two halves of a task's prompts are compared
         comparable = all(len(task.problems) > 1 for task in results.tasks)
-        routed = contestant.role == "adapter" and has_routers(model) and comparable
+        routed = contestant.role == "adapter" and has_routers(model) and comparable and results.has_answers
         for task in results.tasks:
             began = time.monotonic()
             with facts_of(model, task, is_of_run=contestant.role != BESIDE):
-                answers, halves = answer(
-                    model,
-                    tokenizer,
-                    task.prompts,
-                    batch_size=batch_size or config.evaluation.batch_size,
-                    max_new_tokens=_longest(task, config, tokenizer),
-                    shared=shared if routed else None,
-                )
                 if task.examples:
                     task.losses[contestant.name] = row_losses(model, task.examples, batch_size or BATCH)
-            task.answers[contestant.name] = answers
-            task.scores[contestant.name] = verify(task, config, answers)
-            if routed:
-                results.routing[task.task] = halves
-            exact = sum(task.exact(contestant.name)) / len(answers)
-            print(f"{contestant.name}  {task.task}  {exact:.0%} exact  {time.monotonic() - began:.1f} s", flush=True)
+                    said = f"loss {mean(task.losses[contestant.name]).value:.3f}"
+                if results.has_answers:
+                    answers, halves = answer(
+                        model,
+                        tokenizer,
+                        task.prompts,
+                        batch_size=batch_size or config.evaluation.batch_size,
+                        max_new_tokens=_longest(task, config, tokenizer),
+                        shared=shared if routed else None,
+                    )
+                    task.answers[contestant.name] = answers
+                    task.scores[contestant.name] = verify(task, config, answers)
+                    said = f"{mean(task.exact(contestant.name)).value:.0%} exact"
+                    if routed:
+                        results.routing[task.task] = halves
+            print(f"{contestant.name}  {task.task}  {said}  {time.monotonic() - began:.1f} s", flush=True)
         if routed:
             results.views = []
             for task in results.tasks:
@@ -290,6 +340,19 @@ def run(
         results.seconds[contestant.name] = time.monotonic() - started
         del model
     return results
+
+
+def _take_over(model: str, earlier: OwnResults, results: OwnResults) -> None:
+    """Take what a model scored before on the same problems."""
+    for now, before in zip(results.tasks, earlier.tasks, strict=True):
+        now.answers |= _of(model, before.answers)
+        now.scores |= _of(model, before.scores)
+        now.losses |= _of(model, before.losses)
+    results.seconds[model] = earlier.seconds[model]
+
+
+def _of(model: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: found for name, found in values.items() if name == model}
 
 
 def facts_of(model: Any, task: TaskResult, *, is_of_run: bool) -> AbstractContextManager[None]:

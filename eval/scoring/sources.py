@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moelora.config import MoeLoraConfig
-from moelora.errors import RunError
+from moelora.errors import MoeLoraError, RunError
 from moelora.runs.config import DatasetConfig, RunConfig, load_config
 from moelora.runs.folder import ADAPTER, BASELINE, RunDir
 from moelora.runs.models import ModelSource, load_adapter, load_model
 from moelora.runs.recipes import RECIPES
+from moelora.runs.schema import build
+from moelora.runs.wording import one_line
+from moelora.runs.yaml_file import apply_override
 
 BESIDE = "beside"
 # What tables call a preset.
@@ -43,9 +47,23 @@ class Contestant:
     training: dict[str, Any] | None = None
 
     def load(self, config: RunConfig | ModelSource) -> Any:
-        """The model in evaluation mode; the adapter computes in the data types that it was trained and saved in."""
+        """The model in evaluation mode; the adapter computes in the data types that it was trained and saved in.
+
+        Raises:
+            RunError: If the base cannot be loaded, or the adapter is not one of it.
+        """
         base = load_model(config)
-        return (base if self.adapter is None else load_adapter(base, self.adapter)).eval()
+        if self.adapter is None:
+            return base.eval()
+        try:
+            return load_adapter(base, self.adapter).eval()
+        except (OSError, ValueError, RuntimeError) as error:  # PEFT's own, for an adapter that is not ours
+            if isinstance(error, MoeLoraError):
+                raise
+            raise RunError(
+                f"adapter {self.adapter!r} cannot be loaded on {config.model!r}: {one_line(error)[:300]} Allowed: an "
+                "adapter of this base model."
+            ) from error
 
 
 def find_contestants(source: str, config_file: str | None) -> tuple[RunConfig, list[Contestant], Path]:
@@ -126,6 +144,28 @@ def run_on_rows(config: RunConfig | ModelSource, source: str, files: Sequence[st
     dataset = DatasetConfig(files=list(files))
     words = {"dtype": config.dtype, "model_kwargs": config.model_kwargs}
     return RunConfig(model=config.model, output_dir=source, dataset=dataset, adapter={"path": source}, **words)
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str], sections: Sequence[str]) -> RunConfig:
+    """The configuration with values changed by `key=value`.
+
+    Args:
+        config: What is scored, and how.
+        overrides: As on the command line.
+        sections: What may be changed; the rest is as in training.
+
+    Raises:
+        RunError: If an override is of another section, or not valid.
+    """
+    words = dataclasses.asdict(config)
+    for override in overrides:
+        if override.partition(".")[0] not in sections:
+            raise RunError(
+                f"override {override!r}; allowed: keys of {' and '.join(sections)}, such as "
+                "evaluation.max_new_tokens=64. The rest is as the adapter was trained."
+            )
+        apply_override(words, override)
+    return build(RunConfig, words, "the configuration") if overrides else config
 
 
 def distinct(contestants: Sequence[Contestant]) -> list[Contestant]:

@@ -73,6 +73,8 @@ def run_suite(
         f"{f', the first {limit} rows of each' if limit else ''}"
     )
     scores, model = [], None
+    for each in others:
+        each.load(base)  # one of another base is found before any time is spent
     for each in contestants:
         model = None  # the one before makes room first
         found, model = score_model(each, base, tokenizer, loaded, limit, batch_size)

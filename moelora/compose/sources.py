@@ -91,14 +91,16 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
         value = getattr(config, word, plain)
         if value != plain and value:
             raise ComposeError(
-                f"the LoRA {source!r} has {word}={value!r}, and {reason}; allowed: {word}={plain!r}. Train it without."
+                f"the LoRA {source!r} has {word}={value!r}, and {reason}; allowed: {word}={plain!r}. Train it without.",
+                anchor="not-a-plain-lora",
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
         raise ComposeError(
             f"the LoRA {source!r} has init_lora_weights={init!r}, which takes a part of the base weight away, so that "
             "its factors do not fit the base that the other experts have; allowed: a LoRA that was converted when it "
-            "was saved (`save_pretrained(path_initial_model_for_weight_conversion=...)`)."
+            "was saved (`save_pretrained(path_initial_model_for_weight_conversion=...)`).",
+            anchor="not-a-plain-lora",
         )
     for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
         if not is_real(value):

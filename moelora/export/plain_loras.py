@@ -103,7 +103,8 @@ def check_by_sequence(config: MoeLoraConfig) -> Literal["task", "centroid"]:
         f"the mixture is routed token by token (scores {config.scores.describe()}, selection "
         f"{config.selection.describe()}), so no LoRA is right for a whole request; allowed: 'task' or 'centroids' "
         f"scores with one choice for each sequence, or 'constant'. {DISTIL}, or keep its routing with "
-        "`--to native-moe`."
+        "`--to native-moe`.",
+        anchor="not-by-sequence",
     )
 
 

@@ -31,7 +31,7 @@ def resolve_all_linear(model: nn.Module, config: MoeLoraConfig) -> None:
     in_blocks = [part for block in blocks for part in block.parts]
     kept = _not_excluded(blocks, modules, config)
     if kept:
-        raise TargetError(f"target_modules='all-linear' takes in {_moe_refusal(kept)}")
+        raise TargetError(f"target_modules='all-linear' takes in {_moe_refusal(kept)}", anchor="moe-base")
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = head_names(config)
     unreached = find_unreached(modules)
@@ -98,7 +98,8 @@ def find_targets(model: nn.Module, modules: Mapping[str, nn.Module], config: Moe
         raise TargetError(
             f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}, "
             f"layers_to_transform={config.layers_to_transform!r}) match no module of {type(model).__name__}; its "
-            f"linears end in: {', '.join(some) or 'none'}."
+            f"linears end in: {', '.join(some) or 'none'}.",
+            anchor="no-module",
         )
     _check_moe_blocks(targeted, modules, config)
     unreached = find_unreached(modules)
@@ -146,7 +147,7 @@ def _check_moe_blocks(targeted: list[str], modules: Mapping[str, nn.Module], con
     for name in targeted:
         block = next((block for block in blocks if inside(name, block.parts) is not None), None)
         if block is not None:
-            raise TargetError(f"target {name!r} is in {_moe_refusal([block])}")
+            raise TargetError(f"target {name!r} is in {_moe_refusal([block])}", anchor="moe-base")
     kept = _not_excluded(blocks, modules, config)
     if not kept:
         return
@@ -155,13 +156,15 @@ def _check_moe_blocks(targeted: list[str], modules: Mapping[str, nn.Module], con
         if is_feed_forward(unwrapped(modules[parent])):
             raise TargetError(
                 f"target {name!r} is in a dense feed-forward block, but other feed-forward blocks that the targets "
-                f"pass by are mixtures of experts: {_moe_refusal(kept)}"
+                f"pass by are mixtures of experts: {_moe_refusal(kept)}",
+                anchor="moe-base",
             )
     if isinstance(config.target_modules, str):
         return
     for ending in sorted(config.target_modules):
         if not any(name == ending or name.endswith(f".{ending}") for name in modules):
-            raise TargetError(f"target_modules: {ending!r} match no module, but the model has {_moe_refusal(kept)}")
+            message = f"target_modules: {ending!r} match no module, but the model has {_moe_refusal(kept)}"
+            raise TargetError(message, anchor="moe-base")
 
 
 def _moe_refusal(blocks: list[MoeBlock]) -> str:

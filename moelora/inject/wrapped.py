@@ -32,5 +32,6 @@ def check_not_wrapped(model: nn.Module, peft_config: PeftConfig | dict[str, Any]
     raise TargetError(
         f"{reason}; allowed: a plain base model. To add an adapter beside the first, call "
         "`peft_model.add_adapter(name, config)` or `load_adapter`; to start anew, take the base model that "
-        "`peft_model.unload()` returns."
+        "`peft_model.unload()` returns.",
+        anchor="second-wrap",
     )

@@ -93,7 +93,8 @@ class Tokens:
                 f"the adapter routes by {name}, which the batch does not have; allowed: one for each sequence. Pass "
                 f"`{name}=` to the model, put it in a column of that name, or use `with moelora."
                 f"batch_facts({name}=...)` around the call (PEFT's classes for a task type drop an argument of the "
-                "name task_ids)."
+                "name task_ids).",
+                anchor="task-ids" if name == "task_ids" else None,
             )
 
     def has_fact(self, name: str) -> bool:

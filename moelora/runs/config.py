@@ -77,7 +77,8 @@ class DatasetConfig:
         if len(given) != 1:
             raise RunError(
                 f"dataset says {' and '.join(given) or 'none'} of tasks, hub and files; exactly one is needed. For "
-                "example `dataset: {hub: owner/name}` or `dataset: {files: rows.jsonl}`."
+                "example `dataset: {hub: owner/name}` or `dataset: {files: rows.jsonl}`.",
+                anchor="dataset",
             )
         for task, options in (self.tasks or {}).items():
             if not isinstance(options, dict):

@@ -245,7 +245,8 @@ def _rename(rows: Any, config: DatasetConfig, recipe: str) -> Any:
         if theirs not in rows.column_names:
             raise RunError(
                 f"dataset.columns.{ours} is {theirs!r}, which {_source(config)} does not have; it has "
-                f"{', '.join(rows.column_names)}."
+                f"{', '.join(rows.column_names)}. Name one of those, as in `dataset.columns.{ours}=NAME`, or drop the "
+                "mapping, as in `dataset.columns={}`."
             )
     # A file's own column of our name gives way to the one asked for.
     clashes = [ours for ours, theirs in config.columns.items() if ours != theirs and ours in rows.column_names]

@@ -129,6 +129,7 @@ class TopK(Selection):
             f"1 to num_experts ({fewest}{' where there are fewest' if fewest < num_experts else ''}), or dense "
             "selection",
             "Lower top_k or raise num_experts.",
+            anchor="top-k",
         )
         trains_router = config.scores.is_trained and not config.inference_mode
         no_gradient = self.renormalize and not self.straight_through and not self.dense_in_training
@@ -136,7 +137,8 @@ class TopK(Selection):
             raise ConfigError(
                 "top_k is 1 with renormalize=True: each weight is w / w = 1, so the task gives the router no gradient; "
                 "allowed: renormalize=False (the raw weight, as in Switch), straight_through=True, top_k of at least "
-                "2, or a router that is not trained."
+                "2, or a router that is not trained.",
+                anchor="top-1",
             )
         learns = self.multiply_by_gate or any(choice.has_loss for choice in config.balance)
         if num_experts > 1 and trains_router and not learns:

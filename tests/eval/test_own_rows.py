@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from eval.__main__ import main
 from eval.page import build_report
@@ -21,6 +23,7 @@ from eval.scoring.own_tasks import problems_of_rows, room
 from eval.scoring.sources import Contestant, distinct
 from moelora import record_routing
 from moelora.compose import from_loras
+from moelora.errors import RunError
 from moelora.runs.config import load_config
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_tokenizer
@@ -54,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_steps": 30,
         "per_device_train_batch_size": 8,
         "learning_rate": 0.02,
+        "max_length": 64,
         "dataloader_pin_memory": False,
     }
     file = write_run(folder, dataset=data, baseline={"r": 4}, training=training)
@@ -210,16 +214,31 @@ def test_an_adapter_that_routes_by_task_has_the_numbers_of_training(
     assert "it is not known which number 'c' had in training" in capsys.readouterr().err
 
 
-def test_the_stages_of_a_sequential_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stages_of_a_sequential_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = {"files": write_rows(tmp_path / "rows.jsonl", rows(16)), "held_out": 0.25}
     adapter = {"preset": "lora", "r": 2, "lora_alpha": 4}
     file = write_run(tmp_path, dataset=data, adapter=adapter, recipe="sequential", sequential={"order": ["b", "a"]})
     assert train([str(file), "training.max_steps=2"]) == 0
     root = tmp_path / "run"
     capsys.readouterr()
-    assert main([str(root), "--stages", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((root / "metrics.json").read_text())
+    loaded: list[str] = []
+    load = Contestant.load
+
+    def counted(contestant: Contestant, config: Any) -> Any:
+        loaded.append(contestant.role)
+        return load(contestant, config)
+
+    monkeypatch.setattr(Contestant, "load", counted)
+    assert main([str(root), "--stages", "--json", "evaluation.max_new_tokens=1"]) == 0
+    assert loaded == ["base", "adapter", "adapter"]  # the base model is scored once
+    whole = json.loads((root / "metrics.json").read_text())
+    assert json.loads(capsys.readouterr().out) == whole
     stage = json.loads((root / "stages/1-b/metrics.json").read_text())
+    of_base = [[row for row in found["scores"] if row["model"] == "base"] for found in (stage, whole)]
+    assert of_base[0] == of_base[1] != []
+    assert whole["receipt"]["config"]["evaluation"]["max_new_tokens"] == 1
     assert {row["task"] for row in stage["scores"]} == {"a", "b", "mean of tasks"}
     assert "stages/1-b" in stage["receipt"]["command"]
 
@@ -235,17 +254,62 @@ def test_the_stages_of_a_sequential_run(tmp_path: Path, capsys: pytest.CaptureFi
         (["--protocol", "loglik"], "--protocol does not apply to rows"),
         (["--beside", "x.json"], "is a file of results; allowed without --suite: adapters"),
         (["--model", "x"], "is given without --data"),
-        (["--data", "{text}"], "texts without prompts, so that there is nothing to answer"),
+        (["adapter.r=8"], "override 'adapter.r=8'; allowed: keys of evaluation, such as evaluation.max_new_tokens=64"),
+        (["evaluation.max_new_tokens=0"], "evaluation.max_new_tokens is 0; allowed"),
+        (["--suite", "arc_easy", "evaluation.seed=3"], "'evaluation.seed=3' does not apply to a suite"),
+        (["--data", "{text}", "dataset.columns={text: body}"], "or drop the mapping, as in `dataset.columns={}`"),
     ],
 )
 def test_what_is_refused(
     run: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = write_rows(tmp_path / "text.jsonl", [{"text": "abc"}])
-    config = load_config(run / "config.yaml")
-    assert config.dataset.system == "Reply."
-    given = [word.replace("{text}", text) for word in words]
-    source = str(run / "adapter") if "{text}" in words else str(run)
-    more = ["--model", str(run.parent / "model")] if "{text}" in words else []
-    assert main([source, *given, *more]) == 1
+    assert main([str(run), *(text if word == "{text}" else word for word in words)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_texts_have_a_loss_and_no_answers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [{"text": f"{'copy' if n % 2 else 'turn'} {n} {'xy'[n % 2]}", "task": "ba"[n % 2]} for n in range(4)]
+    given[0]["text"] *= 20  # longer than training.max_length
+    texts = write_rows(tmp_path / "texts.jsonl", given)
+    assert main([str(run), "--data", texts, "dataset.system=null"]) == 0
+    shown = capsys.readouterr().out
+    assert "The rows are texts without a prompt, so that nothing is asked" in shown
+    assert "Exact answers in percent" not in shown
+    assert re.search(r"Loss, MixLoRA against LoRA r=4: [+-]\d\.\d{3} ± \d\.\d{3} nats", shown)
+    folder = run / "results/rows-texts"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["tasks"]["a"] == {"n": 2, "majority": None, "dropped": 0}
+    assert {row["metric"] for row in found["scores"]} == {"loss"}
+    assert found["receipt"]["command"].endswith("dataset.system=null")
+
+    # the loss of each token but the first, up to the run's max_length or with the end of the text, as in training
+    tokenizer = load_tokenizer(load_config(run / "config.yaml"))
+    model = Contestant("base", "base").load(load_config(run / "config.yaml"))
+    losses = []
+    for row in (row for row in given if row["task"] == "a"):
+        ids = torch.tensor([tokenizer(f"{row['text']}<|end|>")["input_ids"][:64]])
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+    assert found["losses"]["a"]["base"]["value"] == pytest.approx(sum(losses) / 2, abs=1e-5)
+    (first, _) = problems_of_rows(Dataset.from_list(given), tokenizer, [], longest=3)
+    assert [len(example["labels"]) for example in first.examples] == [3, 3]
+    mixed = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}] * count} for count in (1, 2)])
+    with pytest.raises(RunError, match="1 of 2 rows have a prompt, and the others have none"):
+        problems_of_rows(mixed, tokenizer, [])
+
+    page = build_report(run).read_text()
+    assert "Loss of a text's token in nats" in page
+    assert "<caption>Scores in percent, rows-texts" not in page
+
+
+def test_another_base_is_found_before_time_is_spent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = get_peft_model(tiny_model("llama", hidden_size=48), LoraConfig(target_modules=["q_proj"]))
+    other.save_pretrained(str(tmp_path / "other"))
+    assert main([str(run), "--beside", str(tmp_path / "other")]) == 1
+    shown = capsys.readouterr()
+    assert "cannot be loaded on" in shown.err
+    assert "Allowed: an adapter of this base model." in shown.err
+    assert "exact" not in shown.out

@@ -159,6 +159,7 @@ def test_error_messages_are_those_of_the_code(tmp_path: Path, monkeypatch: pytes
             raising[anchor]()
         pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
         assert re.match(pattern, str(raised.value), flags=re.DOTALL), f"{anchor}: {raised.value}"
+        assert raised.value.__notes__ == [f"See docs/troubleshooting.md#{anchor}"]
 
 
 def test_messages_name_a_heading_of_the_page() -> None:
@@ -172,6 +173,7 @@ def test_messages_name_a_heading_of_the_page() -> None:
     assert found - anchors == {"running", "without-an-error"}
     for kind in kinds:
         [note] = kind("why").__notes__
+        assert note == kind("why").see()
         assert note == f"See docs/troubleshooting.md#{kind.anchor}"
 
 

@@ -109,7 +109,8 @@ class RouterRecipe(Choice):
             raise ComposeError(
                 f"the router {self.kind!r} is fitted on rows of each expert, and there are none for "
                 f"{', '.join(missing)}; allowed: at least one row each. Give a file of rows with a column `task` that "
-                "names the expert."
+                "names the expert.",
+                anchor="no-rows",
             )
 
 
