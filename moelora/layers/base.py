@@ -207,7 +207,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def _routing_now(self) -> set[str]:
         active = set(self.active_adapters) | set(row_adapters())
-        return set() if self.disable_adapters else active & self.routers.keys()
+        return set() if self.disable_adapters else {name for name in active if name in self.routers}
 
     def routers_of_base_hidden(self) -> list[tuple[str, Router]]:
         """The routers of the active adapters that look at the base's hidden states before the model runs."""

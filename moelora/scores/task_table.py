@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch.distributions import RelaxedBernoulli
+import torch
 
 from moelora.choices import Init, Param, Site, register
 from moelora.scores.base import RouterInput, Scored
@@ -69,8 +69,9 @@ class TaskTableScores(LearnedScoresOfTasks):
         ids_N = self.tasks_N(given.tokens)
         logits_NE = given.tensors["weight"].float()[ids_N]
         if given.training:
-            draws = RelaxedBernoulli(logits_NE.new_ones(()), logits=logits_NE, validate_args=False)
-            z_NE = draws.rsample()
+            # torch's RelaxedBernoulli(1, logits), whose checks of its arguments make the host wait for a device
+            noise_NE = torch.rand_like(logits_NE).logit(eps=torch.finfo(torch.float32).eps)
+            z_NE = (logits_NE + noise_NE).sigmoid()
         else:
             z_NE = logits_NE.sigmoid()
         z_NGS = z_NE.unflatten(-1, (self.groups, -1))
