@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-joint test soak long-runs test-oldest test-matrix check docs release clean
+.PHONY: help quickstart quickstart-joint test test-triton soak random-cases long-runs test-oldest test-matrix check docs release clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -57,8 +57,20 @@ quickstart-joint: ## The same skills all at once: a mixture beside a LoRA of equ
 test: $(VENV)/dev.stamp ## Run every test but those of a release
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# A folder of its own: torch for CPUs looks for Triton when it compiles, and no other test should depend on that.
+$(VENV)/triton: Makefile
+	@echo "Installing Triton into $@, 286 MB to download and 1 GB on the disk ..."
+	@$(PIP_INSTALL) --no-deps --upgrade --target $@ triton==3.9.0
+	@touch $@
+
+test-triton: $(VENV)/dev.stamp $(VENV)/triton ## Run Triton's kernels on the CPU, by its interpreter (Linux)
+	@PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_linear.py
+
 soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md
+
+random-cases: $(VENV)/dev.stamp ## 10,000 configurations, adapter folders, YAML files and rows that are changed at random; tests/RELIABILITY.md gets the table
+	@$(BIN)/python -W ignore -m tests.random_cases --output tests/RELIABILITY.md
 
 long-runs: $(VENV)/dev.stamp ## 10,000 steps, 8,192 tokens, 64 adapters on tiny models; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.long_runs --output tests/RELIABILITY.md

@@ -17,7 +17,7 @@ from moelora.balance.losses import balance_losses
 from moelora.config import MoeLoraConfig
 from moelora.errors import MoeLoraError
 from moelora.inject import placement  # noqa: F401
-from moelora.loading import loading
+from moelora.loading import loading, swappable_weights
 from moelora.model import MoeLoraModel
 from moelora.ops import compute  # noqa: F401
 from moelora.peft_plugin import register
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moelora.training.sft import MoeLoraSFTTrainer
     from moelora.training.trainer import MoeLoraSeq2SeqTrainer, MoeLoraTrainer, MoeLoraTrainerMixin
 
-register(MoeLoraConfig, MoeLoraModel, loading)
+register(MoeLoraConfig, MoeLoraModel, loading, swappable_weights)
 
 __all__ = [
     "MoeLoraConfig",

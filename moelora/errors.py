@@ -6,7 +6,8 @@ from __future__ import annotations
 class MoeLoraError(ValueError):
     """Base of every error raised on purpose by moelora.
 
-    A traceback, and the line that a command prints, end with the place in the documentation that says more.
+    A message is one line, whatever it quotes of a file. A traceback, and the line that a command prints, end with the
+    place in the documentation that says more.
 
     Args:
         *args: The message.
@@ -17,7 +18,7 @@ class MoeLoraError(ValueError):
     """The heading of docs/troubleshooting.md about errors of this kind, or about this one."""
 
     def __init__(self, *args: object, anchor: str | None = None) -> None:
-        super().__init__(*args)
+        super().__init__(*(" ".join(arg.splitlines()) if isinstance(arg, str) else arg for arg in args))
         if anchor is not None:
             self.anchor = anchor
         self.add_note(self.see())

@@ -17,6 +17,18 @@ try:
 except ImportError:  # Windows: nothing tells what a killed process has left from what is being written
     fcntl = None  # type: ignore[assignment]
 
+# What a tokenizer saves beside an adapter, its chat template with it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 

@@ -85,7 +85,7 @@ def check_base(model: nn.Module, stored: Mapping[str, Any] | None, name: str | N
             continue
         found = _described(weight)
         if found["columns"] != columns:
-            faults.append(f"{key} has {found['columns']} columns and not {columns}")
+            faults.append(f"{key} has {found['columns']} columns and not {columns!r}")
         elif found["digest"] != digest:
             distance = _distance(values, found["values"])
             if distance > _ANOTHER:

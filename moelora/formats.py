@@ -17,7 +17,8 @@ from moelora.validation import check_keys
 
 _T = TypeVar("_T")
 
-_BLOCK_KEY = re.compile(r"\.moelora_(gate|up|down)_(A|B)\.weight$")
+# Before the last part there may be the name of the adapter.
+_BLOCK_KEY = re.compile(r"\.moelora_(gate|up|down)_(A|B)((?:\.[^.]+)?)\.weight$")
 
 
 def upgrade_config(words: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -109,9 +110,9 @@ def upgrade_keys(weights: Mapping[str, _T]) -> dict[str, _T]:
     """An adapter's tensors under today's names; a no-op for those that have them.
 
     Args:
-        weights: Tensors by the names of adapter_model.safetensors.
+        weights: Tensors by the names of adapter_model.safetensors, or by those in a model.
     """
-    return {_BLOCK_KEY.sub(r".moelora_\2.\1", key): tensor for key, tensor in weights.items()}
+    return {_BLOCK_KEY.sub(r".moelora_\2\3.\1", key): tensor for key, tensor in weights.items()}
 
 
 def check_finite(weights: Mapping[str, Tensor], where: str, error: type[MoeLoraError]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moelora.config import MoeLoraConfig
 from moelora.errors import AdapterFileError, MoeLoraError, TargetError
 from moelora.fingerprint import check_base
-from moelora.formats import check_finite
+from moelora.formats import check_finite, upgrade_keys
 from moelora.layers.base import MoeLoraLayer
 from moelora.peft_plugin import tuner_class
 from moelora.peft_type import PREFIX
@@ -155,6 +155,32 @@ def checked_weights(
         )
     check_base(model, config.base_fingerprint, config.base_model_name_or_path)
     return given
+
+
+def swappable_weights(
+    model: nn.Module, adapter_name: str, config: MoeLoraConfig, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors that PEFT's `hotswap_adapter` may copy over those of an adapter.
+
+    Args:
+        model: The model with the adapter that is replaced.
+        adapter_name: Its name.
+        config: The configuration of the adapter that takes its place.
+        weights: The tensors of that adapter's file, with the adapter's name in theirs.
+
+    Raises:
+        TargetError: If the adapter has more than experts and routers, or does not fit, see `checked_weights`.
+        AdapterFileError: If a tensor holds NaN or infinity.
+    """
+    words = ("modules_to_save", "trainable_token_indices", "bias")
+    besides = {word: value for word in words if (value := getattr(config, word)) not in (None, [], "none")}
+    if besides:
+        said = " and ".join(f"{word}={value!r}" for word, value in besides.items())
+        raise TargetError(
+            f"hotswap_adapter replaces experts and routers only, and the new adapter has {said}; allowed: an adapter "
+            "without. model.load_adapter loads it whole."
+        )
+    return checked_weights(model, adapter_name, config, upgrade_keys(weights))
 
 
 def _besides(

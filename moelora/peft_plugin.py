@@ -7,7 +7,7 @@ tables are filled directly, under a str-Enum of our own: PEFT, transformers and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,21 +17,25 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.utils import hotswap
+from torch import Tensor, nn
 
 from moelora.errors import RegistrationError
 from moelora.peft_type import PEFT_TYPE, PREFIX
 
 Loading = Callable[[Any, Any], AbstractContextManager[None]]
+Swapping = Callable[[nn.Module, str, Any, Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def register(config_cls: type[Any], model_cls: type[Any], loading: Loading) -> None:
+def register(config_cls: type[Any], model_cls: type[Any], loading: Loading, swapping: Swapping) -> None:
     """Make `peft.get_peft_model` and `PeftModel.from_pretrained` know the method.
 
     Args:
         config_cls: `MoeLoraConfig`.
         model_cls: `MoeLoraModel`.
         loading: Makes the context in which a model gets an adapter from a place; it undoes what fails.
+        swapping: From a model, an adapter's name, the configuration and the weights of another one to the weights that
+            take the place of the adapter's; it refuses what does not fit.
 
     Raises:
         RegistrationError: If another package has registered the name or the parameter prefix.
@@ -49,8 +53,9 @@ def register(config_cls: type[Any], model_cls: type[Any], loading: Loading) -> N
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
-    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = ["experts", "placement", "scores", "selection"]
+    hotswap.CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = ["experts", "placement", "scores", "selection"]
     _guard_loading(loading)
+    _guard_swapping(swapping)
 
 
 def _guard_loading(loading: Loading) -> None:
@@ -73,6 +78,23 @@ def _guard_loading(loading: Loading) -> None:
 
     PeftModel.load_adapter = guarded_load
     PeftModel.from_pretrained = classmethod(guarded_from_pretrained)
+
+
+def _guard_swapping(swapping: Swapping) -> None:
+    """Run PEFT's hot swap on weights that `swapping` has checked.
+
+    PEFT zeroes what it gets no tensor for and copies any value. `hotswap_adapter` looks this function up at each call,
+    so that it is guarded wherever it was imported from and whenever.
+    """
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def guarded(model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.peft_type == PEFT_TYPE:
+            state_dict = swapping(getattr(model, "_orig_mod", model), adapter_name, config, state_dict)
+        swap(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    hotswap.hotswap_adapter_from_state_dict = guarded
 
 
 def tuner_class() -> Any:

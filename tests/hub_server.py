@@ -54,7 +54,10 @@ class Repo:
 
 
 class HubServer:
-    """The loopback Hub. `token` is the one valid token, `user` the one namespace that it may write to."""
+    """The loopback Hub. `token` is the one valid token, `user` the one namespace that it may write to.
+
+    At a path that holds the text `broken` it closes the connection without an answer.
+    """
 
     def __init__(self, *, token: str = "hf_test", user: str = "tester") -> None:
         self.token = token
@@ -62,6 +65,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.broken = ""
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -84,6 +88,7 @@ class HubServer:
             self.repos.clear()
             self.uploads.clear()
             self.requests.clear()
+            self.broken = ""
 
 
 class _Refused(Exception):
@@ -111,6 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         verb = "GET" if self.command == "HEAD" else self.command
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {unquote(url.path)}")
+            if self.hub.broken and self.hub.broken in url.path:
+                self.close_connection = True
+                return None
             try:
                 for method, pattern, answer in _ROUTES:
                     match = pattern.fullmatch(url.path)

@@ -1,19 +1,19 @@
 """Bad input at random: each case works, or ends in one line of ours and leaves everything as it was.
 
-`python -m tests.random_cases [NUMBER] [SEED]` runs 10,000 cases and prints what came of them; the suite runs a few.
+`python -m tests.random_cases` runs 10,000 cases; the suite runs a few.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import random
 import shutil
-import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from moelora.runs.config import load_config
 from moelora.runs.rows import checked_rows
 from tests.adapters import SMALL, adapted, outputs, snapshot
 from tests.conftest import tiny_model
+from tests.reliability import write_section
 from tests.runs.tiny import WORDS
 
 VALUES: list[Any] = [
@@ -231,14 +232,35 @@ def _view(model: Any) -> Any:
     return view
 
 
-def main() -> None:
-    """Run the cases that the command line asks for."""
-    number, seed = (int(word) for word in [*sys.argv[1:], *("10000", "0")[len(sys.argv) - 1 :]])
+def table(found: Mapping[str, int], kinds: Sequence[Callable[[], None]]) -> list[str]:
+    """How many cases of each kind worked and were refused, as lines of Markdown."""
+    lines = ["| case | worked | refused |", "|---|---|---|"]
+    for case in kinds:
+        name, said = case.__name__, (case.__doc__ or "").rstrip(".").partition(":")
+        worked, refused = (found.get(f"{name}: {end}", 0) for end in ("worked", "refused"))
+        lines.append(f"| {said[0]} | {worked:,} | {refused:,} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the cases that the command line asks for; the first that fails ends it with how it was made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.random_cases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=10_000, help="how many (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases (0)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page that gets a section")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
-        found = Cases(seed, Path(place)).run(number)
-    for kind, count in sorted(found.items()):
-        print(f"{count:7,}  {kind}")
-    print(f"{sum(found.values()):7,}  cases of seed {seed}")
+        cases = Cases(options.seed, Path(place))
+        lines = table(cases.run(options.cases), [case for _, case in cases.kinds])
+    print(*lines, sep="\n")
+    if options.output is not None:
+        said = (
+            f"{options.cases:,} cases of seed {options.seed}. Each worked, or was refused in one line of ours; after "
+            "each load the base model was as before, bit for bit. Any other end stops the program and writes nothing."
+        )
+        write_section(options.output, "Bad input at random", "make random-cases", [said, "", *lines])
 
 
 if __name__ == "__main__":

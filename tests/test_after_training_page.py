@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moelora_cli import main
 from moelora_cli.export import TARGETS
+from tests import forked
 from tests.compose.loras import three_loras
 from tests.runs.tiny import tiny_folder
 
@@ -39,8 +38,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
         if program == "moelora":
             assert main(words) == 0, line
         else:
-            done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
-            assert done.stdout.strip() in ("sums", "words", "facts", "None")
+            assert forked.run(*words, folder=tmp_path).strip() in ("sums", "words", "facts", "None")
     capfd.readouterr()
     (code,) = blocks("python")
     namespace: dict[str, object] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moelora.errors import AdapterFileError, AdapterNameError, ConfigError, MoeLoraError
+from moelora.errors import AdapterFileError, AdapterNameError, ConfigError, MoeLoraError, TargetError
 from tests.adapters import adapted, adapter_tensors, assert_equal_tensors, outputs, small_config, snapshot
 from tests.conftest import tiny_model
 
@@ -82,6 +84,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a linear": (stranger(f"{Q}.weight"), r"no place \(\S*q_proj.weight"),
     "a wrapped linear": (stranger(f"{Q}.base_layer.weight"), r"no place \(\S*q_proj.base_layer.weight"),
     "a stranger": (stranger("foo"), r"no place \(\S*foo"),
+    "a name of two lines": (stranger("foo\nbar"), r"no place \(\S*foo bar,"),
     "NaN": (filled(float("nan")), r"holds NaN or infinity in \S+moelora_B"),
     "infinity": (filled(float("-inf")), r"holds NaN or infinity in \S+moelora_B"),
     "int64": (first(lambda tensor: tensor.long()), r"moelora_B\S+ is torch.int64; allowed: torch.float16"),
@@ -174,6 +177,42 @@ def test_bad_weights_do_not_overwrite_an_adapter_that_is_loaded_again(saved: Pat
     with pytest.raises(MoeLoraError, match="NaN or infinity"):
         model.load_adapter(str(spoiled(saved, tmp_path, "NaN")[0]), adapter_name="default")
     assert torch.equal(outputs(model), expected)
+
+
+SWAPPED = (
+    *("an output head", "a norm", "a linear", "a wrapped linear", "a stranger", "NaN", "infinity", "int64", "bool"),
+    *("fp8", "another shape", "a tensor less", "no tensor of a linear", "no tensor of a layer"),
+)
+
+
+def test_a_hot_swap_takes_a_whole_adapter_or_leaves_the_old_one(saved: Path, tmp_path: Path) -> None:
+    """PEFT zeroes what gets no tensor, and copies any value."""
+    model = adapted("mixlora", seed=3)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for fault in SWAPPED:
+        folder, message = spoiled(saved, tmp_path, fault)
+        with pytest.raises(MoeLoraError, match=message):
+            hotswap_adapter(model, str(folder), adapter_name="default", torch_device="cpu")
+        assert_equal_tensors(model.state_dict(), kept)
+    hotswap_adapter(model, str(saved), adapter_name="default", torch_device="cpu")
+    assert torch.equal(outputs(model), outputs(adapted("mixlora")))
+
+
+def test_a_hot_swap_of_more_than_experts_and_of_another_base_is_refused(tmp_path: Path) -> None:
+    model = adapted("sira", "phi", seed=3)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    more: dict[str, Any] = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3], "bias": "all"}
+    for word, value in more.items():
+        adapted("sira", "phi", **{word: value}).save_pretrained(tmp_path / word)
+        message = rf"experts and routers only, .* has {re.escape(f'{word}={value!r}')}; allowed: an adapter without"
+        with pytest.raises(TargetError, match=message):
+            hotswap_adapter(model, str(tmp_path / word), adapter_name="default", torch_device="cpu")
+    other = tiny_model("phi")
+    torch.nn.init.normal_(other.get_input_embeddings().weight)
+    get_peft_model(other, small_config("sira")).save_pretrained(tmp_path / "other", save_embedding_layers=False)
+    with pytest.raises(TargetError, match="not the one that the adapter was saved on"):
+        hotswap_adapter(model, str(tmp_path / "other"), adapter_name="default", torch_device="cpu")
+    assert_equal_tensors(model.state_dict(), kept)
 
 
 def test_an_interrupted_load_leaves_the_base(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

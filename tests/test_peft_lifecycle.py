@@ -18,7 +18,7 @@ from torch import nn
 import moelora
 from moelora import MoeLoraConfig, record_routing
 from moelora.errors import ConfigError, MergeError, MoeLoraError, RegistrationError
-from moelora.loading import loading
+from moelora.loading import loading, swappable_weights
 from moelora.routing.run import find_hooks, own_hooks
 from tests.adapters import (
     KEEPS_BASE,
@@ -253,7 +253,7 @@ def test_a_random_router_is_never_trained_and_saved_exactly(tmp_path: Path) -> N
 def test_registering_twice_is_harmless() -> None:
     from moelora.peft_plugin import register
 
-    register(moelora.MoeLoraConfig, moelora.MoeLoraModel, loading)
+    register(moelora.MoeLoraConfig, moelora.MoeLoraModel, loading, swappable_weights)
 
 
 @pytest.mark.parametrize("table", ["config", "prefix"])
@@ -271,7 +271,7 @@ def test_a_name_taken_by_another_package_is_refused(table: str, monkeypatch: pyt
     before = dict(mapping.PEFT_TYPE_TO_CONFIG_MAPPING), dict(mapping.PEFT_TYPE_TO_PREFIX_MAPPING)
     message = f"PEFT type 'MOELORA' with prefix 'moelora_' is already taken by '{owner}'.*import only one of them"
     with pytest.raises(RegistrationError, match=message):
-        register(moelora.MoeLoraConfig, moelora.MoeLoraModel, loading)
+        register(moelora.MoeLoraConfig, moelora.MoeLoraModel, loading, swappable_weights)
     assert before[0] == mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     assert before[1] == mapping.PEFT_TYPE_TO_PREFIX_MAPPING
 

@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moelora import record_routing
+from moelora import MoeLoraTrainer, record_routing
 from moelora.inject.blocks import find_form
 from moelora.layers.feed_forward import MixtureFeedForward
 from moelora.ops.compute import Reference
 from tests.adapters import adapter_tensors, assert_equal_tensors, outputs, shake, small_config, tuner_layers
 from tests.conftest import tiny_batch, tiny_model
+from tests.training.runs import toy_rows, train
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -117,6 +118,18 @@ def test_training_saving_and_loading(scheme: str, preset: str, load: Load, tmp_p
     loaded = PeftModel.from_pretrained(load(scheme), str(tmp_path))
     assert_equal_tensors(adapter_tensors(loaded), adapter_tensors(model))
     torch.testing.assert_close(outputs(loaded), outputs(model), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("scheme", "preset"), [("nf4-fp32", "smora"), ("nf4-bf16", "mixlora"), ("int8", "mixlora")])
+def test_a_stopped_training_goes_on_bit_for_bit(scheme: str, preset: str, load: Load, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"learning_rate": 1e-2, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    straight = train(get_peft_model(load(scheme), small_config(preset)), toy_rows(), output_dir=str(tmp_path), **words)
+    model = get_peft_model(load(scheme), small_config(preset))
+    shake(model, seed=7)
+    resumed = MoeLoraTrainer(model=model, args=straight.trainer.args, train_dataset=toy_rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.log_history[2]["loss"] == straight.logs[2]["loss"]
+    assert_equal_tensors(adapter_tensors(model), adapter_tensors(straight.trainer.model))
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # peft's own

@@ -1,10 +1,14 @@
 """Adapters on linears of other quantisation libraries than bitsandbytes, where these run on a CPU.
 
-They are no dependencies of moelora, not even for its tests: `pip install torchao hqq termcolor` to run these.
+They are no dependencies of moelora, not even for its tests. To run these: `pip install torchao hqq termcolor`, and with
+`--no-deps` gptqmodel, device-smi, pypcre, tokenicer, logbar, defuser, random_word and optimum; then `pytest -W ignore`,
+since the import of hqq warns of something that torch deprecates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,33 @@ def with_hqq(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, quantize.HQQLinear(module, config, **words))
 
 
-BACKENDS = {"torchao": with_torchao, "hqq": with_hqq}
+def with_gptqmodel(model: nn.Module, kind: str) -> None:
+    """Rounded to 4 bits in groups of 32, without a search for better roundings: what the layers compute is the same."""
+    module = pytest.importorskip(f"gptqmodel.nn_modules.qlinear.{kind}")
+    layer_class = {"torch": "TorchLinear", "torch_awq": "AwqTorchLinear"}[kind]
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        groups = linear.weight.detach().unflatten(1, (-1, 32))
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        scales = ((high - low) / 15).half().float()
+        zeros = (-low / scales).round()
+        words = {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "bias": False, "register_buffers": True}
+        layer = getattr(module, layer_class)(in_features=linear.in_features, out_features=linear.out_features, **words)
+        pack = getattr(layer, "pack_original", layer.pack)  # GPTQ's other way compiles C++
+        pack(linear, scales, zeros, torch.arange(linear.in_features, dtype=torch.int32) // 32)
+        layer.optimized = True  # and it compiles its forward otherwise
+        layer.post_init()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+BACKENDS: dict[str, Callable[[nn.Module], None]] = {
+    "torchao": with_torchao,
+    "hqq": with_hqq,
+    "gptq": partial(with_gptqmodel, kind="torch"),
+    "awq": partial(with_gptqmodel, kind="torch_awq"),
+}
 # torchao int8 weights of round sizes; groups of 32 want them too
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 

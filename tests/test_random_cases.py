@@ -1,17 +1,20 @@
-"""A few of the random cases of `tests/random_cases.py`; MOELORA_RANDOM_CASES=10000 runs as many as are asked for."""
+"""A few of the random cases of `tests/random_cases.py`, with the table that they make."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from tests.random_cases import Cases
+from tests.random_cases import main
 
 
 def test_bad_input_is_refused_in_one_line_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    number = int(os.environ.get("MOELORA_RANDOM_CASES", "150"))
-    cases = Cases(int(os.environ.get("MOELORA_RANDOM_SEED", "0")), tmp_path)
-    found = cases.run(number)
-    assert sum(found.values()) == number
-    assert {kind.partition(":")[0] for kind in found} == {case.__name__ for _, case in cases.kinds}
-    assert {kind.partition(": ")[2] for kind in found} == {"worked", "refused"}
+    page = tmp_path / "page.md"
+    main(["--cases", "150", "--output", str(page)])
+    lines = page.read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert rows.pop(0) == ["case", "worked", "refused"]
+    worked, refused = ([int(row[column]) for row in rows] for column in (1, 2))
+    assert sum(worked) + sum(refused) == 150
+    assert all(map(sum, zip(worked, refused, strict=True)))
+    assert len(rows) == 5
+    assert min(sum(worked), sum(refused)) > 20

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,50 +55,48 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
     order = _order(config, words)
     lora = adapter_config(config)
     first_config(lora, words, order[0])
-    if config.baseline is not None:
-        # made before anything is trained: a rank that cannot match is no news for the end of a long run
-        _baseline_config(config, config.baseline, lora, len(order))
+    # made before anything is trained: a rank that cannot match is no news for the end of a long run
+    one_lora = None if config.baseline is None else _baseline_config(config, config.baseline, lora, len(order))
     folder = RunDir(config.output_dir)
-    if IS_MAIN:
-        folder.open(config, restart=restart)
-    tokenizer = load_tokenizer(config)
-    rows = load_rows(config.dataset, tokenizer)
-    if IS_MAIN:
-        folder.check_rows(rows)
-    show_rows(rows, config)
-    of_task = _by_task(rows, order)
-    source = ModelSource(config.model, config.dtype, config.model_kwargs)
-    done = train_tasks(
-        source,
-        lora,
-        words,
-        of_task,
-        folder,
-        tokenizer,
-        lambda stage: training_config(config, folder.checkpoints(stage)),
-        config.adapter_dtype,
-    )
-    _finish(folder, ADAPTER, done)
-    if config.baseline is not None:
-        _finish(folder, BASELINE, _train_baseline(config, config.baseline, lora, of_task, folder, tokenizer))
+    with folder.opened(config, restart=restart) if IS_MAIN else nullcontext():
+        tokenizer = load_tokenizer(config)
+        rows = load_rows(config.dataset, tokenizer)
+        if IS_MAIN:
+            folder.check_rows(rows)
+        show_rows(rows, config)
+        of_task = _by_task(rows, order)
+        source = ModelSource(config.model, config.dtype, config.model_kwargs)
+        done = train_tasks(
+            source,
+            lora,
+            words,
+            of_task,
+            folder,
+            tokenizer,
+            lambda stage: training_config(config, folder.checkpoints(stage)),
+            config.adapter_dtype,
+        )
+        _finish(folder, ADAPTER, done)
+        if config.baseline is not None:
+            changes = config.baseline.training
+            _finish(folder, BASELINE, _train_baseline(config, one_lora, changes, of_task, folder, tokenizer))
     say_done(config, folder)
 
 
 def _train_baseline(
-    config: RunConfig, words: BaselineConfig, lora: MoeLoraConfig, rows: dict[str, Any], folder: RunDir, tokenizer: Any
+    config: RunConfig, lora: Any, changes: dict[str, Any], rows: dict[str, Any], folder: RunDir, tokenizer: Any
 ) -> list[Path]:
     """Train one LoRA on the tasks in turn; the folders of it after each of them."""
-    peft_config = _baseline_config(config, words, lora, len(rows))
     done: list[Path] = []
     for index, (task, own) in enumerate(rows.items()):
         stage = task_stage(index + 1, task, BASELINE)
 
         def make_model(before: Path | None = done[-1] if done else None) -> Any:
             if before is None:
-                return new_adapter(load_model(config), peft_config, config.adapter_dtype)
+                return new_adapter(load_model(config), lora, config.adapter_dtype)
             return load_adapter(load_model(config), str(before), is_trainable=True)
 
-        args = training_config(config, folder.checkpoints(stage), words.training)
+        args = training_config(config, folder.checkpoints(stage), changes)
         train_stage(stage, make_model, args, folder, tokenizer, own, label=f"one LoRA on {task}")
         done.append(folder.stage(stage))
     return done

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -57,27 +58,26 @@ def run(
         RunError: If the run cannot start or be resumed.
     """
     folder = RunDir(config.output_dir)
-    if IS_MAIN:
-        folder.open(config, restart=restart)
-    tokenizer = load_tokenizer(config)
-    rows = load_rows(config.dataset, tokenizer, config.recipe)
-    if IS_MAIN:
-        folder.check_rows(rows)
-    show_rows(rows, config)
-    more = {} if model_words is None else model_words(rows, tokenizer)
-    # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
-    adapter = adapter_config(config)
-    if reads_tasks(adapter):
-        rows = with_task_ids(rows, config.dataset)
-    stages = {ADAPTER: (adapter, dict[str, Any]())}
-    if config.baseline is not None:
-        stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
-    for stage, (peft_config, changes) in stages.items():
-        args = training_config(config, folder.checkpoints(stage), changes)
-        words = {"router_training": config.router_training} if stage == ADAPTER else {}
-        trainer = partial(trainer_class, **words)
-        make_model = partial(_make_model, config, peft_config, more)
-        train_stage(stage, make_model, args, folder, tokenizer, rows, trainer_class=trainer)
+    with folder.opened(config, restart=restart) if IS_MAIN else nullcontext():
+        tokenizer = load_tokenizer(config)
+        rows = load_rows(config.dataset, tokenizer, config.recipe)
+        if IS_MAIN:
+            folder.check_rows(rows)
+        show_rows(rows, config)
+        more = {} if model_words is None else model_words(rows, tokenizer)
+        # Both are made before the first is trained: a rank that cannot match is no news for the end of a long run.
+        adapter = adapter_config(config)
+        if reads_tasks(adapter):
+            rows = with_task_ids(rows, config.dataset)
+        stages = {ADAPTER: (adapter, dict[str, Any]())}
+        if config.baseline is not None:
+            stages[BASELINE] = (baseline_config(config, config.baseline, adapter), config.baseline.training)
+        for stage, (peft_config, changes) in stages.items():
+            args = training_config(config, folder.checkpoints(stage), changes)
+            words = {"router_training": config.router_training} if stage == ADAPTER else {}
+            trainer = partial(trainer_class, **words)
+            make_model = partial(_make_model, config, peft_config, more)
+            train_stage(stage, make_model, args, folder, tokenizer, rows, trainer_class=trainer)
     say_done(config, folder)
 
 

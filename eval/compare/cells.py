@@ -75,6 +75,8 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     scored: dict[str, Any] = {"limit": config.evaluation.limit}
     if config.has_skills:
         scored["tasks"] = {**words["data"]["tasks"], "seed": config.data.seed, "system": config.data.system}
+    if config.evaluation.earlier_turns:
+        scored["earlier_turns"] = config.evaluation.earlier_turns
     if cell.kind == "base":
         return {**shared, "evaluation": scored}
     method = config.methods[cell.method]
@@ -92,7 +94,8 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if method.regime.made_of is not None:
         trained["made_of"] = config.methods[method.regime.made_of].adapter
     if config.has_skills and cell.kind == "select":
-        return {**trained, "chosen_by": "exact answers"}
+        asked = {"earlier_turns": config.evaluation.earlier_turns} if config.evaluation.earlier_turns else {}
+        return {**trained, **asked, "chosen_by": "exact answers"}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
         return {**trained, "data": data, "steps": config.selection.steps}

@@ -145,9 +145,14 @@ def show(board: Board, timing: Timing) -> None:
     of_steps = "" if config.has_skills else f" of {config.selection.steps} steps"
     each = "" if config.has_skills else f" of {config.data.steps} steps"
     say(
-        f"Plan      {len(cells)} cells: the base model scored; {len(counts['select'])} trials{of_steps} to choose "
-        f"learning rates ({len(config.selection.learning_rates)} each of {trained} methods); "
-        f"{len(counts['final']) - len(composed)} trainings{each}, scored"
+        f"Plan      {len(cells)} cells: the base model scored; "
+        + (
+            f"{len(counts['select'])} trials{of_steps} to choose learning rates "
+            f"({len(config.selection.learning_rates)} each of {trained} methods); "
+            if trained
+            else "learning rates are given; "
+        )
+        + f"{len(counts['final']) - len(composed)} trainings{each}, scored"
         + (f"; {len(composed)} compositions, scored" if composed else "")
     )
     say(f"Done      {len(cells) - len(left)} of {len(cells)}")

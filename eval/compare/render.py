@@ -82,6 +82,22 @@ def _alike(config: BenchmarkConfig) -> str:
         f"begins with task s of {', '.join(data.tasks)}. Scores are the share of fresh problems that reasoning-gym's "
         "verifier accepts; no prompt is among the training rows or among the problems that learning rates are chosen "
         f"on. Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
+        + _conversation(config.evaluation.earlier_turns)
+    )
+
+
+def _conversation(turns: int) -> str:
+    """What stands before a problem."""
+    if not turns:
+        return ""
+    earlier = (
+        "a solved problem of another task, as the earlier turn"
+        if turns == 1
+        else f"{turns} solved problems of other tasks, as earlier turns"
+    )
+    return (
+        f" Before each problem stands {earlier} of the conversation; nothing was trained or fitted on conversations of "
+        "several turns."
     )
 
 

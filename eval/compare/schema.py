@@ -125,11 +125,14 @@ class ScoringConfig:
         limit: The first so many rows of each task; None for all.
         batch_size: Rows at once.
         routing_rows: Rows of each task whose routing is analysed.
+        earlier_turns: On tasks of reasoning-gym: how many solved problems of other tasks stand in the conversation
+            before each problem, those of the tasks that come next in `data.tasks`; 0 asks each problem alone.
     """
 
     limit: int | None = 400
     batch_size: int = 32
     routing_rows: int = 48
+    earlier_turns: int = 0
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "evaluation", "limit", "batch_size", "routing_rows")
@@ -257,6 +260,13 @@ class BenchmarkConfig:
         return isinstance(self.data, SkillData)
 
     def _check_regimes(self) -> None:
+        turns = self.evaluation.earlier_turns
+        most = len(self.data.tasks) - 1 if self.has_skills else 0
+        if not 0 <= turns <= most:
+            raise RunError(
+                f"evaluation.earlier_turns is {turns}; allowed: 0 to {most}, one problem of each other task of "
+                "reasoning-gym."
+            )
         for key, method in self.methods.items():
             regime = method.regime
             if not self.selection.learning_rates and method.adapter is not None and method.learning_rate is None:

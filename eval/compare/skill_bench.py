@@ -18,7 +18,7 @@ from eval.compare.work import Bench
 from eval.receipt import make_receipt
 from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
-from eval.scoring.own_tasks import TaskResult, make_problems, solved, training_row
+from eval.scoring.own_tasks import TaskResult, ask_after, make_problems, solved, training_row
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from eval.suites.rules import register
 from moelora.compose import mean_loss
@@ -69,6 +69,9 @@ class SkillBench(Bench):
         held_out = make_problems(trial, tokenizer, data.selection_rows)
         problems = make_problems(run, tokenizer, config.evaluation.limit)
         _check_apart(held_out, problems)
+        if turns := config.evaluation.earlier_turns:
+            ask_after(held_out, turns, trial, tokenizer)
+            ask_after(problems, turns, run, tokenizer)
         foreign: list[dict[str, list[int]]] = []
         if data.foreign:
             others = make_problems(_run(config, data.foreign, _SCORED + data.seed), tokenizer, config.evaluation.limit)

@@ -212,12 +212,45 @@ def _is_chat(config: RunConfig, tokenizer: Any) -> bool:
     return tokenizer.chat_template is not None if config.dataset.chat is None else config.dataset.chat
 
 
-def _encode(tokenizer: Any, question: str, config: RunConfig) -> list[int]:
-    """A prompt's tokens, made as TRL made those of the training rows."""
+def _encode(tokenizer: Any, question: str, config: RunConfig, earlier: Sequence[Problem] = ()) -> list[int]:
+    """A prompt's tokens, made as TRL made those of the training rows; after the turns of problems solved earlier."""
     if not _is_chat(config, tokenizer):
         return list(tokenizer(question)["input_ids"])
-    messages = chat_prompt(question, config.dataset.system)
+    turns = [
+        turn
+        for each in earlier
+        for turn in ({"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.answer})
+    ]
+    (*system, last) = chat_prompt(question, config.dataset.system)
+    messages = [*system, *turns, last]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def ask_after(tasks: Sequence[TaskResult], turns: int, config: RunConfig, tokenizer: Any) -> None:
+    """Put solved problems of other tasks before each problem: a conversation that goes from one task to another.
+
+    Before problem i of a task come problems i of the `turns` tasks after it (the first comes after the last), with
+    their reference answers. What is scored, and how, stays.
+
+    Args:
+        tasks: The problems; their prompts are made anew.
+        turns: How many, at most one of each other task.
+        config: The run that they are of.
+        tokenizer: Makes the prompts.
+
+    Raises:
+        RunError: If prompts are no chats.
+    """
+    if not _is_chat(config, tokenizer):
+        raise RunError(
+            "earlier turns need prompts that are chats; the model has no chat template, or dataset.chat is off."
+        )
+    for number, task in enumerate(tasks):
+        others = [tasks[(number + 1 + turn) % len(tasks)].problems for turn in range(turns)]
+        task.prompts = [
+            _encode(tokenizer, problem.prompt, config, [each[i % len(each)] for each in others])
+            for i, problem in enumerate(task.problems)
+        ]
 
 
 def training_row(problem: Problem, config: RunConfig, tokenizer: Any) -> dict[str, Any]:

@@ -25,7 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="no timing: launches, bytes kept, FLOPs on a GPU's path, 10 minutes",
     )
-    parser.add_argument("--rounds", type=int, help="timed calls of each method (7; quick: 3)")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: steps, forwards, decoding and memory on one GPU, on bf16 and nf4, meant to take 10 minutes",
+    )
+    parser.add_argument("--rounds", type=int, help="timed calls of each method (7; quick: 3; cuda: 5)")
     parser.add_argument("--output", type=Path, help="folder of the report (eval/results/speed; quick: runs/speed)")
     options = parser.parse_args(arguments)
     # after the words are read, so that --help answers at once
@@ -37,6 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         quiet_libraries()
         count.run(options.output or Path("eval/results/speed"))
+        return
+    if options.device == "cuda":
+        from eval.speed import gpu
+
+        quiet_libraries()
+        gpu.run(options.output or Path("eval/results/speed"), options.rounds or 5, gpu.cuda_meter())
         return
     restart_in_huge_pages("eval.speed", arguments)
     quiet_libraries()

@@ -15,17 +15,23 @@ from typing import Any
 
 from eval.receipt import make_receipt
 from eval.speed import shapes
-from eval.speed.counting import ReadsBackError, count, graph_breaks
+from eval.speed.counting import Launches, ReadsBackError, count, graph_breaks, with_triton
 from eval.speed.report import facts
 from eval.speed.shapes import BLOCK, FEED_FORWARD, SHAPES
 from moelora import presets
 from moelora.errors import MoeLoraError
 from moelora.files import write_atomically
+from moelora.routing.run import find_hooks
 from moelora.runs.tables import markdown
+from moelora.training.metrics import RoutingMetrics
+from moelora.training.micro_batch import MicroBatchBalance
 
 SEQUENCES, LENGTH = 4, 1024
 LIMITS = {"launches": 2.5, "saved": 1.15, "flops": 1.10}
 """The ratios to LoRA that were asked for."""
+
+LAYERS = (2, 30)
+"""Decoder blocks of the models whose balance losses and metrics are counted."""
 
 HEADER = ["preset", "LoRA's r", "launches", "x LoRA", "MiB saved", "x LoRA", "FLOPs x LoRA", "waits", "graph breaks"]
 
@@ -38,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def rows_of(shape: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Counts of all presets on one shape, and why some are not counted there."""
+    """Counts of all presets on one shape, also with Triton where that changes them, and why some are not counted."""
     base = shapes.base(shape)
     rows: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
@@ -53,11 +59,57 @@ def rows_of(shape: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
                     continue
                 mine = count(adapted.model, adapted.forward(part, SEQUENCES, LENGTH))
                 theirs = count(peer.model, peer.forward(part, SEQUENCES, LENGTH))
-                row = {"shape": shape, "preset": name, "part": part, "lora_r": sorted(set(ranks.values()))}
-                rows.append({**row, "count": mine.as_dict(), "lora": theirs.as_dict(), "over_lora": mine.over(theirs)})
+                with with_triton():
+                    fused = count(adapted.model, adapted.forward(part, SEQUENCES, LENGTH))
+                for called, found in {name: mine, f"{name}, with Triton": fused}.items():
+                    if found is fused and fused == mine:
+                        continue
+                    row = {"shape": shape, "preset": called, "part": part, "lora_r": sorted(set(ranks.values()))}
+                    over = found.over(theirs)
+                    rows.append({**row, "count": found.as_dict(), "lora": theirs.as_dict(), "over_lora": over})
         except (MoeLoraError, ReadsBackError) as error:
             reasons[name] = str(error)
     return rows, reasons
+
+
+def after_the_layers(preset: str, layers: int) -> int | None:
+    """Launches of a training step for the balance losses, the metrics and the move of the biases of all layers.
+
+    None of a preset that reads facts of the batch or does not route.
+    """
+    adapted = shapes.mixture(shapes.base("SmolLM2-135M", layers=layers), preset)
+    hooks, config = find_hooks(adapted.model), adapted.model.peft_config["default"]
+    assert hooks is not None
+    if adapted.reads_batch or not hooks.mixtures():
+        return None
+    launches, when_done = Launches(), hooks.when_done
+
+    def done(*run: Any) -> None:
+        with launches:
+            when_done(*run)
+
+    hooks.when_done = done
+    with hooks.listening(gradients_only=True) as listener:
+        loss = adapted.forward(BLOCK, 1, 64)().sum()
+    step = MicroBatchBalance(listener, config.balance, config.balance_scope, hooks.mixtures(), layers=hooks.layers)
+    metrics = RoutingMetrics(hooks.mixtures(), loss.device)
+    with launches:
+        step.add_to(loss, divided_later=False)
+        metrics.add(step)
+    return launches.total
+
+
+def all_after_the_layers() -> dict[str, list[int]]:
+    """The same of each preset that has any, for each of `LAYERS`."""
+    found: dict[str, list[int]] = {}
+    for preset in presets.available():
+        try:
+            counts = [after_the_layers(preset, layers) for layers in LAYERS]
+        except (MoeLoraError, ReadsBackError):
+            continue
+        known = [count for count in counts if count is not None]
+        found |= {preset: known} if known else {}
+    return found
 
 
 def all_graph_breaks() -> dict[str, int]:
@@ -105,12 +157,20 @@ def write(results: Mapping[str, Any], output: Path) -> str:
         "host waits for the device. *graph breaks*: of `torch.compile`. *x LoRA*: over PEFT's LoRA on the same linears "
         "with the same dropout; its r is one expert's where experts are whole blocks, that of all experts together on "
         "single linears, and 16 for experts that are no LoRAs. Bold: above what was asked for (launches "
-        f"{LIMITS['launches']}, saved {LIMITS['saved']}, FLOPs {LIMITS['flops']}).\n",
+        f"{LIMITS['launches']}, saved {LIMITS['saved']}, FLOPs {LIMITS['flops']}). *with Triton*: mixtures on "
+        "linears, and plain LoRAs, by Triton's kernels, of which each is one launch.\n",
         *(
             f"## {shape}, {part}\n\n{table(rows, breaks, shape, part)}\n"
             for shape in SHAPES
             for part in (FEED_FORWARD, BLOCK)
         ),
+        "## Balance losses, metrics and moves of biases\n",
+        "Launches of a training step on SmolLM2-135M for these of all layers together, with as many decoder blocks.\n",
+        markdown(
+            ["preset", *(f"{layers} blocks" for layers in LAYERS)],
+            [[name, *map(str, counts)] for name, counts in results["after_the_layers"].items()],
+        )
+        + "\n",
         "## Not counted\n",
         "\n".join(f"- `{name}`: {reason}" for name, reason in reasons.items()) + "\n",
     ]
@@ -131,8 +191,9 @@ def run(output: Path) -> None:
         found, why = rows_of(shape)
         rows += found
         reasons |= why
-    breaks = all_graph_breaks()
+    after, breaks = all_after_the_layers(), all_graph_breaks()
     config = {"sequences": SEQUENCES, "length": LENGTH, "dtype": "bfloat16", "limits": LIMITS}
     seconds = time.time() - started
     receipt = make_receipt(config=config, seeds={}, seconds=seconds, command="python -m eval.speed --count")
-    print(write({"receipt": receipt, "rows": rows, "graph_breaks": breaks, "not_counted": reasons}, output))
+    counts = {"rows": rows, "graph_breaks": breaks, "after_the_layers": after, "not_counted": reasons}
+    print(write({"receipt": receipt, **counts}, output))

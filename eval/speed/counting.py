@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from moelora.ops import triton_linear
+
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "bincount"}
 """Operators whose result's value or size is needed on the host, which waits for the device then."""
 
@@ -34,7 +36,33 @@ def _batched_product(rows: Any, left: tuple[int, ...], right: tuple[int, ...], *
     return 2 * math.prod(left) * right[-1]
 
 
-_IN_PLACE = {torch.ops.aten.baddbmm_: _batched_product}
+def _linear(x_TD: tuple[int, ...], a_ERD: tuple[int, ...], b_EOR: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """FLOPs of the products with A and B, of all experts."""
+    E, O, R = b_EOR
+    return 2 * x_TD[0] * E * R * (x_TD[1] + O)
+
+
+def _token_grads(grad_TO: tuple[int, ...], a_ERD: tuple[int, ...], b_EOR: Any, *rest: Any, **_: Any) -> int:
+    """FLOPs of the gradients of the inner activations, and of the tokens where they are needed."""
+    T, O = grad_TO
+    E, R, D = a_ERD
+    *_gates_to_p, needs_x, _needs_gates = rest
+    return 2 * T * E * R * (O + D * needs_x)
+
+
+def _factor_grads(
+    grad_TO: tuple[int, ...], x_TD: tuple[int, ...], gates: Any, inner_TM: tuple[int, ...], *_: Any, **__: Any
+) -> int:
+    """FLOPs of the gradients of A and B."""
+    return 2 * grad_TO[0] * inner_TM[1] * (x_TD[1] + grad_TO[1])
+
+
+_UNKNOWN_TO_TORCH = {
+    torch.ops.aten.baddbmm_: _batched_product,
+    torch.ops.moelora.mixture_linear: _linear,
+    torch.ops.moelora.mixture_linear_token_grads: _token_grads,
+    torch.ops.moelora.mixture_linear_factor_grads: _factor_grads,
+}
 """Matrix products that torch's counter of FLOPs does not know."""
 
 
@@ -155,6 +183,16 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@contextmanager
+def with_triton() -> Iterator[None]:
+    """Meta tensors take the path of a GPU with Triton inside."""
+    before, triton_linear.DEVICES = triton_linear.DEVICES, {"meta"}
+    try:
+        yield
+    finally:
+        triton_linear.DEVICES = before
+
+
 class ReadsBackError(Exception):
     """Something of a step reads a value back from the device, which a meta tensor has not got."""
 
@@ -182,7 +220,7 @@ def count(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Count:
         ReadsBackError: If something of the step reads a value back from the device.
     """
     saved = Saved([*module.parameters(), *module.buffers()])
-    with _nothing_is_read_back(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops:
+    with _nothing_is_read_back(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as flops:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack), FusedDropout(), Launches() as there:
             output = forward()
         upstream = torch.empty_like(output)

@@ -46,11 +46,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def batch(tokens: int = 1024, length: int = 128) -> dict[str, torch.Tensor]:
+def batch(tokens: int = 1024, length: int = 128, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Token ids [tokens / length, length] with labels; nothing is padding."""
     generator = torch.Generator().manual_seed(0)
     rows, length = (tokens // length, length) if tokens >= length else (1, tokens)
-    ids = torch.randint(10, 10000, (rows, length), generator=generator)
+    ids = torch.randint(10, 10000, (rows, length), generator=generator).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -58,7 +58,8 @@ def step(inputs: Mapping[str, torch.Tensor]) -> Work:
     """Forward and backward with the balance losses that our trainers add; gradients are dropped as by `zero_grad`."""
 
     def loss_of(model: Any) -> torch.Tensor:
-        hooks, config = find_hooks(model), active_config(model)
+        hooks = find_hooks(model)
+        config = None if hooks is None else active_config(model)
         if hooks is None or config is None:
             return model(**inputs).loss
         with hooks.listening(gradients_only=True) as listener:
@@ -87,13 +88,18 @@ def forward(inputs: Mapping[str, torch.Tensor]) -> Work:
 
 
 class Decode:
-    """One more token of each model's own sequence, with its KV cache, after a prompt of 32."""
+    """One more token of each of a model's own sequences, with its KV cache, after prompts.
 
-    def __init__(self) -> None:
+    Args:
+        prompts: Their token ids [B, S]; one of 32 tokens by default.
+    """
+
+    def __init__(self, prompts: torch.Tensor | None = None) -> None:
+        self.prompts = batch(32)["input_ids"] if prompts is None else prompts
         self.states: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def __call__(self, model: Any) -> None:
-        cache, token = self.states.get(id(model), (None, batch(32)["input_ids"]))
+        cache, token = self.states.get(id(model), (None, self.prompts))
         with torch.no_grad():
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
         self.states[id(model)] = (output.past_key_values, output.logits[:, -1:].argmax(-1))

@@ -15,8 +15,9 @@ from moelora import MoeLoraConfig
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from eval.speed.measure import batch
 from moelora.runs.models import DEMO_MODEL, resolve_model
 
 SMOLLM2, SLICE = "SmolLM2-135M", "Llama slice"
@@ -50,6 +51,18 @@ def load_base(model: str, dtype: torch.dtype, **config: Any) -> Any:
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**words | config)).to(dtype)
     return base.requires_grad_(False)
+
+
+def in_nf4(base: Any) -> Any:
+    """A base with its linears but the head in 4 bits, as QLoRA has it, on the same device; needs bitsandbytes."""
+    words = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**words, bnb_4bit_compute_dtype=base.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        found = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=base.dtype, device_map={"": base.device}
+        )
+    return found.requires_grad_(False)
 
 
 def shared_copy(base: Any) -> Any:
@@ -88,9 +101,9 @@ def moelora(base: Any, preset: str, compiled: bool = False, **words: Any) -> Any
     """A preset of this library."""
     if preset == "mixlora":
         words = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0} | words
-    compute = {"implementation": "compiled" if compiled else "fast"}
+    words = {"compute": "compiled" if compiled else "fast"} | words
     torch.manual_seed(0)
-    config = MoeLoraConfig.from_preset(preset, task_type="CAUSAL_LM", compute=compute, **words)
+    config = MoeLoraConfig.from_preset(preset, task_type="CAUSAL_LM", **words)
     return shake(get_peft_model(shared_copy(base), config, autocast_adapter_dtype=False))
 
 
@@ -172,7 +185,8 @@ def xlora(base: Any) -> Any:
         copy_of_base = shared_copy(base)
         copy_of_base.config.use_cache = False
         model = get_peft_model(copy_of_base, config, autocast_adapter_dtype=False)
-    return model.to(next(base.parameters()).dtype)
+    weight = next(base.parameters())
+    return model.to(device=weight.device, dtype=weight.dtype)
 
 
 Builder = Callable[[Any], Any]
@@ -206,9 +220,21 @@ OTHERS: dict[str, Builder] = {
 
 def parity_error(base: Any) -> float:
     """Relative distance of our MixLoRA's logits from those of the authors' package on the same weights."""
-    ids = torch.randint(10, 10000, (2, 32), generator=torch.Generator().manual_seed(0))
+    ids = batch(64, 32, base.device)["input_ids"]
     with torch.no_grad():
         ours = moelora(base, "mixlora").eval()(input_ids=ids).logits.double()
         theirs = pypi_mixlora(base).eval()(input_ids=ids).logits.double()
         alone = base(input_ids=ids).logits.double()
     return float((ours - theirs).norm() / (theirs - alone).norm())
+
+
+def gradient_error(base: Any) -> float:
+    """Relative distance of our MixLoRA's gradients from those of its plain reference, all taken together."""
+    inputs, gradients = batch(32, 16, base.device), []
+    for compute in ("fast", "reference"):
+        model = moelora(base, "mixlora", compute=compute).train()
+        model(**inputs).loss.backward()
+        parts = [parameter.grad.double().flatten() for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append(torch.cat(parts))
+    fast, plain = gradients
+    return float((fast - plain).norm() / plain.norm())

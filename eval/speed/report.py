@@ -127,6 +127,37 @@ def write_report(results: dict[str, Any], output: Path) -> str:
     return "\n".join([targets, "", *(f"{what:8s} {output / name}" for what, name in files.items())])
 
 
+def write_gpu_report(results: dict[str, Any], output: Path) -> str:
+    """Write `gpu.md` beside `gpu.json`; returns its table."""
+    receipt, rows = results["receipt"], results["rows"]
+    measured = {(row["dtype"], row["metric"], row["method"]): row["median"] for row in rows}
+    others = list(dict.fromkeys(row["method"] for row in rows if row["method"] != LORA))
+    lines = []
+    for dtype, metric in dict.fromkeys((row["dtype"], row["metric"]) for row in rows):
+        one = measured.get((dtype, metric, LORA))
+        unit, scale = ("MiB", 1 / 2**20) if metric.startswith("memory") else ("ms", 1e3)
+        cells = ["did not fit" if one is None else f"{scale * one:.1f} {unit}"]
+        for method in others:
+            value = measured.get((dtype, metric, method), "")
+            cells.append("did not fit" if value is None else f"{value / one:.2f}" if value != "" and one else "")
+        lines.append([dtype, metric, *cells])
+    config = receipt["config"]
+    layers, width, inner = (config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    errors = "; ".join(f"{name}: {error:.1e}" for name, error in results["parity"].items())
+    found = markdown(["base", "metric", LORA, *(f"{method}, x LoRA" for method in others)], lines)
+    text = [
+        "# What a mixture costs on a GPU\n",
+        f"{config['device']}. {facts(receipt)}\n",
+        f"A base of {layers} random layers of {width}/{inner}; medians of {config['rounds']} calls in turns (decoding: "
+        f"{4 * config['rounds']}). A step is forward and backward with our balance losses (the peers have none), in "
+        f"sequences of {config['length']} tokens; memory is what it needs beside the loaded model. In fp32, as shares, "
+        f"from PyPI mixlora's logits and from our reference's gradients: {errors}.\n",
+        found + "\n",
+    ]
+    write_atomically(output / "gpu.md", "\n".join(text))
+    return "\n".join([found, "", f"report   {output / 'gpu.md'}", f"numbers  {output / 'gpu.json'}"])
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the training step, and how one layer's step grows."""
     import matplotlib

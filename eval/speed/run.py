@@ -49,13 +49,15 @@ class Run:
             print(f"  {model:13s} {dtype} {metric:8s} {method:38s} {1e3 * row['median']:9.1f} ms", flush=True)
 
 
-def check_parity(run: Run, model: str) -> None:
-    """Compare with the authors' package.
+def check_parity(run: Run, model: str, device: str = "cpu") -> Any:
+    """Compare with the authors' package, on the device that is measured; gives the base, in fp32.
 
     Raises:
         SystemExit: If it does not give our logits; nothing is reported then.
     """
-    error = models.parity_error(models.load_base(model, torch.float32))
+    base = models.load_base(model, torch.float32)
+    base = base.to(device) if device != "cpu" else base
+    error = models.parity_error(base)
     run.parity[model] = error
     if not error <= PARITY:
         raise SystemExit(
@@ -63,6 +65,7 @@ def check_parity(run: Run, model: str) -> None:
             f"allowed: {PARITY}. No timing is reported."
         )
     print(f"  {model}: equal to PyPI mixlora up to {error:.1g} of the adapter's effect", flush=True)
+    return base
 
 
 def compare(run: Run, model: str, dtype: str, quick: bool) -> None:

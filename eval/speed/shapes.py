@@ -68,10 +68,10 @@ def _flash(
 AttentionInterface.register("counted_attention", _flash)
 
 
-def base(shape: str, device: str = "meta") -> Any:
-    """A frozen model of one decoder block, in bf16."""
+def base(shape: str, device: str = "meta", layers: int = 1) -> Any:
+    """A frozen model of one decoder block, or of several, in bf16."""
     kind, sizes = SHAPES[shape]
-    config = kind(**sizes, num_hidden_layers=1, vocab_size=8, tie_word_embeddings=True)
+    config = kind(**sizes, num_hidden_layers=layers, vocab_size=8, tie_word_embeddings=True)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted_attention")
     return model.requires_grad_(False)

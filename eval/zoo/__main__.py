@@ -1,8 +1,11 @@
 """`python -m eval.zoo`: train every preset for a few steps on the real SmolLM2, and time it beside a LoRA.
 
+With --profile: where the time of each preset's step goes, beside a LoRA of equal rank. With --shared-routers: presets
+with one router for linears of the same input, beside a router for each.
+
 Each preset is a cell that is done once: run the same command again to go on after it was stopped, or after a preset was
-added. A cell whose preset has other defaults now is done anew. It takes one thread and times its CPU seconds, so that
-other work beside it disturbs little; to use two cores, run it twice with different --only.
+added. A cell whose preset has other defaults now is done anew. It takes one thread and times its CPU seconds (a profile
+times by the clock), so that other work beside it disturbs little; to use two cores, run it twice with different --only.
 """
 
 from __future__ import annotations
@@ -19,68 +22,73 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    kinds = parser.add_mutually_exclusive_group()
+    for name, words in (
+        ("profile", "where the time of a step goes"),
+        ("shared-routers", "one router for linears of the same input"),
+    ):
+        kinds.add_argument(f"--{name}", action="store_const", dest="kind", const=name, help=words)
     parser.add_argument("--only", action="append", metavar="PRESET", help="only this preset; repeatable")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each training (24)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method (5)")
     parser.add_argument("--output", type=Path, default=Path("eval/results/zoo"), help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="say what is left, and do nothing")
+    parser.set_defaults(kind="cells")
     options = parser.parse_args(arguments)
     # after the words are read, so that --help answers at once
     from eval.speed.measure import one_thread, restart_in_huge_pages
-    from moelora.errors import MoeLoraError
+    from moelora.runs.program import exit_status
     from moelora.runs.quiet import quiet_libraries
 
     restart_in_huge_pages("eval.zoo", arguments)
     quiet_libraries()
-    try:
-        with one_thread():
-            run(options)
-    except MoeLoraError as error:
-        print(f"error: {error}")
-        return 1
-    return 0
+    with one_thread():
+        return exit_status(lambda: run(options), stopped="Stopped. Run the same command again to resume it.")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what is left, and write the table after each preset."""
+    """Do what is left, and write the page."""
     from eval.receipt import make_receipt
-    from eval.zoo.cell import Wishes, measure
-    from eval.zoo.report import write_report
-    from moelora import presets
+    from eval.zoo.cell import Wishes
+    from eval.zoo.jobs import KINDS
     from moelora.files import write_atomically
     from moelora.runs.wording import minutes
     from moelora.validation import check_at_least_one, check_keys
 
     check_at_least_one(options, "--", "steps", "rounds")
-    known = sorted(presets.available())
-    check_keys("--only", options.only or [], known)
+    kind = KINDS[options.kind]
+    jobs = kind.jobs()
+    check_keys("--only", options.only or [], sorted({job.preset for job in jobs}))
     wishes = Wishes(options.steps, options.rounds)
-    wanted = [preset for preset in known if not options.only or preset in options.only]
-    left = [preset for preset in wanted if _finished(options.output, preset, wishes) is None]
-    done = [found for preset in known if (found := _finished(options.output, preset, wishes)) is not None]
-    print(f"Presets   {len(known)}, of which {len(done)} are done and {len(left)} to do: {', '.join(left) or 'none'}")
+    folder = options.output / kind.folder
+    left = [
+        job
+        for job in jobs
+        if (not options.only or job.preset in options.only) and _finished(folder, job, wishes) is None
+    ]
+    done = [found for job in jobs if (found := _finished(folder, job, wishes)) is not None]
+    names = ", ".join(job.name for job in left)
+    print(f"Cells     {len(jobs)}, of which {len(done)} are done and {len(left)} to do: {names or 'none'}")
     if done and left:
-        print(f"Left      about {minutes(len(left) * sum(each['seconds'] for each in done) / len(done))}")
+        mean = sum(each["receipt"]["wall_seconds"] for each in done) / len(done)
+        print(f"Left      about {minutes(len(left) * mean)}")
     if options.plan:
         return
-    for index, preset in enumerate(left):
-        print(f"{index + 1}/{len(left)}  {preset}", flush=True)
+    for index, job in enumerate(left):
+        print(f"{index + 1}/{len(left)}  {job.name}", flush=True)
         started = time.monotonic()
-        found = measure(preset, wishes, lambda line: print(f"      {line}", flush=True))
+        found = job.measure(wishes, lambda line: print(f"      {line}", flush=True))
         seconds = time.monotonic() - started
-        words = _identity(preset, wishes)
-        receipt = make_receipt(config=words, seeds={"all": 0}, seconds=seconds, command="python -m eval.zoo")
+        words = _identity(job.preset, wishes)
+        receipt = make_receipt(config=words, seeds={"all": job.seed}, seconds=seconds, command=kind.command)
         content = {**found, "wishes": words["wishes"], "identity": words, "receipt": receipt}
-        write_atomically(_file(options.output, preset), json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / f"{job.name}.json", json.dumps(content, indent=1) + "\n")
         print(f"      {minutes(seconds)}; left about {minutes(seconds * (len(left) - index - 1))}", flush=True)
-    cells = [found for preset in known if (found := _finished(options.output, preset, wishes)) is not None]
+    found_of = {job.name: _finished(folder, job, wishes) for job in jobs}
+    cells = [found for found in found_of.values() if found is not None]
     if cells:
-        missing = [preset for preset in known if preset not in {each["preset"] for each in cells}]
-        print("\n" + write_report(options.output, cells, missing))
-
-
-def _file(output: Path, preset: str) -> Path:
-    return output / "cells" / f"{preset}.json"
+        missing = [name for name, found in found_of.items() if found is None]
+        print("\n" + kind.write(options.output, cells, missing))
 
 
 def _identity(preset: str, wishes: Any) -> dict[str, Any]:
@@ -99,13 +107,13 @@ def _identity(preset: str, wishes: Any) -> dict[str, Any]:
     return found
 
 
-def _finished(output: Path, preset: str, wishes: Any) -> dict[str, Any] | None:
+def _finished(folder: Path, job: Any, wishes: Any) -> dict[str, Any] | None:
     """A finished cell of today's defaults."""
-    file = _file(output, preset)
+    file = folder / f"{job.name}.json"
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text())
-    return found if found.get("identity") == _identity(preset, wishes) else None
+    return found if found.get("identity") == _identity(job.preset, wishes) else None
 
 
 if __name__ == "__main__":

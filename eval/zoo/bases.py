@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from moelora.runs.config import DatasetConfig
+from moelora.runs.config import load_config
 from moelora.runs.data import load_rows, with_task_ids
 from moelora.runs.models import DEMO_MODEL, ModelSource, load_model, load_tokenizer
 
-TASKS: dict[str, dict[str, int]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "family_relationships": {"min_family_size": 3, "max_family_size": 4},
-    "sentence_reordering": {"min_words_in_sentence": 3, "max_words_in_sentence": 5},
-    "word_sequence_reversal": {"min_words": 3, "max_words": 4},
-}
-"""The quickstart's tasks."""
-
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+"""Whose tasks presets are tried on."""
 TRAIN_SEED, HELD_OUT_SEED = 0, 500_000
 _SOURCE = ModelSource(DEMO_MODEL, "bfloat16", {"attn_implementation": "eager"})
 
@@ -57,7 +52,7 @@ def _encoder(tokenizer: Any) -> Any:
         num_hidden_layers=6,
         num_attention_heads=12,
         intermediate_size=1536,
-        num_labels=len(TASKS),
+        num_labels=len(tasks()),
         pad_token_id=tokenizer.pad_token_id,
     )
     return BertForSequenceClassification(config).to(torch.bfloat16)
@@ -94,6 +89,11 @@ def base_of(preset: str) -> Base:
     return _OTHERS.get(preset, SMOLLM2)
 
 
+def tasks() -> list[str]:
+    """The names of the quickstart's tasks."""
+    return list(load_config(QUICKSTART).dataset.tasks or {})
+
+
 def tokenizer() -> Any:
     """The real model's tokenizer, which the random models have too."""
     return load_tokenizer(_SOURCE)
@@ -108,9 +108,7 @@ def rows_of(base: Base, tokenizer: Any, rows_per_task: int, seed: int) -> Any:
         rows_per_task: How many of each task.
         seed: Their seed.
     """
-    words = DatasetConfig(
-        tasks=dict(TASKS), rows_per_task=rows_per_task, seed=seed, system="Reply with the answer only."
-    )
+    words = replace(load_config(QUICKSTART).dataset, rows_per_task=rows_per_task, seed=seed)
     rows = with_task_ids(load_rows(words, tokenizer), words)
     if not base.is_classifier:
         return rows

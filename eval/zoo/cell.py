@@ -19,7 +19,7 @@ from transformers import ProgressCallback, TrainingArguments
 
 from eval.speed.measure import batch, interleaved, peak_memory, step
 from eval.speed.models import shared_copy
-from eval.zoo.bases import HELD_OUT_SEED, TASKS, TRAIN_SEED, Base, base_of, rows_of, tokenizer
+from eval.zoo.bases import HELD_OUT_SEED, MOE, TRAIN_SEED, Base, base_of, rows_of, tasks, tokenizer
 from moelora import MoeLoraConfig, MoeLoraTrainer, batch_facts
 from moelora.experts.shards import ShardExperts
 from moelora.routing.run import find_hooks
@@ -47,16 +47,21 @@ class Wishes:
     learning_rate: float = 2e-3
 
 
-def config_of(preset: str, base: Base) -> MoeLoraConfig:
-    """A preset at its defaults."""
-    return MoeLoraConfig.from_preset(preset, task_type=base.task_type)
+MOLA_LAYERS = [2] * 7 + [4] * 8 + [6] * 7 + [8] * 8
+"""MoLA's experts by layer, 2, 4, 6 and 8 for a quarter each, where there are 30 layers as in SmolLM2."""
+
+
+def config_of(preset: str, base: Base, **words: Any) -> MoeLoraConfig:
+    """A preset at its defaults, but for what the words say, and for quarters of layers that four does not divide."""
+    if preset == "mola":
+        words = {"num_experts": MOLA_LAYERS, **words}
+    return MoeLoraConfig.from_preset(preset, task_type=base.task_type, **words)
 
 
 def lora_config(base: Base, r: int, dropout: float) -> LoraConfig:
-    """PEFT's LoRA on every linear but the head."""
-    return LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type=base.task_type
-    )
+    """PEFT's LoRA on every linear but the head; the experts of an MoE base are no linears, and PEFT would take them."""
+    targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if base is MOE else "all-linear"
+    return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, task_type=base.task_type)
 
 
 def total_rank(model: Any) -> int | None:
@@ -77,56 +82,76 @@ def equal_size(base: Any, kind: Base, wanted: int, dropout: float) -> int:
     return max(1, round((wanted - (2 * one - two)) / (two - one)))
 
 
-class _Trained:
-    """A model with an adapter and its trainer.
+class Bench:
+    """The base model of a preset, with the rows that it is trained on.
 
     Args:
         kind: The base model's kind.
-        base: The base model, whose frozen weights are shared.
-        config: The adapter.
-        data: Training and held-out rows.
-        tokens: The tokenizer.
-        wishes: How it is trained.
-        folder: Where the trainer may write.
+        wishes: How presets are tried.
+        folder: Where trainers may write.
     """
 
-    def __init__(
-        self, kind: Base, base: Any, config: Any, data: tuple[Any, Any], tokens: Any, wishes: Wishes, folder: str
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = set_dtype(get_peft_model(shared_copy(base), config, autocast_adapter_dtype=False), "bfloat16")
+    def __init__(self, kind: Base, wishes: Wishes, folder: str) -> None:
+        self.kind, self.wishes, self.folder = kind, wishes, folder
+        self.tokens = tokenizer()
+        rows = math.ceil(wishes.steps * BATCH / len(tasks()))
+        self.train = rows_of(kind, self.tokens, rows, TRAIN_SEED)
+        self.held_out = rows_of(kind, self.tokens, HELD_OUT_ROWS, HELD_OUT_SEED)
+        self.base = kind.make(self.tokens).requires_grad_(False)
+
+    def ready(self, config: Any) -> Trained:
+        """An adapter after one step, which is ready to be timed."""
+        found = Trained(self, config, steps=1)
+        found.trainer.train()
+        return found
+
+
+class Trained:
+    """A model with an adapter and its trainer, on the bench's frozen weights.
+
+    Args:
+        bench: The base model and the rows.
+        config: The adapter.
+        steps: Optimizer steps; None for as many as are wished.
+        seed: Of the adapter's weights and the order of the rows.
+    """
+
+    def __init__(self, bench: Bench, config: Any, *, steps: int | None = None, seed: int = 0) -> None:
+        steps = steps or bench.wishes.steps
+        torch.manual_seed(seed)
+        adapted = get_peft_model(shared_copy(bench.base), config, autocast_adapter_dtype=False)
+        self.model = set_dtype(adapted, "bfloat16")
         words = {
-            "max_steps": wishes.steps,
+            "max_steps": steps,
             "per_device_train_batch_size": BATCH,
             "per_device_eval_batch_size": BATCH,
-            "learning_rate": wishes.learning_rate,
-            "warmup_steps": max(1, wishes.steps // 6),
-            "logging_steps": max(1, wishes.steps // 3),
+            "learning_rate": bench.wishes.learning_rate,
+            "warmup_steps": max(1, steps // 6),
+            "logging_steps": max(1, steps // 3),
             "save_strategy": "no",
             "report_to": "none",
             "dataloader_pin_memory": False,
-            "seed": 0,
+            "seed": seed,
         }
-        train, held_out = data
-        if kind.is_classifier:
-            self.trainer: Any = MoeLoraTrainer(
-                model=self.model,
-                args=TrainingArguments(folder, **words),
-                train_dataset=train,
-                eval_dataset=held_out,
-                processing_class=tokens,
-            )
+        if bench.kind.is_classifier:
+            trainer_class: Any = MoeLoraTrainer
+            arguments: Any = TrainingArguments(bench.folder, **words)
         else:
-            arguments = trainer_arguments("sft", words, Path(folder))
-            self.trainer = RunTrainer(
-                model=self.model,
-                args=arguments,
-                train_dataset=train,
-                eval_dataset=held_out,
-                processing_class=tokens,
-            )
+            trainer_class, arguments = RunTrainer, trainer_arguments("sft", words, Path(bench.folder))
+        self.trainer: Any = trainer_class(
+            model=self.model,
+            args=arguments,
+            train_dataset=bench.train,
+            eval_dataset=bench.held_out,
+            processing_class=bench.tokens,
+        )
         self.trainer.remove_callback(ProgressCallback)
         fit_unfitted(self.model, self.trainer.train_dataset)
+
+    def batch(self) -> dict[str, Any]:
+        """The first rows of the training."""
+        found: dict[str, Any] = next(iter(self.trainer.get_train_dataloader()))
+        return found
 
     def loss(self) -> float:
         """On the held-out rows, without balance losses."""
@@ -156,14 +181,11 @@ def measure(preset: str, wishes: Wishes, say: Callable[[str], None]) -> dict[str
     """
     kind = base_of(preset)
     started = time.monotonic()
-    tokens = tokenizer()
-    rows = math.ceil(wishes.steps * BATCH / len(TASKS))
-    data = rows_of(kind, tokens, rows, TRAIN_SEED), rows_of(kind, tokens, HELD_OUT_ROWS, HELD_OUT_SEED)
-    base = kind.make(tokens).requires_grad_(False)
     config = config_of(preset, kind)
-    count = count_parameters(shared_copy(base), copy.deepcopy(config))
     with tempfile.TemporaryDirectory() as folder:
-        ours = _Trained(kind, base, config, data, tokens, wishes, folder)
+        bench = Bench(kind, wishes, folder)
+        count = count_parameters(shared_copy(bench.base), copy.deepcopy(config))
+        ours = Trained(bench, config)
         before = ours.loss()
         ours.trainer.train()
         after = ours.loss()
@@ -171,15 +193,12 @@ def measure(preset: str, wishes: Wishes, say: Callable[[str], None]) -> dict[str
         dropout = getattr(config.experts, "lora_dropout", 0.0)
         ranks = {
             "equal_rank": total_rank(ours.model),
-            "equal_size": equal_size(base, kind, count.trainable, dropout),
+            "equal_size": equal_size(bench.base, kind, count.trainable, dropout),
         }
-        one_step = Wishes(1, wishes.rounds, wishes.learning_rate)
-        peers: dict[str, _Trained] = {}
-        for name, rank in ranks.items():
-            if rank is not None:
-                peers[name] = _Trained(kind, base, lora_config(kind, rank, dropout), data, tokens, one_step, folder)
-                peers[name].trainer.train()
-        rows_of_step = next(iter(ours.trainer.get_train_dataloader()))
+        peers = {
+            name: bench.ready(lora_config(kind, rank, dropout)) for name, rank in ranks.items() if rank is not None
+        }
+        rows_of_step = ours.batch()
         seconds = interleaved(
             {"ours": ours, **peers},
             lambda each: each.step(rows_of_step),
@@ -210,7 +229,7 @@ def measure(preset: str, wishes: Wishes, say: Callable[[str], None]) -> dict[str
     }
 
 
-def _routing(trained: _Trained) -> dict[str, Any]:
+def _routing(trained: Trained) -> dict[str, Any]:
     """What the last log says of the routing."""
     logs = [entry for entry in trained.trainer.state.log_history if "loss" in entry]
     hooks = find_hooks(trained.model)
@@ -225,8 +244,8 @@ def _routing(trained: _Trained) -> dict[str, Any]:
 def _inputs(kind: Base) -> dict[str, torch.Tensor]:
     """Eight rows of 128 tokens, with their tasks."""
     inputs = batch(BATCH * 128)
-    tasks = torch.arange(BATCH) % len(TASKS)
-    return {**inputs, "task_ids": tasks, **({"labels": tasks} if kind.is_classifier else {})}
+    numbers = torch.arange(BATCH) % len(tasks())
+    return {**inputs, "task_ids": numbers, **({"labels": numbers} if kind.is_classifier else {})}
 
 
 def step_with_tasks(inputs: Mapping[str, torch.Tensor]) -> Callable[[Any], None]:

@@ -26,6 +26,12 @@ HEADER = [
     "dead experts",
 ]
 
+BESIDE = {
+    "profile.md": "Where each step takes more time than the LoRA's",
+    "shared_routers.md": "One router for linears of the same input",
+}
+"""Pages in the same folder, which other options write."""
+
 
 def row(found: dict[str, Any]) -> list[str]:
     """A preset's line."""
@@ -56,6 +62,14 @@ def _ratio(found: dict[str, Any], peer: str) -> str:
     return f"{ratio:.2f} (r = {found['ranks'][peer]})"
 
 
+def facts(cells: Sequence[dict[str, Any]]) -> str:
+    """Where the cells of a page were measured, in a sentence."""
+    receipts = [found["receipt"] for found in cells]
+    machine = receipts[-1]["machine"]
+    commits = ", ".join(sorted({commit_words(each["git"]) for each in receipts}))
+    return f"Measured on {machine['processor']}, {machine['threads']} threads; commits: {commits}."
+
+
 def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequence[str]) -> str:
     """Write the page; its text.
 
@@ -64,9 +78,7 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         cells: What was found of each preset.
         missing: Presets that were not tried yet.
     """
-    receipts = [found["receipt"] for found in cells]
     wishes = cells[0]["wishes"]
-    machine = receipts[-1]["machine"]
     lines = [
         "# Every preset, for a few steps",
         "",
@@ -79,15 +91,16 @@ def write_report(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
         f"at learning rate {wishes['learning_rate']:g}. The loss is that of held-out rows, without balance losses; it "
         "says that a preset learns, not which one is better: nothing is tuned here. Step: forward and backward in the "
         f"trainer, CPU time of one thread, {wishes['rounds']} of each method in turns, ratio of medians. Equal rank: a "
-        "LoRA of the rank of all experts together, on every linear but the head; blank where experts are no low-rank "
+        "LoRA of the rank of all experts together, on every linear but the head (OLMoE has them in its attention "
+        "alone); blank where experts are no low-rank "
         "factors. Equal size: a LoRA with as many trainable parameters as whole ranks allow. Memory: what two steps "
         "add to a loaded model, in a process of their own. Balance: the first balance loss, 1 is perfect; dead experts "
         "got nothing in the last third of the steps. Random bases stand where a method is for another architecture "
-        "than a dense decoder.",
+        "than a dense decoder. MoLA's quarters of layers are of 7, 8, 7 and 8, for there are 30.",
         "",
-        f"Measured on {machine['processor']}, {machine['threads']} threads; commits: "
-        f"{', '.join(sorted({commit_words(each['git']) for each in receipts}))}.",
+        facts(cells),
         "",
+        *(f"{words}: [{name}]({name}).\n" for name, words in BESIDE.items() if (output / name).is_file()),
     ]
     text = "\n".join(lines)
     write_atomically(output / "README.md", text)

@@ -6,21 +6,20 @@ terms once the totals are known: the load, and the number of tokens. So the tota
 belongs to one optimizer step, and each micro-batch and process adds its own linear share; the sum of the shares is the
 loss of the whole, value and gradient.
 
-Shape suffixes: T tokens, E experts, N positions that have a label, V words of the vocabulary.
+Shape suffixes: L mixtures, T tokens, E experts, N positions that have a label, V words of the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import Choice
 from moelora.ops.factors import Factors
-from moelora.routing.record import LayerLoss, Mixture
+from moelora.routing.decision import Routing
 from moelora.validation import check, is_real
 
 Reads = Literal["routing", "experts", "predictions"]
@@ -44,10 +43,10 @@ class Balance(Choice):
     is_loss: ClassVar[bool] = True
     """Whether it is a loss at all, added or only logged; else it moves the routers' biases."""
     reads: ClassVar[Reads] = "routing"
-    """What its loss is one of: routing decisions; the experts' weights, by `of_experts`; what two forwards predict, by
-    `compared`."""
+    """What its loss is one of: routing decisions, by `of_routing`; the experts' weights, by `of_experts`; what two
+    forwards predict, by `compared`."""
     needs_sums: ClassVar[bool] = False
-    """Whether it reads `RoutingTotals.sums`."""
+    """Whether it reads `MixtureTotals.sums_L2E`."""
     coef_name: ClassVar[str] = "balance.coef"
     """What messages call `coef`."""
 
@@ -66,15 +65,17 @@ class Balance(Choice):
         """Whether it moves the routers' biases."""
         return not self.is_loss and self.coef > 0
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """For each mixture its share of the loss, without the coefficient, as a function of (routing, valid_T).
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """The share of each of L mixtures in the loss [L], without the coefficient; only if it reads routing.
 
         A share is linear in the tokens given, so shares of disjoint sets of tokens add up to the loss of their union.
 
         Args:
+            routing: The decisions of L mixtures as one: its tensors are [L, T, ...].
+            valid_LT: True where a token is not padding.
             totals: Sums over all tokens that the loss is taken over.
         """
-        return {}
+        raise NotImplementedError
 
     def compared(self, first_NV: Tensor, second_NV: Tensor) -> Tensor:
         """The loss of what two forwards predict, summed over N positions; only if it reads predictions.
@@ -92,11 +93,10 @@ class Balance(Choice):
         """
         raise NotImplementedError
 
-    def moved(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
-        """A router's bias after a training forward; only with `moves_bias`.
+    def move(self, load_LE: Tensor) -> Tensor:
+        """What is added to the biases of L routers after a training forward [L, E]; only with `moves_bias`.
 
         Args:
-            bias_E: Its value.
-            load_E: Choices of valid tokens that fell on each expert in that forward, over all processes.
+            load_LE: Choices of valid tokens that fell on each expert in that forward, over all processes.
         """
         raise NotImplementedError

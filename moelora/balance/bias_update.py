@@ -1,6 +1,6 @@
 """Balance by moving a bias on the routers' scores.
 
-Shape suffixes: E experts.
+Shape suffixes: L routers, E experts.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ class BiasUpdate(Balance):
         if config.selection.is_dense:
             raise ConfigError("balance 'bias_update' counts choices, and with dense selection all experts get all.")
 
-    def moved(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
-        """See `Balance.moved`."""
-        return bias_E + self.coef * torch.sign(load_E.mean() - load_E)
+    def move(self, load_LE: Tensor) -> Tensor:
+        """See `Balance.move`."""
+        return self.coef * torch.sign(load_LE.mean(-1, keepdim=True) - load_LE)

@@ -3,12 +3,11 @@
 It is no sum over tokens. Once the totals are known it is replaced by the linear function of the tokens that has its
 value and its gradient there, so that shares of micro-batches and processes add up to it as those of the other losses.
 
-Shape suffixes: T tokens, E experts, S experts of a layer of a tree.
+Shape suffixes: L mixtures, E experts, C chains of nodes of a tree, S experts of a layer of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,18 +15,17 @@ import torch
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.balance.tree import OfTree
 from moelora.choices import register
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 from moelora.scores.tree import by_level
 
 
 def cv_squared(x: Tensor) -> Tensor:
-    """Variance over squared mean, with the unbiased variance; 0 of one number."""
-    return x.var() / (x.mean().square() + 1e-10) if len(x) > 1 else x.sum() * 0
+    """Variance over squared mean along the last dimension, with the unbiased variance; 0 of one number."""
+    return x.var(-1) / (x.mean(-1).square() + 1e-10) if x.shape[-1] > 1 else x.sum(-1) * 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +34,21 @@ class _OfSums(Balance):
 
     needs_sums: ClassVar[bool] = True
 
-    def of_sums(self, sums_2E: Tensor) -> Tensor:
-        """The loss of one mixture."""
+    def of_sums(self, sums_L2E: Tensor) -> Tensor:
+        """The loss of each mixture [L]."""
         raise NotImplementedError
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        return {
-            mixture: _linear(self.of_sums, sums_2E, tokens.clamp_min(1), totals.num_ran)
-            for (mixture, sums_2E), tokens in zip(totals.sums.items(), totals.tokens_L, strict=True)
-        }
-
-
-def _linear(loss_of: Callable[[Tensor], Tensor], sums_2E: Tensor, tokens: Tensor, num_ran: Tensor) -> LayerLoss:
-    with torch.enable_grad():
-        at_2E = sums_2E.detach().clone().requires_grad_()
-        value = loss_of(at_2E)
-        (slope_2E,) = torch.autograd.grad(value, at_2E)
-    rest = value.detach() - (slope_2E * sums_2E).sum()
-
-    def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-        own_2E = routing.sums_2E(valid_T)
-        device = own_2E.device
-        linear = (slope_2E.to(device) * own_2E).sum() + rest.to(device) * valid_T.sum() / tokens.to(device)
-        return linear / num_ran.to(device)
-
-    return loss
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
+        sums_L2E = totals.sums_L2E
+        assert sums_L2E is not None
+        with torch.enable_grad():
+            at_L2E = sums_L2E.detach().clone().requires_grad_()
+            value_L = self.of_sums(at_L2E)
+            (slope_L2E,) = torch.autograd.grad(value_L.sum(), at_L2E)
+        rest_L = (value_L.detach() - (slope_L2E * sums_L2E).sum((-2, -1))) / totals.tokens_L.clamp_min(1)
+        linear_L = (slope_L2E * routing.sums_2E(valid_LT)).sum((-2, -1)) + rest_L * valid_LT.sum(-1)
+        return linear_L / totals.model.num_ran.to(valid_LT.device)
 
 
 @register
@@ -81,9 +68,9 @@ class CvSquaredBalance(_OfSums):
 
     kind: ClassVar[str] = "cv_squared"
 
-    def of_sums(self, sums_2E: Tensor) -> Tensor:
+    def of_sums(self, sums_L2E: Tensor) -> Tensor:
         """See `_OfSums.of_sums`."""
-        return cv_squared(sums_2E[0])
+        return cv_squared(sums_L2E[:, 0])
 
 
 @register
@@ -117,8 +104,8 @@ class TreeCvSquaredBalance(OfTree, _OfSums):
                 "allowed: scores with noise=True. Use 'tree_switch'."
             )
 
-    def of_sums(self, sums_2E: Tensor) -> Tensor:
+    def of_sums(self, sums_L2E: Tensor) -> Tensor:
         """See `_OfSums.of_sums`."""
-        levels = by_level(sums_2E, self.sizes).values()
-        terms = [cv_squared(importance_CS.sum(0)) + cv_squared(load_CS.sum(0)) for importance_CS, load_CS in levels]
-        return torch.stack(terms).mean()
+        # of each layer of the tree the importance and the load of its experts, whoever their parents
+        terms = [cv_squared(sums_L2CS.sum(-2)).sum(-1) for sums_L2CS in by_level(sums_L2E, self.sizes).values()]
+        return torch.stack(terms).mean(0)

@@ -1,21 +1,19 @@
 """The entropy of the router's probabilities, as a loss.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: L mixtures, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 from moelora.validation import check
 
 
@@ -52,16 +50,8 @@ class EntropyLoss(Balance):
             "scores that are probabilities (a softmax, no bias) with 'entropy' balance",
         )
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        shares = 1 / totals.tokens_L.clamp_min(1) / totals.num_ran
-        return {mixture: _share(share) for mixture, share in zip(totals.counts, shares, strict=True)}
-
-
-def _share(share: Tensor) -> LayerLoss:
-    def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-        probs_TE = routing.probs_TE
-        entropy_T = -(probs_TE * probs_TE.clamp_min(1e-30).log()).sum(-1) * valid_T  # 0 log 0 is 0
-        return share.to(entropy_T.device) * entropy_T.sum()
-
-    return loss
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
+        probs = routing.probs_TE
+        entropy_LT = -(probs * probs.clamp_min(1e-30).log()).sum(-1) * valid_LT  # 0 log 0 is 0
+        return entropy_LT.sum(-1) / totals.over_L

@@ -1,11 +1,10 @@
 """The localised balancing constraint of LoRAMoE.
 
-Shape suffixes: T tokens, N sequences, E experts.
+Shape suffixes: L mixtures, T tokens, N sequences, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 from moelora.validation import check, is_index, is_share
 
 
@@ -79,37 +77,34 @@ class LocalizedBalance(Balance):
             "It compares the probabilities that a sequence gives to all experts.",
         )
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`; here of whole micro-batches, see above."""
-        over_L = totals.tokens_L.clamp_min(1) * totals.num_ran
-        return {mixture: self._share(over) for mixture, over in zip(totals.counts, over_L, strict=True)}
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`; here of whole micro-batches, see above.
 
-    def _share(self, over: Tensor) -> LayerLoss:
-        def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-            tokens = routing.tokens
-            if tokens is None or not tokens.has_fact("task_ids"):
-                raise ConfigError(
-                    "the balance 'localized' goes by the task of each sequence, and the batch has no task_ids; "
-                    "allowed: one number for each sequence. Put them in a column `task_ids` of the training data, use "
-                    "`with moelora.batch_facts(task_ids=...)` around the forward, or set balance_coef=0."
-                )
-            ids_N, sequence_T = tokens.fact_N("task_ids"), tokens.sequence_T()
-            weighted_TE = routing.probs_TE * valid_T.unsqueeze(-1)
-            N, E = len(ids_N), routing.num_experts
-            usage_NE = weighted_TE.new_zeros(N, E).index_add(0, sequence_T, weighted_TE)
-            first_N = torch.isin(ids_N, torch.tensor(self.first_tasks, device=ids_N.device))
-            first_E = torch.arange(E, device=ids_N.device) < E / 2
-            sign_NE = torch.where(first_N.unsqueeze(-1) == first_E, 1.0, -1.0)
-            counted_N = usage_NE.new_zeros(N).index_add(0, sequence_T, valid_T.to(usage_NE.dtype)) > 0
-            share = valid_T.sum() / over.to(valid_T.device)
-            return share * _squared_variation(usage_NE * (1 + self.delta * sign_NE), counted_N)
-
-        return loss
+        Raises:
+            ConfigError: For a batch without tasks.
+        """
+        tokens = routing.tokens
+        if tokens is None or not tokens.has_fact("task_ids"):
+            raise ConfigError(
+                "the balance 'localized' goes by the task of each sequence, and the batch has no task_ids; "
+                "allowed: one number for each sequence. Put them in a column `task_ids` of the training data, use "
+                "`with moelora.batch_facts(task_ids=...)` around the forward, or set balance_coef=0."
+            )
+        ids_N, sequence_T = tokens.fact_N("task_ids"), tokens.sequence_T()
+        weighted_LTE = routing.probs_TE * valid_LT.unsqueeze(-1)
+        L, N, E = len(valid_LT), len(ids_N), routing.num_experts
+        usage_LNE = weighted_LTE.new_zeros(L, N, E).index_add(1, sequence_T, weighted_LTE)
+        first_N = torch.isin(ids_N, torch.tensor(self.first_tasks, device=ids_N.device))
+        first_E = torch.arange(E, device=ids_N.device) < E / 2
+        sign_NE = torch.where(first_N.unsqueeze(-1) == first_E, 1.0, -1.0)
+        counted_LN = usage_LNE.new_zeros(L, N).index_add(1, sequence_T, valid_LT.to(usage_LNE.dtype)) > 0
+        share_L = valid_LT.sum(-1) / totals.over_L
+        return share_L * _squared_variation(usage_LNE * (1 + self.delta * sign_NE), counted_LN)
 
 
-def _squared_variation(values_NE: Tensor, counted_N: Tensor) -> Tensor:
-    """`var / (mean^2 + 1e-10)` of the rows that count; the others are rows of padding, of zeros."""
-    count = counted_N.sum() * values_NE.shape[1]
-    mean = values_NE.sum() / count.clamp_min(1)
-    squares = ((values_NE - mean) * counted_N.unsqueeze(-1)).square().sum()
-    return squares / (count - 1).clamp_min(1) / (mean.square() + 1e-10)
+def _squared_variation(values_LNE: Tensor, counted_LN: Tensor) -> Tensor:
+    """`var / (mean^2 + 1e-10)` [L] over the rows that count; the others are rows of padding, of zeros."""
+    count_L = counted_LN.sum(-1) * values_LNE.shape[-1]
+    mean_L = values_LNE.sum((-2, -1)) / count_L.clamp_min(1)
+    squares_L = ((values_LNE - mean_L[:, None, None]) * counted_LN.unsqueeze(-1)).square().sum((-2, -1))
+    return squares_L / (count_L - 1).clamp_min(1) / (mean_L.square() + 1e-10)

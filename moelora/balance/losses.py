@@ -12,6 +12,7 @@ from moelora.balance.base import Balance
 from moelora.balance.totals import RoutingTotals
 from moelora.errors import ConfigError
 from moelora.routing.record import RoutingRecord
+from moelora.routing.stack import stack_records
 
 
 def balance_losses(
@@ -44,8 +45,9 @@ def balance_losses(
             f"balance has {', '.join(map(repr, others))}, which compares what two forwards predict, so that no record "
             "of one has it; allowed: losses of routing. Use MoeLoraTrainer, or the choice's `compared` of two forwards."
         )
-    totals = totals or RoutingTotals.of(records)
-    device = totals.tokens_L.device
+    stacks = stack_records(records)
+    totals = totals or RoutingTotals.of(stacks)
+    device = totals.tokens_M.device
     losses = []
     for choice in choices:
         if choice.reads == "experts":
@@ -57,9 +59,14 @@ def balance_losses(
                 )
             losses.append(expert_loss(choice, [layer for owner in owners.values() for layer in owner.layers], device))
             continue
-        shares = choice.shares(totals)
-        terms = [shares[r.mixture](r.routing, r.valid_T).to(device) for r in records if r.mixture in shares]
-        losses.append(torch.stack(terms).sum() if terms else torch.zeros((), device=device))
+        if not choice.is_loss:
+            losses.append(torch.zeros((), device=device))
+            continue
+        terms = [
+            choice.of_routing(s.routing, s.valid_LT, totals.of_mixtures(s.mixtures, s.valid_LT.device)).sum()
+            for s in stacks
+        ]
+        losses.append(torch.stack([term.to(device) for term in terms]).sum())
     return losses
 
 

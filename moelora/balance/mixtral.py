@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.switch import balance_share
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.switch import prob_sums
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.errors import ConfigError
-from moelora.routing.record import LayerLoss, Mixture
+from moelora.routing.decision import Routing
 
 
 @register
@@ -30,15 +29,15 @@ class MixtralBalance(Balance):
 
     kind: ClassVar[str] = "mixtral"
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`.
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`.
 
         Raises:
             ConfigError: For layers of different numbers of experts.
         """
-        sizes = sorted({len(counts_E) for counts_E in totals.counts.values()})
+        model = totals.model
+        sizes = sorted(set(model.mixtures.values()))
         if len(sizes) > 1:
             raise ConfigError(f"balance 'mixtral' pools the layers, but they have {sizes} experts; use 'switch'.")
-        tokens = totals.tokens_L.sum().clamp_min(1)
-        pooled_E = torch.stack(list(totals.counts.values())).sum(0) / tokens
-        return dict.fromkeys(totals.counts, balance_share(pooled_E * len(pooled_E) / tokens))
+        pooled_E = model.counts_ME.sum(0) * routing.num_experts / model.tokens_M.sum().clamp_min(1).square()
+        return (pooled_E.to(valid_LT.device) * prob_sums(routing, valid_LT)).sum(-1)

@@ -1,21 +1,19 @@
 """The load-balancing loss of Switch Transformers, per layer.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: L mixtures, T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 
 
 @register
@@ -35,21 +33,13 @@ class SwitchBalance(Balance):
 
     kind: ClassVar[str] = "switch"
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        return {
-            mixture: balance_share(
-                counts_E / counts_E.sum().clamp_min(1e-9) * len(counts_E) / tokens.clamp_min(1) / totals.num_ran
-            )
-            for (mixture, counts_E), tokens in zip(totals.counts.items(), totals.tokens_L, strict=True)
-        }
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
+        counts_LE = totals.counts_LE
+        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp_min(1e-9) * routing.num_experts
+        return (share_LE * prob_sums(routing, valid_LT)).sum(-1) / totals.over_L
 
 
-def balance_share(share_E: Tensor) -> LayerLoss:
-    """`sum_e share_e sum_t P_te` over valid tokens."""
-
-    def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-        prob_sums_E = (routing.probs_TE * valid_T.unsqueeze(-1)).sum(0)
-        return (share_E.to(prob_sums_E.device) * prob_sums_E).sum()
-
-    return loss
+def prob_sums(routing: Routing, valid_LT: Tensor) -> Tensor:
+    """`sum_t P_te` over valid tokens [L, E]."""
+    return (routing.probs_TE * valid_LT.unsqueeze(-1)).sum(-2)

@@ -1,21 +1,20 @@
 """The load-balancing loss of a tree of experts, per layer of the tree (S'MoRE).
 
-Shape suffixes: T tokens, E edges, C chains of nodes, S children of a node.
+Shape suffixes: L mixtures, T tokens, E edges, C chains of nodes, S children of a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 from moelora.scores.tree import by_level, check_sizes, levels
 from moelora.validation import check
 
@@ -66,30 +65,18 @@ class TreeSwitchBalance(OfTree):
 
     kind: ClassVar[str] = "tree_switch"
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        return {
-            mixture: self._share(counts_E, tokens.clamp_min(1) * totals.num_ran)
-            for (mixture, counts_E), tokens in zip(totals.counts.items(), totals.tokens_L, strict=True)
-        }
-
-    def _share(self, counts_E: Tensor, over: Tensor) -> LayerLoss:
-        factors = {}
-        for layer, counts_1CS in by_level(counts_E.unsqueeze(0), self.sizes).items():
-            counts_S = counts_1CS[0].sum(0)
-            factors[layer] = counts_S / counts_S.sum().clamp_min(1e-9) * self.sizes[layer] / over / len(self.sizes)
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
+        assert routing.assigned_TK is not None
         parents = sum(chains for _, chains, _ in levels(self.sizes))
-
-        def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-            assert routing.assigned_TK is not None
-            probs = by_level(routing.probs_TE * parents, self.sizes)
-            chosen = by_level(routing.assigned_TK, self.sizes)
-            total = routing.probs_TE.new_zeros(())
-            for layer, factor_S in factors.items():
-                active_TC1 = chosen[layer].any(-1, keepdim=True).float()
-                below_TCS = probs[layer] * active_TC1 / active_TC1.sum(1, keepdim=True).clamp_min(1)
-                sums_S = (below_TCS.sum(1) * valid_T.unsqueeze(-1)).sum(0)
-                total = total + (factor_S.to(sums_S.device) * sums_S).sum()
-            return total
-
-        return loss
+        counts = by_level(totals.counts_LE.unsqueeze(-2), self.sizes)
+        probs, chosen = (by_level(each, self.sizes) for each in (routing.probs_TE * parents, routing.assigned_TK))
+        terms = []
+        for layer, counts_L1CS in counts.items():
+            counts_LS = counts_L1CS.sum((-3, -2))
+            share_LS = counts_LS / counts_LS.sum(-1, keepdim=True).clamp_min(1e-9) * self.sizes[layer]
+            active_LTC1 = chosen[layer].any(-1, keepdim=True).float()
+            below_LTCS = probs[layer] * active_LTC1 / active_LTC1.sum(-2, keepdim=True).clamp_min(1)
+            sums_LS = (below_LTCS.sum(-2) * valid_LT.unsqueeze(-1)).sum(-2)
+            terms.append((share_LS * sums_LS).sum(-1))
+        return torch.stack(terms).mean(0) / totals.over_L

@@ -1,21 +1,19 @@
 """The router z-loss.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: L mixtures, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import register
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 
 
 @register
@@ -34,15 +32,7 @@ class ZLoss(Balance):
     coef_name: ClassVar[str] = "balance.z_loss_coef"
     logged_as: ClassVar[str] = "z_loss"
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        shares = 1 / totals.tokens_L.clamp_min(1) / totals.num_ran
-        return {mixture: _share(share) for mixture, share in zip(totals.counts, shares, strict=True)}
-
-
-def _share(share: Tensor) -> LayerLoss:
-    def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-        squares_T = routing.logits_TE.logsumexp(-1).square() * valid_T
-        return share.to(squares_T.device) * squares_T.sum()
-
-    return loss
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
+        squares_LT = routing.logits_TE.logsumexp(-1).square() * valid_LT
+        return squares_LT.sum(-1) / totals.over_L

@@ -112,7 +112,7 @@ def read_lora(name: str, source: str | Path) -> LoraSource:
     pairs = _pairs(source, weights)
     check_finite(saved, f"the LoRA {source!r}", ComposeError)
     shapes = {module: (a.shape[0], a.shape[1], b.shape[0]) for module, (a, b) in pairs.items()}
-    return LoraSource(name, source, config, shapes, _license(source), saved)
+    return LoraSource(name, source, config, shapes, stated_license(source), saved)
 
 
 def mean_factors(general: Sequence[LoraSource], experts: Sequence[LoraSource]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -215,7 +215,7 @@ def _pairs(source: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, T
     return {module: (found["A"], found["B"]) for module, found in halves.items()}
 
 
-def _license(source: str) -> str | None:
+def stated_license(source: str) -> str | None:
     """The license that a LoRA's card states; None without one, or without a card."""
     card = Path(source) / "README.md"
     try:

@@ -47,6 +47,13 @@ def hub_errors(repo_id: str, action: str) -> Iterator[None]:
         raise HubError(f"cannot {where}: no connection ({error}). Is HF_HUB_OFFLINE set?") from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # the client's own base, whichever library it uses
         raise HubError(f"cannot {where}: no connection ({error}). Check the network and HF_ENDPOINT.") from error
+    except RuntimeError as error:
+        # the client wraps what stops the upload of a file of weights
+        cause = error.__cause__
+        if not isinstance(cause, (errors.HfHubHTTPError, errors.HTTPError)):  # type: ignore[attr-defined]
+            raise
+        with hub_errors(repo_id, action):
+            raise cause from cause.__cause__
 
 
 def _cause_of(error: errors.HfHubHTTPError) -> str:

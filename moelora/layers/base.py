@@ -325,10 +325,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         run = place.run
         if place.repeated:
             return run.attach((self.name, adapter), routing, here.tokens.valid_T, output)
-        if run.listeners:
-            run.record(self.name, adapter, routing, here.tokens.valid_T)
-        if self.training and run.grad_enabled and self._moves_bias(adapter):
-            run.add_load((self.name, adapter), routing.counts_E(here.tokens.valid_T))
+        moves_bias = self.training and run.grad_enabled and self._moves_bias(adapter)
+        if run.listeners or moves_bias:
+            run.record(self.name, adapter, routing, here.tokens.valid_T, moves_bias=moves_bias)
         return output
 
     def _moves_bias(self, adapter: str) -> bool:
@@ -340,14 +339,6 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The biases that move after a training forward, of the active adapters."""
         moving = [mixture for mixture in self.mixtures() if self.training and self._moves_bias(mixture[1])]
         return {mixture: self.routers[mixture[1]].tensor("bias") for mixture in moving}
-
-    @torch.no_grad()
-    def move_bias(self, adapter: str, load_E: Tensor) -> None:
-        """Move a bias by the load of one forward; the value that the forward used stays as it is, for its backward."""
-        bias = self.routers[adapter].tensor("bias")
-        for choice in self.configs[adapter].balance:
-            if choice.moves_bias:
-                bias.data = choice.moved(bias.data, load_E.to(bias.device))
 
     def forward_active(self, x: Tensor, here: Here | None) -> Tensor:
         """The output with the active adapters; `here` is None if none of the layer's adapters has a router."""

@@ -1,32 +1,47 @@
-"""Moving the routers' biases of a model after a training forward."""
+"""Moving the routers' biases of a model after a training forward.
+
+Shape suffixes: L routers, E experts.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
+from typing import Any
 
-from moelora.balance.totals import world_size
+import torch
+
+from moelora.balance.totals import RoutingTotals
 from moelora.routing.record import ModelRun
 from moelora.routing.run import RunHooks
+from moelora.routing.stack import stack_records
 
 
+@torch.no_grad()
 def move_biases(hooks: RunHooks, run: ModelRun) -> None:
     """Move all biases by the loads of a run, with one sum over the processes.
 
-    Every process has the same list of biases; a mixture that did not run here adds zeros.
+    Every process has the same list of biases; a mixture that did not run here adds zeros. The values that the forward
+    used stay as they are, for its backward.
 
     Args:
         hooks: The model's hooks, which know its layers.
         run: A training forward that has ended.
     """
-    biases = {mixture: (layer, bias) for layer in hooks.layers for mixture, bias in layer.moving_biases().items()}
+    biases: dict[Any, Any] = {}
+    groups: dict[Any, list[Any]] = {}
+    for layer in hooks.layers:
+        for mixture, bias in layer.moving_biases().items():
+            biases[mixture] = bias
+            choices = tuple(choice for choice in layer.configs[mixture[1]].balance if choice.moves_bias)
+            groups.setdefault((choices, len(bias), bias.device), []).append(mixture)
     if not biases:
         return
-    device = next(iter(biases.values()))[1].device
-    loads = [run.loads.get(mixture, torch.zeros_like(bias)) for mixture, (_, bias) in biases.items()]
-    flat = torch.cat([load_E.to(device, torch.float32) for load_E in loads])
-    if world_size() > 1:
-        dist.all_reduce(flat)
-    summed = flat.split([len(load_E) for load_E in loads])
-    for ((_, adapter), (layer, _)), load_E in zip(biases.items(), summed, strict=True):
-        layer.move_bias(adapter, load_E)
+    stacks = stack_records([record for record in run.moving if record.mixture in biases])
+    sizes = {mixture: len(bias) for mixture, bias in biases.items()}
+    totals = RoutingTotals.of(stacks, sizes, sums=False).all_reduce(next(iter(biases.values())).device)
+    for (choices, _, device), mixtures in groups.items():
+        load_LE = totals.of_mixtures(mixtures, device).counts_LE
+        moved = [biases[mixture].data for mixture in mixtures]
+        for choice in choices:
+            moved = list(torch._foreach_add(moved, list(choice.move(load_LE).unbind())))
+        for mixture, value in zip(mixtures, moved, strict=True):
+            biases[mixture].data = value

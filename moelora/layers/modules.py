@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -115,8 +116,9 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         if type(given).__name__ == "Params4bit" and not packed:
             return dequantize_module_weight(linear).detach(), bias
         # by its effect, since weights may be packed for a kernel in a way that cannot be dequantised
+        device = next(chain(linear.parameters(), linear.buffers())).device  # those of GPTQ and AWQ are buffers
         with torch.no_grad():
-            columns: Tensor = linear(torch.eye(linear_size(linear)[0], device=next(linear.parameters()).device))
+            columns: Tensor = linear(torch.eye(linear_size(linear)[0], device=device))
         return (columns if bias is None else columns - bias).t(), bias
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return (weight.t() if isinstance(linear, Conv1D) else weight), bias

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from moelora.ops.factors import Factors
 from moelora.ops.recomputed_linear import recomputed_linear
 from moelora.ops.sparse_dropout import dropout
+from moelora.ops.triton_linear import covers, triton_linear
 
 
 def mixture_linear(
@@ -27,7 +28,8 @@ def mixture_linear(
     A mixture is one LoRA of rank E * R whose inner activation is masked by the gates (`B_cat (g * (A_cat x))`): there
     is no gather, no scatter and no loop; the scaling rides on the gates, and the sum with the base's output on the
     second product. With a shared A the first product is done once, not E times. Accelerators train with a backward pass
-    that keeps less, `recomputed_linear`. Equal to `reference.mixture_linear`.
+    that keeps less: with Triton's kernels where there is Triton and they cover the shape, `triton_linear`, else
+    `recomputed_linear`. Equal to `reference.mixture_linear`.
 
     Args:
         x_TD: Tokens, in the dtype of the experts (or under autocast).
@@ -41,8 +43,11 @@ def mixture_linear(
         delta_TO in the dtype of the products; with `base_TO` the sum, in the higher of the two dtypes.
     """
     is_separate = separate and gates_TE is not None and factors.num_experts > 1
-    if x_TD.device.type != "cpu" and torch.is_grad_enabled() and not is_separate and not _is_traced():
-        return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
+    if torch.is_grad_enabled() and not is_separate:
+        if covers(x_TD, factors) and not _is_exported():
+            return triton_linear(x_TD, factors, gates_TE, base_TO, p)
+        if x_TD.device.type != "cpu" and not _is_traced():
+            return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
     if p > 0:
         x_TD = dropout(x_TD, p)
     if is_separate and gates_TE is not None:
@@ -84,3 +89,8 @@ def _separately(x_TD: Tensor, factors: Factors, gates_TE: Tensor, base_TO: Tenso
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _is_exported() -> bool:
+    """Whether a graph is recorded that has to run where moelora's operators are not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -57,6 +57,12 @@ class Tokens:
         return torch.arange(B, device=self.valid_BS.device).repeat_interleave(S)
 
     @property
+    def sequences_key(self) -> Any:
+        """Equal for the inputs of two layers if the sequences of their tokens and the facts of these are the same."""
+        sequence, facts = self.sequence_BS, [(name, id(value)) for name, value in self.facts.items()]
+        return self.valid_BS.shape, *facts, None if sequence is None else (sequence.data_ptr(), sequence.stride())
+
+    @property
     def num_sequences(self) -> int:
         """How many sequences the batch has; where rows hold several, an accelerator is waited for."""
         if self.sequence_BS is None:

@@ -17,6 +17,8 @@ from moelora.routing.batch import Tokens
 class Routing:
     """Who computes each token, and with what weight.
 
+    Decisions of several layers may be one, with an axis of the layers in front of T (`moelora.routing.stack`).
+
     Attributes:
         logits_TE: Scores before the activation, fp32.
         probs_TE: Scores as a distribution over the experts (softmax, or sigmoids divided by their sum), fp32; what the
@@ -58,7 +60,7 @@ class Routing:
         """The weights as a dense matrix, 0 where an expert was not chosen; differentiable."""
         if self.ids_TK is None:
             return self.weights_TK
-        return torch.zeros_like(self.probs_TE).scatter(-1, self.ids_TK, self.weights_TK)
+        return torch.zeros_like(self.probs_TE).scatter_(-1, self.ids_TK, self.weights_TK)
 
     def load_TE(self) -> Tensor:
         """How many of a token's choices fell on each expert (0 or 1), without gradient.
@@ -75,8 +77,8 @@ class Routing:
 
     def sums_2E(self, valid_T: Tensor) -> Tensor:
         """What each expert gets of the valid tokens: the sum of its weights, and its load, [2, E]."""
-        return torch.stack([(self.gates_TE() * valid_T.unsqueeze(-1)).sum(0), self.counts_E(valid_T)])
+        return torch.stack([(self.gates_TE() * valid_T.unsqueeze(-1)).sum(-2), self.counts_E(valid_T)], -2)
 
     def counts_E(self, valid_T: Tensor) -> Tensor:
         """Choices of valid tokens that fell on each expert, without gradient."""
-        return (self.load_TE() * valid_T.unsqueeze(-1)).sum(0)
+        return (self.load_TE() * valid_T.unsqueeze(-1)).sum(-2)

@@ -110,7 +110,7 @@ class ModelRun:
         listeners: Who records it.
         grad_enabled: Whether it runs with gradients.
         biases: The routers' biases that it used, since they move when it ends.
-        loads: Choices of valid tokens that fell on each expert, of mixtures whose bias moves.
+        moving: The decisions of mixtures whose bias moves when it ends.
         losses: Losses whose gradient a repeated layer has to add; see `attach_later`.
         scale: The factor of those losses.
         decisions: Those that every layer of the run shares, since they look at the batch alone.
@@ -121,7 +121,7 @@ class ModelRun:
     listeners: tuple[RoutingListener, ...]
     grad_enabled: bool
     biases: dict[Mixture, Tensor] = field(default_factory=dict)
-    loads: dict[Mixture, Tensor] = field(default_factory=dict)
+    moving: list[RoutingRecord] = field(default_factory=list)
     losses: dict[Mixture, LayerLoss] = field(default_factory=dict)
     scale: Tensor | None = None
     decisions: dict[Any, Routing] = field(default_factory=dict)
@@ -137,16 +137,14 @@ class ModelRun:
         self.latest[adapter] = Decided(router, place, (x, version), routing)
         return routing
 
-    def record(self, layer: str, adapter: str, routing: Routing, valid_T: Tensor) -> None:
-        """Hand a decision to the listeners."""
+    def record(self, layer: str, adapter: str, routing: Routing, valid_T: Tensor, *, moves_bias: bool) -> None:
+        """Hand a decision to the listeners, and keep it to the end of the run if it moves a bias."""
         for listener in self.listeners:
             if self.grad_enabled or not listener.gradients_only:
                 listener.records.append(RoutingRecord(layer, adapter, routing, valid_T, self))
-
-    def add_load(self, mixture: Mixture, load_E: Tensor) -> None:
-        """Add a mixture's load of one pass over it."""
-        seen_E = self.loads.get(mixture)
-        self.loads[mixture] = load_E if seen_E is None else seen_E + load_E
+        if moves_bias:
+            # without the run: the two would keep each other, and the decisions, until the garbage collector comes
+            self.moving.append(RoutingRecord(layer, adapter, routing, valid_T))
 
     def attach_later(self, record: RoutingRecord, loss: LayerLoss) -> None:
         """Add the gradient of `loss(routing, valid_T)` when the record's layer is run again in the backward pass.

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,37 @@ class RunDir:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         return bool(state["global_step"] >= state["max_steps"])
 
+    @contextmanager
+    def opened(self, config: RunConfig, *, restart: bool = False) -> Iterator[None]:
+        """`open` for a block of work; if that is refused before anything is trained, what `open` wrote is undone.
+
+        Args:
+            config: As in `open`.
+            restart: As in `open`; what it throws away is gone.
+
+        Raises:
+            RunError: As `open`.
+        """
+        files = (self.config_file, self._rows_file)
+        before = {file: file.read_bytes() if file.is_file() else None for file in files}
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        self.open(config, restart=restart)
+        work = self._work()
+        try:
+            yield
+        except RunError:
+            if self._work() == work:
+                for file, content in before.items():
+                    if content is None:
+                        file.unlink(missing_ok=True)
+                    else:
+                        write_atomically(file, content)
+                # the trainer makes the checkpoints' folder before it looks at the rows
+                for path in (*sorted(self.root.glob("checkpoints/**"), reverse=True), *missing):
+                    with suppress(OSError):  # what is not empty stays
+                        path.rmdir()
+            raise
+
     def open(self, config: RunConfig, *, restart: bool = False) -> None:
         """Start the run in this folder, or resume it; half-written stages of a run that was killed are removed.
 
@@ -119,7 +151,7 @@ class RunDir:
         if restart:
             for path in (self.root / each for each in ("checkpoints", ADAPTER, BASELINE, STAGES)):
                 shutil.rmtree(path, ignore_errors=True)
-        elif self._has_work():
+        elif self._work():
             self._check_unchanged(config)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -139,9 +171,8 @@ class RunDir:
         Raises:
             RunError: If a stage is under way or finished with other rows.
         """
-        file = self.root / "rows.json"
-        found = rows_digest(rows)
-        if self._has_work() and file.is_file() and (before := json.loads(file.read_text())) != found:
+        file, found = self._rows_file, rows_digest(rows)
+        if self._work() and file.is_file() and (before := json.loads(file.read_text())) != found:
             raise RunError(
                 f"the training rows are not those that {str(self.root)!r} was started with ({before['rows']} then, "
                 f"{len(rows)} now, or other content). Give another output_dir, or --restart to throw the old run away."
@@ -154,7 +185,7 @@ class RunDir:
         Raises:
             RunError: If they differ.
         """
-        file = self.root / "rows.json"
+        file = self._rows_file
         if file.is_file() and json.loads(file.read_text()) != rows_digest(rows):
             raise RunError(
                 f"the training rows are not those of the run {str(self.root)!r} any more, so that what is held out of "
@@ -162,13 +193,19 @@ class RunDir:
                 "Rows that the run has not seen can be scored with --data."
             )
 
-    def _has_work(self) -> bool:
+    @property
+    def _rows_file(self) -> Path:
+        return self.root / "rows.json"
+
+    def _work(self) -> dict[str, Path | None]:
+        """The stages that are trained or under way, with their last checkpoints."""
         of_tasks = {
             f"{STAGES}/{path.name}"
             for place in (self.root, self.root / "checkpoints")
             for path in place.glob(f"{STAGES}/*")
         }
-        return any(self.is_finished(name) or self.last_checkpoint(name) for name in (ADAPTER, BASELINE, *of_tasks))
+        last = {name: self.last_checkpoint(name) for name in (ADAPTER, BASELINE, *of_tasks)}
+        return {name: path for name, path in last.items() if path or self.is_finished(name)}
 
     def _check_unchanged(self, config: RunConfig) -> None:
         if not self.config_file.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +49,9 @@ def trainer_arguments(recipe: str, words: dict[str, Any], output_dir: Path) -> A
     arguments_class = RECIPES[recipe].arguments_class()
     fields = {f.name for f in dataclasses.fields(arguments_class) if f.init}
     check_keys("training", words, fields - set(ours))
+    for name, value in words.items():
+        if isinstance(value, float):
+            check(math.isfinite(value), f"training.{name}", value, "a finite number")
     # transformers 5.23 warns at the old name, which TRL's own default still uses.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in words:

@@ -1,6 +1,6 @@
 """The capacity of experts, on each sequence alone.
 
-Shape suffixes: T tokens, E experts, K chosen experts of a token, N sequences.
+Shape suffixes: B rows, S tokens of a row, T = B * S, E experts, K chosen experts of a token.
 """
 
 from __future__ import annotations
@@ -39,10 +39,41 @@ def within_capacity(
         Boolean kept_TK.
     """
     T, K = ids_TK.shape
-    valid_T, first_T, last_T = tokens.valid_T, *tokens.bounds_T()
+    valid_T = tokens.valid_T
     takes_room_TK = valid_T.unsqueeze(-1).expand(T, K)
     if assigned_TK is not None:
         takes_room_TK = takes_room_TK & assigned_TK
+    places = _places_in_rows if tokens.sequence_BS is None else _places_in_sequences
+    position_TK, length_T1 = places(ids_TK, takes_room_TK, num_experts, tokens)
+    if capacity is not None:
+        return position_TK <= capacity
+    assert capacity_factor is not None
+    # in whole numbers: not every device has float64, and float32 would round some capacities up
+    factor = Fraction(capacity_factor).limit_denominator(10_000)
+    unit = factor.denominator * num_experts
+    return position_TK <= (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
+
+
+def _places_in_rows(ids_TK: Tensor, takes_room_TK: Tensor, num_experts: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The place of each choice in the queue of its expert, and the valid tokens of its sequence [T, 1].
+
+    Where each row is a sequence its queue is one count: over the tokens' first choices, then over their second ones.
+    """
+    (B, S), (T, K) = tokens.valid_BS.shape, ids_TK.shape
+    ids_BSK1 = ids_TK.view(B, S, K, 1)
+    chosen_BKSE = torch.zeros(B, K, S, num_experts, dtype=torch.bool, device=ids_TK.device)
+    chosen_BKSE.transpose(1, 2).scatter_(-1, ids_BSK1, takes_room_TK.view(B, S, K, 1))
+    count_BKSE = chosen_BKSE.flatten(1, 2).cumsum(1, dtype=torch.int32).view(chosen_BKSE.shape)
+    position_TK = count_BKSE.transpose(1, 2).gather(-1, ids_BSK1).view(T, K)
+    length_B1 = tokens.valid_BS.sum(1, keepdim=True)
+    return position_TK, length_B1.expand(B, S).reshape(T, 1)
+
+
+def _places_in_sequences(
+    ids_TK: Tensor, takes_room_TK: Tensor, num_experts: int, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """The same where rows hold several sequences."""
+    (T, K), valid_T, (first_T, last_T) = ids_TK.shape, tokens.valid_T, tokens.bounds_T()
     chosen_TKE = torch.zeros(T, K, num_experts, dtype=torch.int32, device=ids_TK.device)
     chosen_TKE.scatter_(-1, ids_TK.unsqueeze(-1), takes_room_TK.to(torch.int32).unsqueeze(-1))
     # counts up to each token, and what of them lies before its sequence
@@ -53,12 +84,6 @@ def within_capacity(
     earlier_TKE = total_TKE.cumsum(1, dtype=torch.int32) - total_TKE
     position_TKE = count_TKE - before_TKE + earlier_TKE
     position_TK = position_TKE.gather(-1, ids_TK.unsqueeze(-1)).squeeze(-1)
-    if capacity is not None:
-        return position_TK <= capacity
-    assert capacity_factor is not None
     running_T = valid_T.cumsum(0)
     length_T = running_T[last_T] - running_T[first_T] + valid_T[first_T].to(running_T.dtype)
-    # in whole numbers: not every device has float64, and float32 would round some capacities up
-    factor = Fraction(capacity_factor).limit_denominator(10_000)
-    room_T, unit = length_T * (factor.numerator * K), factor.denominator * num_experts
-    return position_TK <= ((room_T + unit - 1) // unit).unsqueeze(-1)
+    return position_TK, length_T.unsqueeze(-1)

@@ -1,22 +1,20 @@
 """A threshold that each token learns, and the balance loss that goes with it (AdaMoLE).
 
-Shape suffixes: T tokens, D input features, E experts.
+Shape suffixes: L mixtures, T tokens, D input features, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from moelora.balance.base import Balance
-from moelora.balance.totals import RoutingTotals
+from moelora.balance.totals import MixtureTotals
 from moelora.choices import Init, Param, Site, register
 from moelora.errors import ConfigError
 from moelora.routing.decision import Routing
-from moelora.routing.record import LayerLoss, Mixture
 from moelora.scores.base import RouterInput, Scored
 from moelora.scores.linear import router_logits
 from moelora.selection.base import Selection, renormalize
@@ -127,18 +125,9 @@ class ThresholdBalance(Balance):
                 "allowed: 'learned_threshold'. Use 'switch'."
             )
 
-    def shares(self, totals: RoutingTotals) -> Mapping[Mixture, LayerLoss]:
-        """See `Balance.shares`."""
-        return {
-            mixture: _share(counts_E / tokens.clamp_min(1).square() * len(counts_E) / totals.num_ran)
-            for (mixture, counts_E), tokens in zip(totals.counts.items(), totals.tokens_L, strict=True)
-        }
-
-
-def _share(share_E: Tensor) -> LayerLoss:
-    def loss(routing: Routing, valid_T: Tensor) -> Tensor:
+    def of_routing(self, routing: Routing, valid_LT: Tensor, totals: MixtureTotals) -> Tensor:
+        """See `Balance.of_routing`."""
         assert isinstance(routing, ThresholdRouting)
-        margin_sums_E = ((routing.probs_TE - routing.threshold_T1) * valid_T.unsqueeze(-1)).sum(0)
-        return (share_E.to(margin_sums_E.device) * margin_sums_E).sum()
-
-    return loss
+        margin_sums_LE = ((routing.probs_TE - routing.threshold_T1) * valid_LT.unsqueeze(-1)).sum(-2)
+        share_LE = totals.counts_LE * routing.num_experts / totals.tokens_L.clamp_min(1).unsqueeze(-1)
+        return (share_LE * margin_sums_LE).sum(-1) / totals.over_L

@@ -185,19 +185,18 @@ class TopK(Selection):
             return Routing(scored.logits_TE, scored.probs_TE, weights_TE, ids_TK=None, sums_to_one=self.renormalize)
         dropout = given.dropouts["expert_dropout"]
         if dropout > 0:
-            kept_TE = (torch.rand_like(scores_TE) >= dropout) / (1 - dropout)
-            scores_TE = scores_TE * kept_TE
+            scores_TE, kept_TE = torch.native_dropout(scores_TE, dropout, True)
         K = min(self.k, scores_TE.shape[-1])
         if scored.bias_E is None:
             weights_TK, ids_TK = scores_TE.topk(K, dim=-1)
         else:
             ranks_TE = scored.scores_TE + scored.bias_E
             if kept_TE is not None:
-                ranks_TE = ranks_TE.masked_fill(kept_TE == 0, float("-inf"))
+                ranks_TE = ranks_TE.masked_fill(~kept_TE, float("-inf"))
             ids_TK = ranks_TE.topk(K, dim=-1).indices
             weights_TK = scores_TE.gather(-1, ids_TK)
         if kept_TE is not None:
-            assigned_TK = kept_TE.gather(-1, ids_TK) > 0
+            assigned_TK = kept_TE.gather(-1, ids_TK)
         raw_TK = weights_TK
         if self.renormalize and given.num_null > 0:
             weights_TK = renormalize_beside_null(weights_TK, ids_TK >= given.num_experts - given.num_null)

@@ -31,8 +31,8 @@ class NoisyTreeRouting(Routing):
 
     def sums_2E(self, valid_T: Tensor) -> Tensor:
         """See `Routing.sums_2E`; the load is the sum of the chances, which has a gradient."""
-        each_2TE = torch.stack([self.gates_TE(), self.chance_TE])
-        return (each_2TE * valid_T.unsqueeze(-1)).sum(1)
+        each_2TE = torch.stack([self.gates_TE(), self.chance_TE], -3)
+        return (each_2TE * valid_T.unsqueeze(-2).unsqueeze(-1)).sum(-2)
 
 
 @register

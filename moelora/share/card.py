@@ -142,7 +142,7 @@ def render_card(
         body = [
             _introduction(info, base_model),
             _loading(info, repo_id, base_model),
-            *made_of(adapter_words(info.config), contents.thresholds()),
+            *made_of(adapter_words(info.config), contents.thresholds(), trained=training is not None),
             _adapter(info),
             exports(info.config, is_routed=info.is_routed),
             *_training(training, run or {}),

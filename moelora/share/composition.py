@@ -13,13 +13,16 @@ from moelora.runs.wording import code, text
 from moelora.share.wording import origin_link
 
 
-def made_of(adapter: Mapping[str, Any], thresholds: Sequence[float] = (), *, frozen: bool = True) -> list[str]:
+def made_of(
+    adapter: Mapping[str, Any], thresholds: Sequence[float] = (), *, frozen: bool = True, trained: bool = False
+) -> list[str]:
     """The section on the LoRAs that a composition was made of and on its router; none of what was not composed.
 
     Args:
         adapter: The words of an adapter (`moelora.export.record.adapter_words`).
         thresholds: The least cosine at which each expert takes a prompt.
-        frozen: Whether to say which experts training leaves as they are.
+        frozen: Whether it is still a mixture: which experts does training leave as they are, is the router random?
+        trained: Whether there is a record that it was trained after it was composed.
     """
     members, recipe = adapter["members"], adapter["recipe"]
     if not members:
@@ -38,6 +41,8 @@ def made_of(adapter: Mapping[str, Any], thresholds: Sequence[float] = (), *, fro
     table = markdown(tuple(columns), list(zip(*columns.values(), strict=True)), numbers=False)
     facts = _router(recipe, known={member["name"] for member in members})
     if frozen:
+        if recipe.get("kind") == "topk" and not trained:
+            facts.append("the router starts at random, and no record says that it was trained (`moelora train` does)")
         count, E = adapter["frozen"], len(members)
         which = "all experts are" if count == E else f"the first {count} experts are" if count else "no expert is"
         facts.append(f"{which} frozen: training leaves {'them as they are' if count else 'none as it is'}")

@@ -15,6 +15,7 @@ from moelora.errors import HubError
 from moelora.export.record import RECORD_FILE, public_origin, read_record
 from moelora.export.tudb.names import PICKLE_FILE
 from moelora.export.tudb.read import read_folder
+from moelora.files import TOKENIZER_FILES
 from moelora.hub.client import CONFIG_FILE, WEIGHTS_FILE
 from moelora.hub.info import AdapterInfo
 from moelora.hub.read import read_adapter, read_headers, read_json
@@ -23,17 +24,6 @@ from moelora.peft_type import PEFT_TYPE
 Kind = Literal["adapter", "lora", "loras", "mixlora", "native-moe"]
 
 ROUTER_FILE, ROUTER_WEIGHTS, EXAMPLE_FILE = "router.json", "router.safetensors", "route.py"
-# Whatever else is in a folder (optimizer states, pickles of a checkpoint, records of a run) stays here.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -253,6 +243,8 @@ def _native_moe(folder: Path, words: Mapping[str, Any]) -> Contents:
 
 def _files(folder: Path, needed: Iterable[str], optional: Iterable[str] = ()) -> tuple[str, ...]:
     """What is needed and, where it is there, the record, the tokenizer and what else is optional.
+
+    Whatever else is in a folder (optimizer states, pickles of a checkpoint, records of a run) stays here.
 
     Raises:
         HubError: If a needed file is missing.

@@ -47,7 +47,7 @@ class RoutingMetrics:
         self._clear()
 
     def _clear(self) -> None:
-        self._counts = {mixture: torch.zeros(E, device=self.device) for mixture, E in self.mixtures.items()}
+        self._counts_ME = torch.zeros(len(self.mixtures), max(self.mixtures.values(), default=0), device=self.device)
         self._values: dict[str, Tensor] = {}
         self._steps = 0.0
 
@@ -58,9 +58,8 @@ class RoutingMetrics:
 
     def add(self, step: MicroBatchBalance) -> None:
         """Add one micro-batch."""
-        for record in step.records:
-            if record.mixture in self._counts:
-                self._counts[record.mixture] += record.counts_E().to(self.device)
+        if self.mixtures and step.counted is not None:
+            self._counts_ME += step.counted.counts_ME.to(self.device)
         for name, value in step.values.items():
             seen = self._values.get(name, torch.zeros((), device=self.device))
             self._values[name] = seen + value.to(self.device) * step.value_weight
@@ -74,10 +73,12 @@ class RoutingMetrics:
             the layers that ran; `expert_load/dead`: the sum), and the same for each layer, whether it ran or not
             (`expert_load/<layer>/busiest`, ...; with several active adapters `expert_load/<layer>/<adapter>/busiest`).
         """
-        flat = torch.cat([value.reshape(-1) for value in (*self._values.values(), *self._counts.values())])
+        flat = torch.cat([value.reshape(-1) for value in (*self._values.values(), self._counts_ME)])
         if world_size() > 1:
             dist.all_reduce(flat)
-        values, *counts = flat.cpu().split([len(self._values), *self.mixtures.values()])
+        values, counts_ME = flat.cpu().split([len(self._values), self._counts_ME.numel()])
+        rows = zip(counts_ME.view(self._counts_ME.shape), self.mixtures.values(), strict=True)
+        counts = [row_E[:E] for row_E, E in rows]
         one_adapter = len({adapter for _, adapter in self.mixtures}) == 1
         names = [layer if one_adapter else f"{layer}/{adapter}" for layer, adapter in self.mixtures]
         by_layer = {name: load_metrics(counts_E) for name, counts_E in zip(names, counts, strict=True)}

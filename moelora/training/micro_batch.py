@@ -15,6 +15,7 @@ from moelora.config import BalanceScope, MoeLoraConfig
 from moelora.errors import ConfigError, MoeLoraError
 from moelora.routing.decision import Routing
 from moelora.routing.record import LayerLoss, Mixture, ModelRun, RoutingListener, RoutingRecord
+from moelora.routing.stack import stack_records, stack_routings
 
 
 def active_config(model: nn.Module) -> MoeLoraConfig | None:
@@ -51,6 +52,7 @@ class MicroBatchBalance:
         of_experts: The losses of the experts' weights.
         comparing: The losses that compare what two forwards predict.
         records: The records, once the loss was worked out.
+        counted: Their totals, once the loss was worked out.
         values: The losses by the names they are logged as, without coefficients.
         is_added: Whether `add_to` was called.
     """
@@ -77,6 +79,7 @@ class MicroBatchBalance:
         self.accumulation = accumulation
         self.totals = totals
         self.records: Sequence[RoutingRecord] = []
+        self.counted: RoutingTotals | None = None
         self.values: dict[str, Tensor] = {}
         self.is_added = False
 
@@ -90,26 +93,28 @@ class MicroBatchBalance:
         self.is_added = True
         self.records = list(self.listener.records)
         self.listener.clear()
+        stacks = stack_records(self.records)
+        sums = any(choice.needs_sums for choice in self.balance)
+        self.counted = RoutingTotals.of(stacks, self.mixtures, sums=sums)
         if self.of_experts:
             loss = loss + self._expert_losses(loss.device, divided_later)
         if not self.balance:
             return loss
         totals = self._totals(loss.device)
-        shares = [choice.shares(totals) for choice in self.balance]
         factor = self._factor(divided_later)
         attached = torch.zeros((), device=loss.device)
         self.values |= {choice.logged_as: torch.zeros((), device=loss.device) for choice in self.balance}
         repeated: dict[int, ModelRun] = {}
-        for record in self.records:
-            own = [share[record.mixture] for share in shares]
-            terms = [share(record.routing, record.valid_T) for share in own]
+        for stack in stacks:
+            terms = self._terms(stack.routing, stack.valid_LT, totals, stack.mixtures)
             for choice, term in zip(self.balance, terms, strict=True):
                 self.values[choice.logged_as] = self.values[choice.logged_as] + term.detach().to(loss.device)
             total = self._weighted(terms, factor)
             attached = attached + total.to(loss.device)
-            if not total.requires_grad and record.run is not None:
-                record.run.attach_later(record, self._later(own, factor))
-                repeated[id(record.run)] = record.run
+            for record in stack.records if not total.requires_grad else ():
+                if record.run is not None:
+                    record.run.attach_later(record, self._later(totals, record.mixture, factor))
+                    repeated[id(record.run)] = record.run
         loss = loss + attached
         if loss.requires_grad:
             for run in repeated.values():
@@ -175,18 +180,25 @@ class MicroBatchBalance:
         weighted = [choice.coef * term for choice, term in zip(self.balance, terms, strict=True)]
         return factor * torch.stack(weighted).sum()
 
-    def _later(self, own: Sequence[LayerLoss], factor: float) -> LayerLoss:
+    def _terms(
+        self, routing: Routing, valid_LT: Tensor, totals: RoutingTotals, mixtures: Sequence[Mixture]
+    ) -> list[Tensor]:
+        """The share of some mixtures in each loss."""
+        own = totals.of_mixtures(mixtures, valid_LT.device)
+        return [choice.of_routing(routing, valid_LT, own).sum() for choice in self.balance]
+
+    def _later(self, totals: RoutingTotals, mixture: Mixture, factor: float) -> LayerLoss:
         def loss(routing: Routing, valid_T: Tensor) -> Tensor:
-            return self._weighted([share(routing, valid_T) for share in own], factor)
+            terms = self._terms(stack_routings([routing]), valid_T.unsqueeze(0), totals, [mixture])
+            return self._weighted(terms, factor)
 
         return loss
 
     def _totals(self, device: torch.device) -> RoutingTotals:
         if self.totals is not None:
             return self.totals
-        sums = any(choice.needs_sums for choice in self.balance)
-        totals = RoutingTotals.of(self.records, self.mixtures, sums=sums)
-        return totals.all_reduce(device) if self.scope == "global" else totals
+        assert self.counted is not None
+        return self.counted.all_reduce(device) if self.scope == "global" else self.counted
 
     def _factor(self, divided_later: bool) -> float:
         if self.scope == "global":

@@ -25,6 +25,7 @@ from moelora.forward import base_of, without_logits
 from moelora.routing.batch import FACTS
 from moelora.routing.record import Mixture
 from moelora.routing.run import RunHooks, batch_facts, find_hooks, known_facts
+from moelora.routing.stack import stack_records
 from moelora.training.columns import FactColumns
 from moelora.training.consistency import compare_forwards, labels_of
 from moelora.training.finite import check_gradient, check_loss, check_weights
@@ -343,7 +344,7 @@ class MoeLoraTrainerMixin(_Base):
                 with facts:
                     # nobody reads the logits of this forward
                     model(**self._model_inputs(inputs), **without_logits(self._moelora_base(), self.args.device))
-                totals = totals + RoutingTotals.of(listener.records, mixtures, sums=sums)
+                totals = totals + RoutingTotals.of(stack_records(listener.records), mixtures, sums=sums)
         return totals.all_reduce(self.args.device)
 
     def _moelora_base(self) -> Any:

@@ -17,6 +17,7 @@ from moelora.errors import ConfigError
 from moelora.ops.reference_losses import localized_balance_loss
 from moelora.routing.batch import Tokens
 from moelora.routing.record import RoutingRecord
+from moelora.routing.stack import stack_records
 from moelora.selection.dense import Dense
 from tests.balance.layers import exact, loss_of
 from tests.routing.golden import LOCALIZED, LOGITS_TE, router_of
@@ -109,7 +110,7 @@ def test_micro_batches_are_balanced_by_themselves() -> None:
     router = new_router(Dense(), num_experts=4)
     torch.nn.init.normal_(router.get_parameter("weight"))
     parts = [recorded(torch.randn(6, 12), batch_of([n], [n % 2]), router) for n in (6, 3)]
-    totals = RoutingTotals.of(parts)
+    totals = RoutingTotals.of(stack_records(parts))
     shares = torch.stack([balance_losses([part], [CHOICE], totals)[0] for part in parts])
     alone = torch.stack([loss_of(CHOICE, part) for part in parts])
     torch.testing.assert_close(shares, alone * torch.tensor([6 / 9, 3 / 9]))

@@ -17,7 +17,8 @@ from moelora.balance.losses import balance_losses
 from moelora.balance.totals import RoutingTotals
 from moelora.choices import kinds
 from moelora.errors import ConfigError
-from tests.balance.layers import CV_SQUARED, ENTROPY, MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of
+from moelora.routing.stack import stack_records
+from tests.balance.layers import CV_SQUARED, ENTROPY, MIXTRAL, SWITCH, THRESHOLD, Layers, Z, loss_of, record
 
 # Each loss with the routings of `layers.ROUTINGS` that it is compared on.
 CASES = [
@@ -62,9 +63,9 @@ def test_shares_add_up_to_the_loss_of_the_union(choice: Balance, name: str, cuts
     layers = Layers.routed(name)
     edges = [0, *cuts, 21]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    totals = RoutingTotals.of(layers.records(parts[0]))
+    totals = RoutingTotals.of(stack_records(layers.records(parts[0])))
     for part in parts[1:]:
-        totals = totals + RoutingTotals.of(layers.records(part))
+        totals = totals + RoutingTotals.of(stack_records(layers.records(part)))
     shares = [balance_losses(layers.records(part), [choice], totals)[0] for part in parts]
     assert_same(layers, torch.stack(shares).sum(), loss_of(choice, *layers.records()))
 
@@ -83,6 +84,19 @@ def test_several_forwards_of_a_layer_are_one_set_of_tokens(choice: Balance, name
     layers = Layers.routed(name)
     both = [*layers.records(slice(0, 8)), *layers.records(slice(8, 21))]
     assert_same(layers, loss_of(choice, *both), loss_of(choice, *layers.records()))
+
+
+@LOSSES
+def test_all_layers_at_once_are_the_layers_one_by_one(choice: Balance, name: str) -> None:
+    """Also layers of other tokens and other numbers of experts, and some that ran twice."""
+    layers, others = Layers.routed(name), Layers.routed(name, T=9, L=2, E=5 if choice is MIXTRAL else 3)
+    of_others = [record(r.routing, r.valid_T, f"tower.{r.layer}") for r in others.records()]
+    records = [*layers.records(slice(0, 8)), *of_others, *layers.records(slice(8, 21))]
+    assert len(stack_records(records)) == 3
+    totals = RoutingTotals.of(stack_records(records))
+    alone = [balance_losses([each], [choice], totals)[0] for each in records]
+    for part in (layers, others):
+        assert_same(part, loss_of(choice, *records), torch.stack(alone).sum())
 
 
 @LOSSES
@@ -107,13 +121,6 @@ def test_a_loss_for_each_choice_without_its_coefficient() -> None:
     found = balance_losses(records, twice)
     torch.testing.assert_close(found, [loss_of(SWITCH, *records), loss_of(Z, *records)])
     assert balance_losses(records, []) == []
-
-
-def test_shares_are_given_for_every_mixture() -> None:
-    records = Layers().records()
-    totals = RoutingTotals.of(records)
-    for choice in (SWITCH, MIXTRAL, Z, THRESHOLD, ENTROPY, CV_SQUARED):
-        assert list(choice.shares(totals)) == [record.mixture for record in records]
 
 
 def test_no_records_is_an_error() -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from moelora import record_routing
-from moelora.compose import split_lora
+from moelora.compose import drop_experts, split_lora
 from moelora.errors import ComposeError
 from tests.adapters import outputs
 from tests.compose.mixtures import loaded, saved, texts, train
@@ -64,6 +64,25 @@ def test_the_start_is_the_lora(tmp_path: Path, words: dict[str, Any], num_expert
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model, texts())
     assert all(not p.equal(before[name]) for name, p in model.named_parameters() if p.requires_grad) or num_experts == 1
+
+
+def test_the_tokenizer_and_the_license_go_with_the_experts(tmp_path: Path) -> None:
+    old = trained_lora(tmp_path / "old")
+    (old / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A LoRA\n")
+    (old / "training.json").write_text("{}")
+    kept = {"chat_template.jinja": "{{ messages }}", "tokenizer.json": "{}"}
+    for name, content in kept.items():
+        (old / name).write_text(content)
+    split = split_lora(old, tmp_path / "new", num_experts=4)
+    assert "states the license 'apache-2.0'" in " ".join(split.notes)
+    dropped = drop_experts(tmp_path / "new", tmp_path / "less", [0])
+    assert not dropped.notes
+    for folder in (split.folder, dropped.folder):
+        assert {name: (folder / name).read_text() for name in kept} == kept
+        assert {path.name for path in folder.iterdir()} - kept.keys() == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
 
 
 def test_copies_part_since_their_tokens_differ(tmp_path: Path) -> None:

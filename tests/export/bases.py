@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moelora import MoeLoraConfig
+from tests import forked
 from tests.adapters import shake, small_config
 from tests.conftest import VOCAB, tiny_model
 
@@ -163,7 +162,6 @@ def observed(model: Any) -> dict[str, Tensor]:
 
 _SCRIPT = """
 import json, sys
-sys.modules["moelora"] = sys.modules["peft"] = None  # importing either fails
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -184,10 +182,9 @@ for folder in sys.argv[2:]:
 def observed_without_moelora(*folders: Path) -> dict[Path, tuple[str, int, dict[str, Tensor]]]:
     """Class, number of parameters, logits and greedy tokens of exported models in a process that has no moelora."""
     arguments = [json.dumps(input_ids().tolist()), *map(str, folders)]
-    done = subprocess.run([sys.executable, "-c", _SCRIPT, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = forked.run(_SCRIPT, *arguments, folder=folders[0].parent, without=["moelora", "peft"])
     found = {}
-    for line in done.stdout.splitlines():
+    for line in printed.splitlines():
         folder, name, count = line.rsplit(" ", 2)
         found[Path(folder)] = name, int(count), load_file(f"{folder}.observed")
     return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moelora.export import write_mixlora
 from moelora_cli import main
+from tests import forked
 from tests.adapters import shake, small_config
 from tests.export.mixtures import composition, fill_centroids, saved
 from tests.runs.tiny import tiny_folder
@@ -36,7 +35,7 @@ def run_commands(page: str) -> None:
             assert main(arguments) == 0, line
         else:
             assert name == "python"
-            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            forked.run(*arguments, folder=Path())
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from moelora import choices
 from moelora.errors import ExportError
 from moelora.export import export_loras
 from moelora.scores.base import RouterInput, Scored, Scores
+from tests import forked
 from tests.adapters import adapted, outputs, shake
 from tests.conftest import VOCAB, tiny_batch, tiny_model
 from tests.export.mixtures import NAMES, RANKS, base_folder, composition, fill_centroids, saved, with_lora
@@ -188,13 +188,8 @@ def letters(folder: Path) -> Any:
 
 def routed_by(script: Path, request: str) -> str:
     """What the exported example prints, in a process where moelora cannot be imported."""
-    code = (
-        "import sys, runpy; sys.modules['moelora'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(script), request]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent)
-    return done.stdout.strip()
+    with contextlib.chdir(script.parent):
+        return forked.run(str(script), request, folder=script.parent, without=["moelora"]).strip()
 
 
 @pytest.mark.parametrize("embedding", ["hidden", "input"])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moelora.errors import ConfigError
 from moelora.formats import upgrade_keys
-from tests.adapters import outputs
+from tests.adapters import outputs, shake
 from tests.conftest import tiny_model
 from tests.formats.write_version_1 import FIXTURES, FOLDER, SECOND, Fixture, expected
 
@@ -87,6 +90,24 @@ def test_logits(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_bit_for_bit(name: str) -> None:
     assert_tensors_of_the_file(load(name), FOLDER / name)
+
+
+@pytest.mark.parametrize("part", ["routing", "balance"])
+def test_a_configuration_without_a_part_is_refused(part: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(FOLDER / "sira", folder)
+    words = json.loads((folder / "adapter_config.json").read_text())
+    del words[part]
+    (folder / "adapter_config.json").write_text(json.dumps(words))
+    with pytest.raises(ConfigError, match=rf"configuration \(format version 1\) lacks {part}; allowed: all of"):
+        load("sira", folder)
+
+
+def test_hot_swap() -> None:
+    model = load("mixlora")
+    shake(model)
+    hotswap_adapter(model, str(FOLDER / "mixlora"), adapter_name="default", torch_device="cpu")
+    assert_tensors_of_the_file(model, FOLDER / "mixlora")
 
 
 @pytest.mark.parametrize("name", NAMES)

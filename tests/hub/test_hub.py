@@ -271,6 +271,21 @@ def test_no_connection(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_adapter(REPO)
 
 
+@pytest.mark.parametrize("place", ["/lfs/upload/", "/commit/"])
+def test_a_connection_that_breaks_while_pushing(
+    hub: HubServer, saved: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is in the repository, and the same call once more is a whole push."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries an upload again after a while
+    hub.broken = place
+    with pytest.raises(HubError, match=f"cannot write '{REPO}' on .*: no connection .* Check the network"):
+        push_to_hub(saved, REPO)
+    assert not hub.files(REPO)
+    hub.broken = ""
+    push_to_hub(saved, REPO)
+    assert hub.files(REPO)["adapter_model.safetensors"] == (saved / "adapter_model.safetensors").read_bytes()
+
+
 def test_only_moelora_adapters_are_taken(hub: HubServer, tmp_path: Path) -> None:
     lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     other = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))

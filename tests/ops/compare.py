@@ -36,7 +36,7 @@ def gradients(function: Callable[[], Tensor], leaves: dict[str, Tensor], seed: i
         leaf.grad = None
     output = function()
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
-    output.backward(upstream.to(output.dtype))
+    output.backward(upstream.to(output))
     found = {"output": output.detach()}
     for name, leaf in leaves.items():
         assert leaf.grad is not None, f"{name} got no gradient"

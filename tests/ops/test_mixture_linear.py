@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelora.ops import reference
+from moelora.ops import reference, triton_linear
 from moelora.ops.factors import Factors
 from moelora.ops.mixture_linear import mixture_linear
 from moelora.ops.recomputed_linear import recomputed_linear
@@ -250,9 +250,13 @@ def test_dropout_keeps_the_expectation(operation: Any) -> None:
     assert (error < 4.5 * draws.std(0) / 4000**0.5).all()
 
 
+@pytest.mark.parametrize("triton", [False, True], ids=["recomputed", "triton"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_accelerators_keep_the_tokens_and_the_inner_activations_alone(p: float) -> None:
+def test_accelerators_keep_the_tokens_and_the_inner_activations_alone(
+    p: float, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On meta tensors, which take their path: nothing is read back, and no mask or masked product is kept."""
+    monkeypatch.setattr(triton_linear, "DEVICES", {"meta"} if triton else set())
     with torch.device("meta"):
         x, a, b, base = torch.empty(63, 32), torch.empty(3, 2, 32), torch.empty(3, 40, 2), torch.empty(63, 40)
         gates = torch.empty(63, 3)
@@ -265,8 +269,47 @@ def test_accelerators_keep_the_tokens_and_the_inner_activations_alone(p: float) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = mixture_linear(x, Factors(a, b, SCALING), gates, base, p=p)
-    assert [list(tensor.shape) for tensor in saved if all(tensor is not leaf for leaf in leaves)] == [[63, 6]]
+    kept = [list(tensor.shape) for tensor in saved if all(tensor is not leaf for leaf in leaves)]
+    assert kept == ([[1], [63, 6]] if triton and p else [[63, 6]])  # a seed is a tensor there
     y.sum().backward()
     for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+
+
+def test_triton_leaves_what_it_does_not_cover_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def covered(E: int, R: int, *, num_a: int = 0, dtype: torch.dtype = torch.float32) -> bool:
+        with torch.device("meta"):
+            x, a, b = torch.empty(5, 12, dtype=dtype), torch.empty(num_a or E, R, 12), torch.empty(E, 20, R)
+        return triton_linear.covers(x, Factors(a, b, SCALING))
+
+    assert not covered(8, 32)
+    monkeypatch.setattr(triton_linear, "DEVICES", {"meta"})
+    assert covered(8, 32)
+    assert not covered(8, 33)
+    assert not covered(8, 4, num_a=1)
+    assert not covered(8, 4, dtype=torch.float64)
+
+
+def test_triton_is_part_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors its operators have shapes and no values, so that no Triton is needed."""
+    monkeypatch.setattr(triton_linear, "DEVICES", {"meta"})
+    with torch.device("meta"):
+        leaves = {"x": torch.empty(63, 32), "a": torch.empty(3, 2, 32), "b": torch.empty(3, 40, 2)}
+        leaves["gates"] = torch.empty(63, 3)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda: mixture_linear(leaves["x"], factors(leaves), leaves["gates"], p=0.1), fullgraph=True, backend=keep
+    )
+    compiled().sum().backward()
+    called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.moelora.mixture_linear) + called.count(torch.ops.moelora.mixture_linear.default) == 1
+    for leaf in leaves.values():
         assert leaf.grad is not None
         assert leaf.grad.shape == leaf.shape

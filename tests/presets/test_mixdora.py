@@ -19,7 +19,16 @@ from moelora.compose import drop_experts
 from moelora.errors import ComposeError, ConfigError, ExportError
 from moelora.export import to_native_moe, write_mixlora
 from moelora.ops.compute import Reference
-from tests.adapters import adapted, adapted_linears, outputs, shake, small_config, tuner_layers
+from tests.adapters import (
+    adapted,
+    adapted_linears,
+    assert_close_gradients,
+    gradients,
+    outputs,
+    shake,
+    small_config,
+    tuner_layers,
+)
 from tests.conftest import tiny_batch, tiny_model
 
 # qwen2 has biases, phi a plain block with them, phi3 a fused one, gpt2 transposed weights, bert a split block
@@ -116,9 +125,11 @@ def test_a_model_equals_the_references(name: str, placement: str) -> None:
     for compute in ("fast", "reference"):
         model = get_peft_model(tiny_model(name), MoeLoraConfig(**words, compute=compute)).eval()
         shake(model)
-        found.append(outputs(model, name))
+        batch = tiny_batch(name, batch_size=2, length=4)  # the reference makes a weight for each token
+        found.append((outputs(model, name, **batch), gradients(model, batch)))
     assert isinstance(model.peft_config["default"].compute, Reference)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert_close_gradients(found[0][1], found[1][1])
 
 
 def test_a_saved_adapter_keeps_its_magnitudes(tmp_path: Path) -> None:

@@ -30,21 +30,25 @@ def logits(model: Any, tasks: Any = TASKS) -> Tensor:
         return outputs(model)
 
 
-@pytest.mark.parametrize("preset", ["poly", "mhr"])
-def test_a_layer_of_polytropon_equals_the_reference(preset: str) -> None:
-    """Forward and the gradient of the input, the factors and the task's table."""
+@by_task
+def test_a_layer_equals_the_reference(preset: str) -> None:
+    """Forward and the gradient of the input, the factors and what is kept of the tasks."""
     model = adapted(preset)
-    layer, Q = tuner_layers(model)[LAYER], model.peft_config["default"].experts.num_splits
-    experts, table = expert_tensors(layer), layer.moelora_router["default"].get_parameter("weight")
+    layer, config = tuner_layers(model)[LAYER], model.peft_config["default"]
+    experts, router = expert_tensors(layer), layer.routers["default"]
     x_TD = torch.randn(4, 52).requires_grad_()
-    leaves = {"x": x_TD, **experts, "table": table}
+    leaves = {"x": x_TD, **experts, **{name: router.get_parameter(name) for name in router.declared}}
 
     def naive() -> Tensor:
-        z_QS = table[1].view(Q, -1).sigmoid()
+        a_ERD, b_EOR = experts["A.weight"], experts["B.weight"]
+        if preset == "moelora_task":
+            gates_TE = (leaves["embedding"][1] @ leaves["weight"].t()).softmax(-1).expand(4, -1)
+            return layer.base_layer(x_TD) + reference.mixture_linear(x_TD, a_ERD, b_EOR, gates_TE, config.scaling)
+        Q = config.experts.num_splits
+        z_QS = leaves["weight"][1].view(Q, -1).sigmoid()
         gates_TQS = (z_QS / (z_QS.sum(-1, keepdim=True) + 1e-12)).expand(4, -1, -1)
-        a_QSRD, b_QSOR = (experts[name].unflatten(0, (Q, -1)) for name in ("A.weight", "B.weight"))
-        delta_TO = reference.poly_linear(x_TD, a_QSRD, b_QSOR, gates_TQS)
-        return layer.base_layer(x_TD) + delta_TO
+        a_QSRD, b_QSOR = (each.unflatten(0, (Q, -1)) for each in (a_ERD, b_EOR))
+        return layer.base_layer(x_TD) + reference.poly_linear(x_TD, a_QSRD, b_QSOR, gates_TQS)
 
     def found() -> Tensor:
         given: list[Tensor] = []
@@ -85,24 +89,10 @@ def test_polytropon_equals_pefts(preset: str) -> None:
     assert (expected - outputs(tiny_model())).abs().max() > 1e-3
 
 
-def test_a_layer_of_moelora_is_its_equation() -> None:
-    model = adapted("moelora_task")
-    layer, first = tuner_layers(model)[LAYER], next(iter(tuner_layers(model).values()))
-    router, tensors = first.moelora_router["default"], expert_tensors(layer)
-    assert layer.routers["default"] is router
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    logits(model)
-    handle.remove()
-    x_BSD, y_BSO = seen[0]
-    gate_NE = (router.get_parameter("embedding")[TASKS] @ router.get_parameter("weight").t()).softmax(-1)
-    for b in range(3):
-        gates_TE = gate_NE[b].expand(x_BSD.shape[1], -1)
-        delta_TO = reference.mixture_linear(
-            x_BSD[b], tensors["A.weight"], tensors["B.weight"], gates_TE, model.peft_config["default"].scaling
-        )
-        torch.testing.assert_close(y_BSO[b], layer.base_layer(x_BSD[b]) + delta_TO, rtol=1e-4, atol=1e-5)
-    # alpha / r of the total rank, whatever the number of experts
+def test_the_scaling_of_moelora_is_that_of_the_total_rank() -> None:
+    """Whatever the number of experts; and one router serves all layers."""
+    layers = list(tuner_layers(adapted("moelora_task")).values())
+    assert all(layer.routers["default"] is layers[0].moelora_router["default"] for layer in layers)
     config = MoeLoraConfig.from_preset("moelora_task", r=16, lora_alpha=32, num_experts=8)
     assert (config.experts.r, config.scaling) == (2, 2.0)
 

@@ -82,6 +82,14 @@ def test_how_the_router_was_found(hub: HubServer, tmp_path: Path) -> None:
         assert line in card.text.splitlines(), line
 
 
+def test_a_router_that_is_random_until_it_is_trained(hub: HubServer, tmp_path: Path) -> None:
+    composed(tmp_path, "topk")
+    line = "- the router starts at random, and no record says that it was trained (`moelora train` does)"
+    assert line in card_of(hub, tmp_path / "composition").text.splitlines()
+    (tmp_path / "composition" / "training.json").write_text(json.dumps({"steps": 3, "seconds": 1.0, "log": []}))
+    assert line not in card_of(hub, tmp_path / "composition").text.splitlines()
+
+
 def test_what_the_command_knows_of_the_rows(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = [f"{name}={lora(tmp_path / 'loras' / name, seed)}" for seed, name in enumerate(("sums", "words"))]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from moelora.runs.program import exit_status
 from tests.runs.tiny import write_run
 from train import sft
 from train.__main__ import main
@@ -31,6 +33,7 @@ NUMBERS = {
     "training.max_steps=-5": "training.max_steps is -5; allowed",
     "training.num_train_epochs=0": "training.num_train_epochs is 0; allowed: a number above 0",
     "training.learning_rate=.inf": "training.learning_rate is inf; allowed",
+    "training.logging_steps=.inf": "training.logging_steps is inf; allowed: a finite number",
     "training.learning_rate=0": "training.learning_rate is 0; allowed",
     "training.seed=-1": "training.seed is -1; allowed: a whole number of 0 to",
     "training.per_device_train_batch_size=0": "training.per_device_train_batch_size is 0; allowed",
@@ -76,9 +79,22 @@ def test_arguments_that_the_model_does_not_know(file: Path, tmp_path: Path, caps
     assert "secret" not in line
 
 
-def test_prompts_that_fill_the_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(write_run(tmp_path)), "training.max_length=4"]) == 1
-    assert "training.max_length is 4, and the prompt of every row" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.max_length=4", "training.max_length is 4, and the prompt of every row"),
+        ("dataset={files: none.jsonl}", "none.jsonl"),
+    ],
+)
+def test_a_run_that_is_refused_for_its_rows_leaves_its_folder_as_it_was(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert main([str(file), change, f"output_dir={tmp_path / 'new' / 'run'}"]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "config.yaml").write_text("model: another\n")
+    assert main([str(file), change, f"output_dir={tmp_path}"]) == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.yaml", "model: another\n")]
 
 
 def test_training_that_diverges_ends_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +115,24 @@ def test_a_full_disk_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFix
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "Is there space, and the right to read and write?" in capsys.readouterr().err.splitlines()[-1]
     assert main([file]) == 0  # what is half-written is not resumed from
+
+
+FULL = {
+    "torch on a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "torch on a CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_memory_names_the_settings_that_lower_it(error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise FULL[error]
+
+    assert exit_status(work, stopped="") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    for setting in ("per_device_train_batch_size", "max_length", "activation_checkpointing: true", "batch_size"):
+        assert setting in line.partition("Memory is full: lower ")[2]
 
 
 class Send(TrainerCallback):

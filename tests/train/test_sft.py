@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.runs.tiny import write_run
+from tests.training.processes import run_two
 from train import sft
 from train.__main__ import main
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 class StopAfter(TrainerCallback):
@@ -117,12 +114,11 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(tmp_path: Path) -> No
     adapter = {"preset": "mixlora", "r": 2, "num_experts": 3, "lora_dropout": 0.0}
     file = str(write_run(tmp_path, adapter=adapter))
     assert main([file, f"output_dir={tmp_path / 'one'}"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "train", file]
     changes = ["training.per_device_train_batch_size=1", f"output_dir={tmp_path / 'two'}"]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Training  adapter") == 1
+    first, second = run_two("train", file, *changes, output=tmp_path / "two")
+    assert first.count("Training  adapter") == 1
+    assert second == ""
     logs = [json.loads((tmp_path / name / "adapter/training.json").read_text())["log"] for name in ("one", "two")]
     for key in ("loss", "balance_loss", "expert_load/busiest"):
-        first, second = ([entry[key] for entry in log] for log in logs)
-        assert first == pytest.approx(second, rel=1e-4), key
+        one, two = ([entry[key] for entry in log] for log in logs)
+        assert one == pytest.approx(two, rel=1e-4), key

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
 
-ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+from tests import forked
 
 
 def save_results(results: dict[str, Any], path: str) -> None:
@@ -31,34 +24,60 @@ def save_results(results: dict[str, Any], path: str) -> None:
     dist.destroy_process_group()
 
 
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 ACCELERATE_FSDP = [
-    *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-    *("--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
+    *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
     *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
 ]
 
 
-def run_two_processes(
-    module: str, path: Path, timeout: float = 300, launcher: Sequence[str] = TORCHRUN
-) -> list[dict[str, Any]]:
-    """What the two processes of `python -m module path` saved in `path.0` and `path.1`."""
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        "--main_process_port" if "accelerate" in launcher[0] else "--master_port",
+def accelerate_launch(words: Sequence[str]) -> dict[str, str]:
+    """The environment that `accelerate launch` with these words gives to its processes."""
+    return prepare_multi_gpu_env(launch_command_parser().parse_args([*words, "--main_process_port", "0", "script"]))
+
+
+def run_two(module: str, *words: str, output: Path, environment: Mapping[str, str] | None = None) -> list[str]:
+    """What the two processes of `torchrun --nproc_per_node 2 -m module words` print on standard output.
+
+    Args:
+        module: The program.
+        *words: Its arguments.
+        output: What they print goes to files beside it.
+        environment: Of both; None is that of this process.
+    """
+    # as torchrun does, which would import torch once more: who starts the processes holds what they meet in
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    shared = {
+        **(os.environ if environment is None else environment),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    files = [output.with_name(f"{output.name}.printed{rank}") for rank in (0, 1)]
+    processes = [
+        forked.start(module, *words, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=file)
+        for rank, file in enumerate(files)
     ]
-    command.append(str(free_port()))
-    done = subprocess.run(
-        [*command, "-m", module, str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    end = time.monotonic() + 900
+    try:
+        # where one fails the other waits for it in vain
+        while any(each.is_alive() for each in processes) and not any(each.exitcode for each in processes):
+            assert time.monotonic() < end, "it takes too long"
+            time.sleep(0.05)
+    finally:
+        for each in processes:
+            each.kill()
+            each.join()
+    said = "".join(Path(f"{file}.err").read_text()[-6000:] for file in files)
+    assert [each.exitcode for each in processes] == [0, 0], said
+    return [file.read_text() for file in files]
+
+
+def run_two_processes(module: str, path: Path, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """What the two processes of `python -m module path` saved in `path.0` and `path.1`."""
+    run_two(module, str(path), output=path, environment=environment)
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in (0, 1)]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from moelora.errors import TargetError
 from tests.adapters import adapted, adapter_tensors
 from tests.conftest import tiny_model
-from tests.training.processes import ACCELERATE_FSDP, run_two_processes
+from tests.training.processes import ACCELERATE_FSDP, accelerate_launch, run_two_processes
 from tests.training.runs import assert_same_gradients, toy_rows, train
 from tests.training.two_fsdp_processes import CASES as FSDP_CASES
 from tests.training.two_fsdp_processes import trained
-from tests.training.two_processes import CASES, SMORA, checkpointed
+from tests.training.two_processes import CASES, OTHERS, SMORA, checkpointed, mean_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +38,11 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             for key, bias_E in expected["biases"].items():
                 assert bias_E.abs().max() > 0
                 torch.testing.assert_close(found["biases"][key], bias_E, rtol=0, atol=1e-7)
+    for preset in OTHERS:
+        expected_gradients = mean_gradients(preset)
+        assert expected_gradients
+        for rank in ranks:
+            assert_same_gradients(rank["others"][preset], expected_gradients)
     # a checkpoint of one process goes on with two, and of two with one
     resumed = checkpointed(f"{tmp_path}/results-two", 1, resume=True)
     for found in (resumed, *(rank[name] for rank in ranks for name in ("saved", "resumed"))):
@@ -55,7 +60,8 @@ def test_one_process_alone_would_move_the_biases_otherwise() -> None:
 
 def test_fsdp_of_two_processes_equals_one(tmp_path: Path) -> None:
     """Each holds half of every parameter; loss, gradients' norm and the saved adapter are those of one process."""
-    ranks = run_two_processes("tests.training.two_fsdp_processes", tmp_path / "two", launcher=ACCELERATE_FSDP)
+    environment = accelerate_launch(ACCELERATE_FSDP)
+    ranks = run_two_processes("tests.training.two_fsdp_processes", tmp_path / "two", environment)
     expected = {name: trained(tmp_path / f"one-{name}", 1, **words) for name, words in FSDP_CASES.items()}
     expected["resumed"] = expected["plain"]
     for rank in ranks:

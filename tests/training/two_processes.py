@@ -12,15 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, SFTConfig
 
-from moelora import MoeLoraDPOTrainer, MoeLoraSFTTrainer, MoeLoraTrainer
-from tests.adapters import adapted, adapter_tensors
+from moelora import MoeLoraDPOTrainer, MoeLoraSFTTrainer, MoeLoraTrainer, batch_facts
+from tests.adapters import FAMILY, adapted, adapter_tensors, base_of
+from tests.conftest import tiny_batch
 from tests.llava import adapted_llava, collate, mixed_rows
 from tests.training.draws import fixed_draws
 from tests.training.processes import save_results
 from tests.training.runs import (
+    Rows,
     Run,
     arguments,
     checkpointing_words,
@@ -60,10 +64,15 @@ def preferences() -> dict[str, Any]:
     }
 
 
+def task_rows(count: int) -> Rows:
+    """Rows of two tasks in turn: with one row in each batch, a process has none of the other's task."""
+    return [{**row, "task_ids": torch.tensor(i % 2)} for i, row in enumerate(toy_rows(count))]
+
+
 def case(
     preset: str, words: dict[str, Any], *, accumulate: int = 1, of: str = "", **settings: Any
 ) -> Callable[[int], dict[str, Any]]:
-    """A run of two steps over eight rows, of the plain trainer, "sft" or "dpo"."""
+    """A run of two steps over eight rows, of the plain trainer, of "tasks", "sft" or "dpo"."""
 
     def run(world: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -71,7 +80,7 @@ def case(
         with fixed_draws():  # of the one preset that draws
             found = train(
                 model,
-                {"sft": sft_rows, "dpo": preference_rows}.get(of, toy_rows)(8),
+                {"tasks": task_rows, "sft": sft_rows, "dpo": preference_rows}.get(of, toy_rows)(8),
                 batch=4 // accumulate // world,
                 accumulate=accumulate,
                 max_steps=2,
@@ -91,6 +100,36 @@ def results_of(run: Run) -> dict[str, Any]:
     ]
     biases = {name: tensor for name, tensor in tensors.items() if name.endswith(".bias")}
     return {"gradients": run.gradients, "logs": logs, "biases": biases}
+
+
+def loss_of(preset: str, model: Any, rank: int) -> Tensor:
+    """A process' loss, of its own rows, task and draws."""
+    torch.manual_seed(rank)
+    with batch_facts(task_ids=[rank]):
+        loss: Tensor = model(**tiny_batch(base_of(preset), batch_size=2, seed=rank)).loss
+    return loss
+
+
+def mean_gradients(preset: str, rank: int | None = None) -> dict[str, Tensor]:
+    """Gradients of the mean of two processes' losses: as process `rank` has them under DDP, or from a single one."""
+    model = adapted(preset, base_of(preset)).train()
+    if rank is None:
+        torch.stack([loss_of(preset, model, each) for each in range(2)]).mean().backward()
+    else:
+        parallel = DistributedDataParallel(model)  # which sums the gradients as long as it lives
+        loss_of(preset, parallel, rank).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def balanced(preset: str) -> Callable[[int], dict[str, Any]]:
+    """A step of two micro-batches, one after the other or at once, with a balance loss of the preset's own."""
+
+    def run(world: int) -> dict[str, Any]:
+        rows = [{**row, "task_ids": torch.tensor(n % 2)} for n, row in enumerate(toy_rows(4))]
+        model = adapted(preset, balance_coef=1.0, lora_alpha=0.3)
+        return results_of(train(model, rows, batch=2, accumulate=2 // world, **processes(world), **FIND_NONE))
+
+    return run
 
 
 def images(preset: str, words: dict[str, Any], *, accumulate: int = 1) -> Callable[[int], dict[str, Any]]:
@@ -148,7 +187,6 @@ def checkpointed(folder: str, world: int, *, resume: bool = False) -> dict[str, 
 
 
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "mixlora": case("mixlora", BALANCED),
     "mixlora-accumulate": case("mixlora", BALANCED, accumulate=2, ddp_find_unused_parameters=None),
     "mixlora-pooled": case(
         "mixlora", {"balance_coef": 1.0, "balance_loss": "mixtral", "lora_alpha": 0.3}, accumulate=2
@@ -159,21 +197,27 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "smora": case("smora", SMORA),
     "smora-accumulate": case("smora", SMORA, accumulate=2),
     "smora-non-reentrant": case("smora", SMORA, **checkpointing_words(False)),
-    "thor": case("thor", {"consistency_coef": 3.0}),
     "thor-accumulate": case("thor", {"consistency_coef": 3.0}, accumulate=2, ddp_find_unused_parameters=None),
+    "moelora_task": case("moelora_task", {"lora_alpha": 0.3}, accumulate=2, of="tasks"),
     "sft-accumulate": case("mixlora", BALANCED, accumulate=2, of="sft"),
     "dpo-accumulate": case("mixlora", BALANCED, accumulate=2, of="dpo"),
-    "mixlora-images": images("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}),
-    "mixlora-images-accumulate": images("mixlora", {"balance_coef": 1.0}, accumulate=2),
+    "mixlora-images-accumulate": images("mixlora", {"balance_coef": 1.0, "z_loss_coef": 0.1}, accumulate=2),
     "smora-images": images("smora", {"balance_coef": 1.0, "bias_update_rate": 0.05}),
+    "loramoe": balanced("loramoe"),
+    "adamole": balanced("adamole"),
+    "smore": balanced("smore"),
     "uneven": uneven,
 }
+
+# Presets of no trainer's case: their gradients alone.
+OTHERS = [preset for preset in FAMILY if not any(name.split("-")[0] == preset for name in CASES)]
 
 
 def main(path: str) -> None:
     results = {name: run(2) for name, run in CASES.items()}
     results["saved"] = checkpointed(f"{path}-two", 2)
     results["resumed"] = checkpointed(f"{path}-one", 2, resume=True)
+    results["others"] = {preset: mean_gradients(preset, dist.get_rank()) for preset in OTHERS}
     save_results(results, path)
 
 

@@ -95,7 +95,7 @@ def add_experts(
             f"training would move {', '.join(moved)}, which the old experts need as they are; allowed: a mixture all "
             "of whose trained tensors have an entry for each expert."
         )
-    return finish(Size.of(old), result, folder, *notes)
+    return finish(adapter, Size.of(old), result, folder, *notes)
 
 
 def _new_names(old: StackedAdapter, names: Sequence[str] | None, count: int) -> list[str]:

@@ -15,7 +15,9 @@ from moelora.compose.editing.stacked import (
     picked,
     write_stacked,
 )
+from moelora.compose.sources import stated_license
 from moelora.config import MoeLoraConfig
+from moelora.files import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,25 @@ class Edit:
     notes: tuple[str, ...] = field(default=())
 
 
-def finish(before: Size, after: StackedAdapter, folder: Path, *notes: str) -> Edit:
-    """Write the result.
+def finish(source: str | Path, before: Size, after: StackedAdapter, folder: Path, *notes: str) -> Edit:
+    """Write the result, with the tokenizer that lies beside the adapter it was made of.
+
+    Args:
+        source: The folder of that adapter; what license its card states is a note.
+        before: Its size.
+        after: The result.
+        folder: Where to write it.
+        *notes: What a user should know of it.
 
     Raises:
         ComposeError: If it cannot be written.
     """
-    write_stacked(after, folder)
+    write_stacked(after, folder, beside=[Path(source) / name for name in TOKENIZER_FILES])
+    if stated := stated_license(str(source)):
+        notes = (
+            *notes,
+            f"the card of {str(source)!r} states the license {stated!r}: `moelora push --license` takes it",
+        )
     return Edit(folder, before, Size.of(after), notes)
 
 

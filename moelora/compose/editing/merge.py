@@ -61,7 +61,7 @@ def merge_experts(
     axes = {a: getattr(config, a).merged(next(iter(groups.values())), E) for a in ("experts", "scores", "selection")}
     result = StackedAdapter(replace(config, **axes), sites, old.rest)
     freed = ["no expert is frozen any more"] if old.config.experts.num_frozen else []
-    return finish(Size.of(old), result, folder, _kept(kept), *freed)
+    return finish(adapter, Size.of(old), result, folder, _kept(kept), *freed)
 
 
 def _groups(usage_E: Tensor, similarity_EE: Tensor, count: int) -> list[list[int]]:
@@ -145,7 +145,7 @@ def cut_ranks(adapter: str | Path, output: str | Path, *, rank: int) -> Edit:
     alpha = experts.scaling * (rank**0.5 if experts.use_rslora else rank)
     changes = {"ranks": [min(rank, each) for each in experts.ranks]} if getattr(experts, "ranks", None) else {}
     config = replace(old.config, experts=replace(experts, r=rank, lora_alpha=alpha, **changes))
-    return finish(Size.of(old), StackedAdapter(config, sites, old.rest), folder, _kept(kept))
+    return finish(adapter, Size.of(old), StackedAdapter(config, sites, old.rest), folder, _kept(kept))
 
 
 def _kept(shares: Sequence[float]) -> str:

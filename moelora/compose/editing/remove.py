@@ -78,7 +78,7 @@ def drop_experts(
     config, more = freeze_first(result.config, still(old.config.experts.num_frozen))
     # a router may be trained over experts that are frozen: its rows are frozen only where they were
     config = replace(config, scores=result.config.scores.frozen(still(old.config.scores.num_frozen)))
-    return finish(Size.of(old), replace(result, config=config), folder, *notes, *more)
+    return finish(adapter, Size.of(old), replace(result, config=config), folder, *notes, *more)
 
 
 def site_usage(adapter: StackedAdapter, usage: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,4 +136,4 @@ def freeze_experts(adapter: str | Path, output: str | Path, experts: Sequence[in
         notes.append(f"{len(freed)} experts that were frozen are trained again: {freed}")
     if order != sorted(order):
         notes.append(f"the experts have a new order: {order}")
-    return finish(Size.of(old), result, folder, *notes)
+    return finish(adapter, Size.of(old), result, folder, *notes)

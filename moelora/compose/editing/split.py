@@ -115,7 +115,7 @@ def split_lora(
             router_ED = torch.zeros(E, a_RD.shape[1])
         tensors = {"A.weight": a_ERD, "B.weight": b_EOR, "router.weight": router_ED.to(a_RD.dtype)}
         stacked[name] = StackedSite(name, True, tensors)
-    return finish(before, StackedAdapter(config, stacked, rest), folder)
+    return finish(lora, before, StackedAdapter(config, stacked, rest), folder)
 
 
 def _num_experts(into: Into, given: int | None, r: int) -> int:

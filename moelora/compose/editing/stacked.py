@@ -8,7 +8,8 @@ Shape suffixes: E experts, R rank of one expert, D input features, O output feat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -298,8 +299,13 @@ def check_output(output: str | Path, *inputs: str | Path) -> Path:
     return folder
 
 
-def write_stacked(adapter: StackedAdapter, folder: Path) -> None:
+def write_stacked(adapter: StackedAdapter, folder: Path, beside: Iterable[Path] = ()) -> None:
     """Write an adapter to a new folder, which is there whole or not at all.
+
+    Args:
+        adapter: The adapter.
+        folder: The folder.
+        beside: Files to copy into it, those of them that are there.
 
     Raises:
         ComposeError: If it cannot be written.
@@ -308,3 +314,6 @@ def write_stacked(adapter: StackedAdapter, folder: Path) -> None:
     with written_folder(folder, ComposeError) as ready:
         replace(adapter.config, moelora_version=__version__).save_pretrained(str(ready))
         save_file({**weights, **adapter.rest}, ready / WEIGHTS_FILE, metadata={"format": "pt"})
+        for file in beside:
+            if file.is_file():
+                shutil.copyfile(file, ready / file.name)

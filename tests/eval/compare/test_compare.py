@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +14,9 @@ from PIL import Image
 from eval.compare.__main__ import main
 from eval.compare.work import Bench
 from eval.scoring.model_scores import ModelScores
+from tests import forked
 from tests.eval.compare.tiny import WORDS, write_benchmark
 from tests.eval.tiny_suite import write_rows
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +165,16 @@ def test_a_new_method_is_added_to_what_is_there(again: Path, capsys: pytest.Capt
     assert "second: lr0.01, lr0.001, seed3" in shown
 
 
+def test_learning_rates_that_are_given_are_not_tried(
+    again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"methods.{method}.learning_rate=0.01" for method in ("lora", "mixlora")]
+    assert main([str(again), "--plan", f"results_dir={tmp_path}", *given]) == 0
+    assert "4 cells: the base model scored; learning rates are given; 3 trainings of 4 steps, scored" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_results_of_another_configuration_are_in_the_way(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(again), "--plan", "data.steps=5"]) == 1
     assert "is the result of another configuration: data.steps: 4 -> 5" in capsys.readouterr().err
@@ -245,11 +250,9 @@ def _is_whole(path: Path) -> bool:
 
 def _kill_at(words: list[str], folder: Path, pattern: str) -> None:
     """Start the program and kill it as soon as a file or folder is there, a JSON file with all of its content."""
-    command = [sys.executable, "-m", "eval.compare", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
-        while not any(map(_is_whole, folder.glob(pattern))):
-            assert process.poll() is None, f"it ended before {pattern}"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = forked.start("eval.compare", *words)
+    while not any(map(_is_whole, folder.glob(pattern))):
+        assert process.is_alive(), f"it ended before {pattern}"
+        time.sleep(0.01)
+    process.kill()
+    process.join()

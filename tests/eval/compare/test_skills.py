@@ -304,11 +304,32 @@ def test_a_composition_waits_for_its_loras(tmp_path: Path, capsys: pytest.Captur
         ("methods.grown.regime.sequential={start: anywhere}", "regime.sequential.start is 'anywhere'"),
         ("data.tasks={gcd: {}}", "data.tasks has 1 task"),
         ("data={tasks: [boolq]}", "with tasks of the suite commonsense; allowed: 'together'"),
+        ("evaluation.earlier_turns=2", "evaluation.earlier_turns is 2; allowed: 0 to 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(finished: Path, override: str, message: str) -> None:
     with pytest.raises(MoeLoraError, match=message):
         load_benchmark(finished / "benchmark.yaml", [override])
+
+
+def test_each_problem_is_asked_after_a_solved_one_of_another_task(finished: Path) -> None:
+    def benches(*overrides: str) -> SkillBench:
+        config = load_benchmark(finished / "benchmark.yaml", overrides)
+        return SkillBench.open(Board(config), check_sizes(config), "")
+
+    alone, after = benches(), benches("evaluation.earlier_turns=1")
+    for tasks in ("selection", "problems"):
+        plain, mixed = getattr(alone, tasks), getattr(after, tasks)
+        for task, its, other in zip(plain, mixed, mixed[::-1], strict=True):
+            assert its.problems == task.problems
+            for i, prompt in enumerate(its.prompts):
+                earlier, text = other.problems[i], after.tokenizer.decode(prompt)
+                before = text.index(earlier.prompt), text.index(earlier.answer), text.index(task.problems[i].prompt)
+                assert before == tuple(sorted(before))
+                # nothing but the earlier turns is added, behind the system message
+                own = after.tokenizer.decode(task.prompts[i])
+                assert text.endswith(own[own.index(task.problems[i].prompt) :])
+                assert text.count("Reply.") == 1
 
 
 def test_groups_of_tasks_share_an_adapter(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.speed import shapes
-from eval.speed.count import LIMITS, table
-from eval.speed.counting import Count, ReadsBackError, count, graph_breaks
+from eval.speed.count import LIMITS, after_the_layers, table
+from eval.speed.counting import Count, ReadsBackError, count, graph_breaks, with_triton
 from eval.speed.shapes import BLOCK, FEED_FORWARD
+from moelora.ops.factors import Factors
+from moelora.ops.mixture_linear import mixture_linear
 from moelora.routing.batch import Tokens
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "speed"
@@ -80,6 +82,22 @@ def test_graph_breaks_are_counted() -> None:
     assert graph_breaks(lambda: x * 2 + 1) == 0
 
 
+@pytest.mark.parametrize(("O", "sums"), [(40, 2), (8192, 0)])
+def test_a_kernel_of_triton_is_one_launch(O: int, sums: int) -> None:
+    """Forward one; backward two, and the sum over parts of the tokens and its rounding where blocks alone are few."""
+    T, D, E, R = 63, 32, 3, 2
+    with torch.device("meta"):
+        a = nn.Parameter(torch.empty(E, R, D, dtype=torch.bfloat16))
+        b = nn.Parameter(torch.empty(E, O, R, dtype=torch.bfloat16))
+        x, gates = torch.empty(T, D, dtype=torch.bfloat16, requires_grad=True), torch.empty(T, E)
+    module = nn.ParameterList([a, b])
+    with with_triton():
+        found = count(module, lambda: mixture_linear(x, Factors(a, b, 2.0), gates))
+    assert (found.forward, found.backward) == (1, 2 + sums)
+    assert found.saved == 2 * T * (D + E * R) + 4 * T * E
+    assert found.flops == 3 * 2 * T * E * R * (D + O)
+
+
 def mixlora(shape: str, batch: int, length: int, **words: Any) -> tuple[Count, Count]:
     """The counts of its feed-forward block, and of LoRA's."""
     base = shapes.base(shape)
@@ -101,6 +119,14 @@ def test_mixlora_on_a_gpu_is_within_what_was_asked_for(shape: str) -> None:
 def test_routing_by_sequence_does_not_wait_for_the_device(preset: str) -> None:
     adapted = shapes.mixture(shapes.base("SmolLM2-135M"), preset)
     assert count(adapted.model, adapted.forward(BLOCK, 2, 16)).syncs == 0
+
+
+@pytest.mark.parametrize("preset", ["mixlora", "sira", "smora"])
+def test_what_comes_after_the_layers_does_not_depend_on_how_many_there_are(preset: str) -> None:
+    few, many = (after_the_layers(preset, layers) for layers in (2, 3))
+    assert few == many
+    assert few is not None
+    assert 15 < few < 80
 
 
 def test_launches_do_not_depend_on_the_mixture_or_the_tokens() -> None:

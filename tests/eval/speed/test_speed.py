@@ -72,9 +72,8 @@ def test_a_step_has_the_balance_losses_of_the_trainer() -> None:
     assert not torch.equal(grads[0], grads[2])
 
 
-def test_decoding_goes_on_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "batch", lambda tokens: small_batch())
-    model, work = tiny("mixlora").eval(), Decode()
+def test_decoding_goes_on_with_the_cache() -> None:
+    model, work = tiny("mixlora").eval(), Decode(small_batch()["input_ids"])
     lengths: list[int] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from eval.speed.models import shared_copy
 from eval.zoo import __main__ as program
-from eval.zoo import bases, cell
+from eval.zoo import bases, cell, profile, shared_routers
 from eval.zoo.bases import Base
 from eval.zoo.cell import Wishes
 from moelora import MoeLoraConfig, presets
@@ -29,9 +29,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     source = ModelSource(str(tmp_path / "model"), "bfloat16")
     base = Base("tiny", lambda tokenizer: load_model(source), "CAUSAL_LM")
     for module in (bases, cell):
-        monkeypatch.setattr(module, "base_of", lambda preset: base)
         monkeypatch.setattr(module, "tokenizer", lambda: load_tokenizer(source))
-    monkeypatch.setattr(cell, "config_of", lambda preset, kind: small_config(preset))
+    for module in (bases, cell, profile, shared_routers):
+        monkeypatch.setattr(module, "base_of", lambda preset: base)
+    for module in (cell, profile, shared_routers):
+        monkeypatch.setattr(module, "config_of", lambda preset, kind, **words: small_config(preset, **words))
     peaks = {"ours": 300, "equal_size": 200}
     monkeypatch.setattr(
         cell, "peak_memory", lambda build, inputs, work: peaks["ours" if build.args[1] is None else "equal_size"]
@@ -72,9 +74,26 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
 
 def test_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--only", "mixlorra") == 1
-    assert "mixlora" in capsys.readouterr().out
+    assert "mixlora" in capsys.readouterr().err
     assert program.main(["--steps", "0", "--output", str(tmp_path)]) == 1
-    assert "steps is 0" in capsys.readouterr().out
+    assert "steps is 0" in capsys.readouterr().err
+
+
+def test_stopped_it_ends_as_every_program_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run", stop)
+    assert run(tmp_path) == 130
+    assert "Run the same command again" in capsys.readouterr().err
+
+
+def test_the_tasks_are_the_quickstarts(tiny: Base) -> None:
+    assert len(bases.tasks()) == 4
+    rows = bases.rows_of(tiny, bases.tokenizer(), 2, seed=1)
+    assert sorted(rows["task_ids"]) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("preset", presets.available())
@@ -84,6 +103,18 @@ def test_every_preset_fits_the_base_that_it_is_tried_on(preset: str) -> None:
     config = MoeLoraConfig.from_preset(preset, **{**SMALL[preset], "task_type": kind.task_type})
     assert config.num_trainable_parameters(tiny_model(model)) > 0
     assert cell.config_of(preset, kind).preset == preset
+
+
+def test_mola_fits_the_layers_of_the_real_model() -> None:
+    config = cell.config_of("mola", bases.SMOLLM2)
+    assert config.num_trainable_parameters(tiny_model(num_hidden_layers=30)) > 0
+
+
+def test_a_lora_beside_perft_leaves_the_experts_of_the_base_alone() -> None:
+    model = get_peft_model(tiny_model("olmoe"), cell.lora_config(bases.MOE, 3, 0.05))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".self_attn." in name for name in trained)
 
 
 def test_the_rank_of_a_lora_of_equal_size(tiny: Base) -> None:
