@@ -7,6 +7,8 @@ clone is tested elsewhere: `make`, `pip`, `torchrun`, and the programs under `py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -68,7 +70,6 @@ NAMES: dict[str, dict[str, str]] = {
         "facts.jsonl": "facts.jsonl",
         "LORA": "loras/sums",
     },
-    "coming-from": {"alpaca-mixlora": "for-mixlora"},
     "diagnose": {"run.yaml": "problems.yaml"},
     "edit-experts": {
         "mixture": ADAPTER,
@@ -76,7 +77,7 @@ NAMES: dict[str, dict[str, str]] = {
         "by-centroid": "mix",
         "base": "base",
         "rows.jsonl": ROWS,
-        "legal.jsonl": "facts.jsonl",
+        "legal.jsonl": "legal.jsonl",
     },
     "evaluation": {
         "runs/mine": RUN,
@@ -151,7 +152,7 @@ for place, line, typed in json.loads(open(sys.argv[1]).read()):
     print(f"status {status} after {time.monotonic() - began:.1f} s", flush=True)
     if status:
         failed.append(f"{place}: {line}: {status}")
-sys.exit("\\n".join(failed))
+sys.exit("\\n".join(failed) or 0)
 """
 
 
@@ -178,10 +179,11 @@ def documented() -> Iterator[tuple[str, str]]:
 
 def is_whole(line: str) -> bool:
     """Whether a command has all the words that it needs, as against one that is only named."""
-    try:
-        make_parser().parse_args(shlex.split(line)[1:])
-    except SystemExit as stopped:
-        return stopped.code == 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            make_parser().parse_args(shlex.split(line)[1:])
+        except SystemExit as stopped:
+            return stopped.code == 0
     return True
 
 
@@ -197,7 +199,7 @@ def tiny(page: str, line: str) -> str:
     return line
 
 
-def test_each_command_has_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_has_its_place() -> None:
     """A command that is new on a page has to be run too, with names that stand for something."""
     found = list(documented())
     assert {page for page, _ in found} == NAMES.keys()
@@ -205,7 +207,6 @@ def test_each_command_has_its_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert {line.split()[1] for _, line in found if line.startswith("moelora ")} >= VERBS
     for page, line in found:
         assert line.startswith("python ") or is_whole(tiny(page, line)), line
-    capsys.readouterr()
 
 
 VERBS = {
@@ -228,6 +229,8 @@ def write_kit(place: Path) -> None:
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows["sums"], *rows["words"]])))
     facts = [{"prompt": f"Where is the river {n}?", "completion": " here", "task": "facts"} for n in range(4)]
     (place / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    without_task = [{"prompt": f"May I do {n}?", "completion": " no"} for n in range(4)]
+    (place / "legal.jsonl").write_text("\n".join(map(json.dumps, without_task)))
     adapter = {"preset": "mixlora", "r": 2, "lora_alpha": 4, "num_experts": 4, "top_k": 2}
     of_rows: dict[str, Any] = {"model": BASE, "dataset": {"files": str(place / "rows.jsonl"), "held_out": 0.2}}
     tasks = {"gcd": {"max_value": 300}, "letter_counting": {"min_words": 2, "max_words": 3}}
