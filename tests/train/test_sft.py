@@ -117,7 +117,8 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(tmp_path: Path) -> No
     changes = ["training.per_device_train_batch_size=1", f"output_dir={tmp_path / 'two'}"]
     first, second = run_two("train", file, *changes, output=tmp_path / "two")
     assert first.count("Training  adapter") == 1
-    assert second == ""
+    # torch 2.10 itself says that its processes have met
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []
     logs = [json.loads((tmp_path / name / "adapter/training.json").read_text())["log"] for name in ("one", "two")]
     for key in ("loss", "balance_loss", "expert_load/busiest"):
         one, two = ([entry[key] for entry in log] for log in logs)
