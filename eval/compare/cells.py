@@ -72,11 +72,12 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     """Everything in the configuration that a cell's result depends on."""
     words = dataclasses.asdict(config)
     shared = {key: words[key] for key in ("model", "dtype", "model_kwargs", "protocol")}
-    scored: dict[str, Any] = {"limit": config.evaluation.limit}
+    # left out where it is not used, so that what was measured before there was such a key is found again
+    turns = config.evaluation.earlier_turns
+    asked = {"earlier_turns": turns} if turns else {}
+    scored: dict[str, Any] = {"limit": config.evaluation.limit, **asked}
     if config.has_skills:
         scored["tasks"] = {**words["data"]["tasks"], "seed": config.data.seed, "system": config.data.system}
-    if config.evaluation.earlier_turns:
-        scored["earlier_turns"] = config.evaluation.earlier_turns
     if cell.kind == "base":
         return {**shared, "evaluation": scored}
     method = config.methods[cell.method]
@@ -94,7 +95,6 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if method.regime.made_of is not None:
         trained["made_of"] = config.methods[method.regime.made_of].adapter
     if config.has_skills and cell.kind == "select":
-        asked = {"earlier_turns": config.evaluation.earlier_turns} if config.evaluation.earlier_turns else {}
         return {**trained, **asked, "chosen_by": "exact answers"}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
