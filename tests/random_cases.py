@@ -1,6 +1,6 @@
-"""Bad input at random: each case works, or ends in one line of ours and leaves everything as it was.
+"""Bad input, drawn by hypothesis: each case works, or ends in one line of ours and leaves everything as it was.
 
-`python -m tests.random_cases` runs 10,000 cases; the suite runs a few.
+`python -m tests.random_cases` runs 10,000 cases; the suite runs a few. One that fails is made smaller, then shown.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,15 +43,14 @@ VALUES: list[Any] = [
 
 
 class Cases:
-    """Random cases of one seed.
+    """Random cases.
 
     Args:
-        seed: The seed.
         place: A folder to write in.
     """
 
-    def __init__(self, seed: int, place: Path) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, place: Path) -> None:
+        self.random = random.Random()
         self.place = place
         self.found: Counter[str] = Counter()
         self.made = ""
@@ -67,28 +68,40 @@ class Cases:
             (4, self.rows_of_a_run),
         ]
 
-    def run(self, number: int) -> Counter[str]:
-        """Run so many cases; how many of each kind worked and were refused.
+    def run(self, number: int, of_seed: int) -> Counter[str]:
+        """Run so many cases of a seed; how many of each kind worked and were refused.
 
         Raises:
-            AssertionError: Says how the case was made that failed.
+            AssertionError: Says how the smallest case was made that failed.
         """
-        weights, cases = zip(*self.kinds, strict=True)
-        for count in range(number):
-            (case,) = self.random.choices(cases, weights)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    case()
-            except MoeLoraError as error:
-                if "\n" in str(error).strip():
-                    raise AssertionError(f"case {count} ({self.made}): more than a line: {error}") from error
-                self.found[f"{case.__name__}: refused"] += 1
-            except Exception as error:
-                raise AssertionError(f"case {count} ({self.made}): {type(error).__name__}: {error}") from error
-            else:
-                self.found[f"{case.__name__}: worked"] += 1
+        drawn = settings(
+            max_examples=number,
+            phases=[Phase.generate, Phase.shrink],
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        # as numbers that hypothesis draws, so that it can make a failing case smaller
+        seed(of_seed)(drawn(given(st.randoms(use_true_random=False))(self.case)))()
         return self.found
+
+    def case(self, numbers: random.Random) -> None:
+        """Make one case of these random numbers, and run it."""
+        self.random = numbers
+        (weights, cases) = zip(*self.kinds, strict=True)
+        (case,) = numbers.choices(cases, weights)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                case()
+        except MoeLoraError as error:
+            if "\n" in str(error).strip():
+                raise AssertionError(f"{self.made}: more than a line: {error}") from error
+            self.found[f"{case.__name__}: refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"{self.made}: {type(error).__name__}: {error}") from error
+        else:
+            self.found[f"{case.__name__}: worked"] += 1
 
     def changed(self, words: Any, depth: int = 0) -> Any:
         """Nested words with one thing in them changed, taken away, or added."""
@@ -252,13 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page that gets a section")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
-        cases = Cases(options.seed, Path(place))
-        lines = table(cases.run(options.cases), [case for _, case in cases.kinds])
+        cases = Cases(Path(place))
+        found = cases.run(options.cases, options.seed)
+        lines = table(found, [case for _, case in cases.kinds])
     print(*lines, sep="\n")
     if options.output is not None:
         said = (
-            f"{options.cases:,} cases of seed {options.seed}. Each worked, or was refused in one line of ours; after "
-            "each load the base model was as before, bit for bit. Any other end stops the program and writes nothing."
+            f"{found.total():,} cases of hypothesis' seed {options.seed}. Each worked, or was refused in one line of "
+            "ours; after each load the base model was as before, bit for bit. Any other end stops the program and "
+            "writes nothing."
         )
         write_section(options.output, "Bad input at random", "make random-cases", [said, "", *lines])
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.speed.measure import HUGE_PAGES
     from eval.speed.models import RANK, SLICE, SMOLLM2
     from eval.speed.report import write_report
-    from eval.speed.run import Run, check_parity, compare, curves, memory
+    from eval.speed.run import Run, check_parity, compare, curves, memory, start
     from moelora.files import write_atomically
 
     output = options.output or Path("runs/speed" if options.quick else "eval/results/speed")
@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
         compare(found, model, dtype, options.quick)
         gc.collect()
     if not options.quick:
-        print("growth of one layer, and memory", flush=True)
+        print("the start, growth of one layer, and memory", flush=True)
+        start(found)
         curves(found)
         memory(found)
     config = {"rounds": rounds, "tokens": "8 x 128", "experts": 8, "top_k": 2, "r": RANK, "quick": options.quick}

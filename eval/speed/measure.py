@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moelora.routing.run import find_hooks
+from moelora.runs.quiet import quiet_libraries
 from moelora.training.micro_batch import MicroBatchBalance, active_config
 
 Work = Callable[[Any], None]
@@ -105,6 +106,31 @@ class Decode:
         self.states[id(model)] = (output.past_key_values, output.logits[:, -1:].argmax(-1))
 
 
+class LmEval:
+    """lm-eval's log-likelihoods of sixteen answers of 16 tokens to prompts of 112, in batches of eight.
+
+    Args:
+        tokenizer: The model's.
+        size: Token ids are below it.
+    """
+
+    def __init__(self, tokenizer: Any, size: int = 10_000) -> None:
+        from lm_eval.api.instance import Instance
+
+        self.tokenizer = tokenizer
+        rows = batch(16 * 128)["input_ids"] % size
+        texts = [(tokenizer.decode(ids[:112]), tokenizer.decode(ids[112:])) for ids in rows]
+        self.requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(texts)]
+        self.harness: dict[int, Any] = {}
+
+    def __call__(self, model: Any) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        if id(model) not in self.harness:
+            self.harness[id(model)] = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=8)
+        self.harness[id(model)].loglikelihood(self.requests, disable_tqdm=True)
+
+
 def interleaved(
     models: Mapping[str, Any],
     work: Work,
@@ -176,6 +202,7 @@ def peak_memory(
 
 
 def _peak_of_steps(build: Callable[[], Any], inputs: dict[str, torch.Tensor], make_work: Any, sender: Any) -> None:
+    quiet_libraries()
     model = build().train()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")

@@ -15,7 +15,7 @@ from moelora import MoeLoraConfig
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.speed.measure import batch
 from moelora.runs.models import DEMO_MODEL, resolve_model
@@ -25,7 +25,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 LORA, LORA64, MIXLORA, PYPI = f"PEFT LoRA r={RANK}", "PEFT LoRA r=64", "MixLoRA", "PyPI mixlora 0.2.3"
 COMPILED, MANY, BESIDE = f"{MIXLORA}, compiled", f"{MIXLORA}, 64 experts", f"{MIXLORA}, beside these"
+DROPPED = f"{MIXLORA}, lora_dropout 0.05"
 SIRA, MOLORA, SMORA = "SiRA 16 x r=4", "MoLoRA 16 x r=4", "SMoRA 64 x r=1"
+SHARED = ", shared routers"
+NEW_PROCESS = ("a new process", "")
+IMPORT_PEFT, IMPORT_MOELORA = "import peft", "import moelora"
+FIRST, NEXT = "first step", "steps after it"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -51,6 +56,11 @@ def load_base(model: str, dtype: torch.dtype, **config: Any) -> Any:
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**words | config)).to(dtype)
     return base.requires_grad_(False)
+
+
+def tokenizer() -> Any:
+    """SmolLM2's."""
+    return AutoTokenizer.from_pretrained(resolve_model(DEMO_MODEL))
 
 
 def in_nf4(base: Any) -> Any:
@@ -201,6 +211,7 @@ def main_methods(rank: int) -> dict[str, Builder]:
         f"{LORA}, compiled": lambda base: lora(base, compiled=True),
         MIXLORA: lambda base: moelora(base, "mixlora"),
         COMPILED: lambda base: moelora(base, "mixlora", compiled=True),
+        DROPPED: lambda base: moelora(base, "mixlora", lora_dropout=0.05),
     }
 
 
@@ -210,6 +221,12 @@ LINEAR_METHODS: dict[str, Builder] = {
     MOLORA: lambda base: moelora(base, "molora", num_experts=16),
     SMORA: lambda base: moelora(base, "smora"),
 }
+SHARING_METHODS: dict[str, Builder] = {
+    SIRA + SHARED: lambda base: moelora(base, "sira", routers="per_input"),
+    MOLORA + SHARED: lambda base: moelora(base, "molora", num_experts=16, routers="per_input"),
+    SMORA + SHARED: lambda base: moelora(base, "smora", routers="per_input"),
+}
+"""The same with one router for linears of one input."""
 OTHERS: dict[str, Builder] = {
     BESIDE: lambda base: moelora(base, "mixlora"),
     PYPI: pypi_mixlora,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +16,7 @@ from eval.speed import models
 from eval.speed.measure import (
     HUGE_PAGES,
     Decode,
+    LmEval,
     batch,
     forward,
     interleaved,
@@ -20,7 +24,24 @@ from eval.speed.measure import (
     spread,
     step,
 )
-from eval.speed.models import COMPILED, DTYPES, LINEAR_METHODS, LORA, MANY, MIXLORA, OTHERS, RANK, SLICE, SMOLLM2
+from eval.speed.models import (
+    COMPILED,
+    DTYPES,
+    FIRST,
+    IMPORT_MOELORA,
+    IMPORT_PEFT,
+    LINEAR_METHODS,
+    LORA,
+    MANY,
+    MIXLORA,
+    NEW_PROCESS,
+    NEXT,
+    OTHERS,
+    RANK,
+    SHARING_METHODS,
+    SLICE,
+    SMOLLM2,
+)
 
 PARITY = 1e-3
 """Allowed distance of the logits, as a share of the adapter's effect on them; in fp32, where nothing ties."""
@@ -84,7 +105,10 @@ def compare(run: Run, model: str, dtype: str, quick: bool) -> None:
     few = max(2, run.rounds // 2)
     run.add(group, "forward", interleaved(built, forward(batch()), few, train=False))
     run.add(group, "decode", interleaved(built, Decode(), 12 * run.rounds, train=False, warm=4))
-    built = {name: build(base) for name, build in LINEAR_METHODS.items()}
+    if model == SMOLLM2:
+        pair = {name: built[name] for name in (LORA, MIXLORA)}
+        run.add(group, "lm-eval", interleaved(pair, LmEval(models.tokenizer()), run.rounds, train=False))
+    built = {name: build(base) for name, build in (LINEAR_METHODS | SHARING_METHODS).items()}
     run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
     if quick:
         return
@@ -94,6 +118,23 @@ def compare(run: Run, model: str, dtype: str, quick: bool) -> None:
     # X-LoRA runs every token through two whole forwards and keeps no cache that decoding could use
     built = {name: value for name, value in built.items() if "X-LoRA" not in name}
     run.add(group, "decode", interleaved(built, Decode(), 4 * run.rounds, train=False, warm=4))
+
+
+def start(run: Run) -> None:
+    """What comes before the second step: an import in a new process, and the first step of a new model."""
+    imports: dict[str, list[float]] = {IMPORT_PEFT: [], IMPORT_MOELORA: []}
+    for index in range(run.rounds + 1):
+        for name, seconds in imports.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-W", "ignore", "-c", name], check=True, capture_output=True)
+            if index:  # the first reads the files from the disk
+                seconds.append(time.perf_counter() - started)
+    run.add(NEW_PROCESS, "import", imports)
+    base = models.load_base(SMOLLM2, torch.bfloat16)
+    built = {LORA: models.lora(base), MIXLORA: models.moelora(base, "mixlora", lora_dropout=0.05)}
+    steps = interleaved(built, step(batch()), 4, train=True, warm=0)
+    run.add((SMOLLM2, "bf16"), FIRST, {name: seconds[:1] for name, seconds in steps.items()})
+    run.add((SMOLLM2, "bf16"), NEXT, {name: seconds[1:] for name, seconds in steps.items()})
 
 
 def curves(run: Run) -> None:

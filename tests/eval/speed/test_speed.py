@@ -13,8 +13,9 @@ import torch
 from eval.receipt import make_receipt
 from eval.speed import measure, models, profile, report
 from eval.speed import run as speed
-from eval.speed.measure import Decode, batch, forward, interleaved, spread, step
+from eval.speed.measure import Decode, LmEval, batch, forward, interleaved, spread, step
 from tests.conftest import tiny_model
+from tests.runs.tiny import tiny_tokenizer
 
 
 def tiny(method: str) -> Any:
@@ -132,15 +133,20 @@ def test_report(tmp_path: Path) -> None:
         row("MixLoRA, compiled", [2.4] * 3),
     ]
     rows += [row(models.LORA, [0.1], "tokens=256"), row("MixLoRA", [0.2], "tokens=256")]
+    rows += [row("import peft", [2.0], "import"), row("import moelora", [2.4], "import")]
+    for metric, seconds in (("first step", 3.0), ("steps after it", 2.0)):
+        rows += [row(models.LORA, [seconds], metric), row("MixLoRA", [seconds / 2], metric)]
     receipt = make_receipt(config={"allocator": "pages=huge"}, seeds={}, seconds=60, command="python -m eval.speed")
     said = report.write_report({"receipt": receipt, "rows": rows, "parity": {"Llama slice": 1e-6}}, tmp_path)
-    assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.00 to 1.30 | 1.25 | yes |" in said
+    assert "| MixLoRA / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.10 | 1.00 to 1.30 | 1.05 | **no** |" in said
     assert (
         "| MixLoRA, compiled / PEFT LoRA r=16 | Llama slice, bf16 | step | 1.20 | 0.60 to 2.40 | 1.12 | **no** |"
         in said
     )
     text = (tmp_path / "speed.md").read_text()
     assert "tokens=256" not in text
+    assert "`import moelora` takes 0.40 s more than `import peft`" in text
+    assert "first step takes 1.50 times one of the steps after it, LoRA's 1.50 times" in text
     assert "pages=huge in the environment" in text
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
@@ -172,3 +178,11 @@ def test_timings_start_again_in_huge_pages_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
     measure.restart_in_huge_pages("eval.speed", None)
     assert len(started) == 1
+
+
+def test_lm_eval_scores_the_model_that_is_timed() -> None:
+    work, model = LmEval(tiny_tokenizer(), size=50), tiny("mixlora").eval()
+    lengths: list[torch.Size] = []
+    model.register_forward_hook(lambda module, args, output: lengths.append(output.logits.shape[:2]))
+    work(model)
+    assert sum(rows for rows, _ in lengths) == 16
