@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.receipt import make_receipt
     from eval.zoo.cell import Wishes
     from eval.zoo.jobs import KINDS
+    from moelora.errors import RunError
     from moelora.files import write_atomically
     from moelora.runs.wording import minutes
     from moelora.validation import check_at_least_one, check_keys
@@ -74,10 +76,16 @@ def run(options: argparse.Namespace) -> None:
         print(f"Left      about {minutes(len(left) * mean)}")
     if options.plan:
         return
+    failed: dict[str, Exception] = {}
     for index, job in enumerate(left):
         print(f"{index + 1}/{len(left)}  {job.name}", flush=True)
         started = time.monotonic()
-        found = job.measure(wishes, lambda line: print(f"      {line}", flush=True))
+        try:
+            found = job.measure(wishes, lambda line: print(f"      {line}", flush=True))
+        except Exception as error:  # hours of other cells should not wait for this one
+            traceback.print_exc()
+            failed[job.name] = error
+            continue
         seconds = time.monotonic() - started
         words = _identity(job.preset, wishes)
         receipt = make_receipt(config=words, seeds={"all": job.seed}, seconds=seconds, command=kind.command)
@@ -89,6 +97,9 @@ def run(options: argparse.Namespace) -> None:
     if cells:
         missing = [name for name, found in found_of.items() if found is None]
         print("\n" + kind.write(options.output, cells, missing))
+    if failed:
+        names = ", ".join(f"{name} ({type(error).__name__}, above)" for name, error in failed.items())
+        raise RunError(f"{len(failed)} of {len(left)} cells failed: {names}. Run the same command again to retry.")
 
 
 def _identity(preset: str, wishes: Any) -> dict[str, Any]:

@@ -67,6 +67,11 @@ def test_presets_are_tried_once_and_again_after_their_defaults_changed(
     monkeypatch.setattr(cell, "measure", lambda *_: pytest.fail("it is done already"))
     assert run(output, *chosen) == 0
     assert "to do: none" in capsys.readouterr().out
+    (output / "README.md").unlink()
+    monkeypatch.setattr(cell, "measure", lambda *_: 1 / 0)
+    assert run(output, "--only", "lora") == 1  # what fails is named; what is done is on the page
+    assert "1 of 1 cells failed: lora (ZeroDivisionError, above)" in capsys.readouterr().err
+    assert (output / "README.md").read_text() == table
     monkeypatch.setattr(cell, "config_of", lambda preset, kind: MoeLoraConfig.from_preset(preset, r=3))
     assert run(output, *chosen, "--plan") == 0
     assert "2 to do: mixlora, molora" in capsys.readouterr().out
