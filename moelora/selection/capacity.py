@@ -51,7 +51,8 @@ def within_capacity(
     # in whole numbers: not every device has float64, and float32 would round some capacities up
     factor = Fraction(capacity_factor).limit_denominator(10_000)
     unit = factor.denominator * num_experts
-    return position_TK <= (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
+    room_T1 = (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
+    return position_TK <= room_T1.clamp(min=1)  # a factor that was rounded to 0 leaves room for one, as any above 0
 
 
 def _places_in_rows(ids_TK: Tensor, takes_room_TK: Tensor, num_experts: int, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -187,10 +187,11 @@ class TopK(Selection):
         if dropout > 0:
             scores_TE, kept_TE = torch.native_dropout(scores_TE, dropout, True)
         K = min(self.k, scores_TE.shape[-1])
-        if scored.bias_E is None:
+        # a dropped expert has a score of 0, and only a softmax' scores are never below it
+        if scored.bias_E is None and (kept_TE is None or scored.is_softmax):
             weights_TK, ids_TK = scores_TE.topk(K, dim=-1)
         else:
-            ranks_TE = scored.scores_TE + scored.bias_E
+            ranks_TE = scored.scores_TE if scored.bias_E is None else scored.scores_TE + scored.bias_E
             if kept_TE is not None:
                 ranks_TE = ranks_TE.masked_fill(~kept_TE, float("-inf"))
             ids_TK = ranks_TE.topk(K, dim=-1).indices

@@ -33,6 +33,11 @@ def test_within_capacity(B: int, S: int, E: int, K: int, factor: float) -> None:
     assert torch.equal(kept_TK.view(B, S, K)[valid_BS], expected_BSK[valid_BS])
 
 
+def test_any_factor_above_0_has_room_for_one() -> None:
+    kept_TK = within_capacity(torch.zeros(5, 1, dtype=torch.long), 4, 1e-6, Tokens(torch.ones(1, 5, dtype=torch.bool)))
+    assert kept_TK.flatten().tolist() == [True, False, False, False, False]
+
+
 @pytest.mark.parametrize("capacity", [1, 3, 100])
 def test_a_capacity_of_a_fixed_number(capacity: int) -> None:
     """The count of a sequence's choices of an expert, first ones first, padding aside."""

@@ -162,6 +162,17 @@ def test_expert_dropout_knows_what_it_dropped_below_zero() -> None:
     assert abs(float(routing.assigned_TK.float().mean()) - 0.5) < 0.1
 
 
+def test_a_dropped_expert_takes_no_place_of_one_below_zero() -> None:
+    """With all scores below 0 the two best are two that were kept, wherever two were."""
+    router = router_of(TopK(k=2, expert_dropout=0.5), BIASED).train()
+    bias_of(router).fill_(-2.0)
+    routing = router(LOGITS_TE[:1].repeat(400, 1), every_token(1, 400))
+    assert routing.assigned_TK is not None
+    both = float(routing.assigned_TK.all(-1).float().mean())
+    E = LOGITS_TE.shape[-1]
+    assert abs(both - (1 - (1 + E) / 2**E)) < 0.1
+
+
 def test_expert_dropout_is_off_in_eval() -> None:
     routing = golden_routing(TopK(k=2, renormalize=False, expert_dropout=0.9))
     assert routing.assigned_TK is None
