@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,8 @@ def demo_model_folder() -> Path:
         )
     if importlib.util.find_spec("gguf") is None:
         raise RunError(f"model {DEMO_MODEL!r} is a GGUF file; `pip install gguf` to read it.")
-    print(f"Converting {source.name} (once, about half a minute) to {folder}", flush=True)
+    # not to standard output, which a script may be reading
+    print(f"Converting {source.name} (once, about half a minute) to {folder}", file=sys.stderr, flush=True)
     _convert(source, folder)
     return folder
 
