@@ -88,7 +88,7 @@ class Cases:
     def case(self, numbers: random.Random) -> None:
         """Make one case of these random numbers, and run it."""
         self.random = numbers
-        (weights, cases) = zip(*self.kinds, strict=True)
+        weights, cases = zip(*self.kinds, strict=True)
         (case,) = numbers.choices(cases, weights)
         try:
             with warnings.catch_warnings():

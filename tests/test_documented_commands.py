@@ -147,7 +147,7 @@ for place, line, typed in json.loads(open(sys.argv[1]).read()):
         status = main(words[1:]) if words[0] == "moelora" else subprocess.run([sys.executable, *words[1:]]).returncode
     except SystemExit as stopped:
         status = stopped.code
-    except Exception:
+    except Exception:  # a traceback is what no command may end in; it is listed, and the others still run
         status = traceback.format_exc()
     print(f"status {status} after {time.monotonic() - began:.1f} s", flush=True)
     if status:

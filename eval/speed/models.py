@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moelora import MoeLoraConfig
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.speed.measure import batch
 from moelora.runs.models import DEMO_MODEL, resolve_model
@@ -56,11 +57,6 @@ def load_base(model: str, dtype: torch.dtype, **config: Any) -> Any:
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**words | config)).to(dtype)
     return base.requires_grad_(False)
-
-
-def tokenizer() -> Any:
-    """SmolLM2's."""
-    return AutoTokenizer.from_pretrained(resolve_model(DEMO_MODEL))
 
 
 def in_nf4(base: Any) -> Any:
@@ -215,18 +211,19 @@ def main_methods(rank: int) -> dict[str, Builder]:
     }
 
 
+_MIXTURES: dict[str, dict[str, Any]] = {
+    SIRA: {"preset": "sira"},
+    MOLORA: {"preset": "molora", "num_experts": 16},
+    SMORA: {"preset": "smora"},
+}
 LINEAR_METHODS: dict[str, Builder] = {
     LORA64: lambda base: lora(base, 64),
-    SIRA: lambda base: moelora(base, "sira"),
-    MOLORA: lambda base: moelora(base, "molora", num_experts=16),
-    SMORA: lambda base: moelora(base, "smora"),
+    **{name: partial(moelora, **words) for name, words in _MIXTURES.items()},
 }
 SHARING_METHODS: dict[str, Builder] = {
-    SIRA + SHARED: lambda base: moelora(base, "sira", routers="per_input"),
-    MOLORA + SHARED: lambda base: moelora(base, "molora", num_experts=16, routers="per_input"),
-    SMORA + SHARED: lambda base: moelora(base, "smora", routers="per_input"),
+    name + SHARED: partial(moelora, routers="per_input", **words) for name, words in _MIXTURES.items()
 }
-"""The same with one router for linears of one input."""
+"""The same mixtures with one router for linears of one input."""
 OTHERS: dict[str, Builder] = {
     BESIDE: lambda base: moelora(base, "mixlora"),
     PYPI: pypi_mixlora,

@@ -26,6 +26,7 @@ from eval.speed.measure import (
 )
 from eval.speed.models import (
     COMPILED,
+    DROPPED,
     DTYPES,
     FIRST,
     IMPORT_MOELORA,
@@ -42,6 +43,7 @@ from eval.speed.models import (
     SLICE,
     SMOLLM2,
 )
+from moelora.runs.models import DEMO_MODEL, ModelSource, load_tokenizer
 
 PARITY = 1e-3
 """Allowed distance of the logits, as a share of the adapter's effect on them; in fp32, where nothing ties."""
@@ -102,12 +104,17 @@ def compare(run: Run, model: str, dtype: str, quick: bool) -> None:
     run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
     if dtype == "fp32":
         return
+    built.pop(DROPPED, None)  # there is no dropout outside of training
     few = max(2, run.rounds // 2)
     run.add(group, "forward", interleaved(built, forward(batch()), few, train=False))
     run.add(group, "decode", interleaved(built, Decode(), 12 * run.rounds, train=False, warm=4))
     if model == SMOLLM2:
         pair = {name: built[name] for name in (LORA, MIXLORA)}
-        run.add(group, "lm-eval", interleaved(pair, LmEval(models.tokenizer()), run.rounds, train=False))
+        run.add(
+            group,
+            "lm-eval",
+            interleaved(pair, LmEval(load_tokenizer(ModelSource(DEMO_MODEL))), run.rounds, train=False),
+        )
     built = {name: build(base) for name, build in (LINEAR_METHODS | SHARING_METHODS).items()}
     run.add(group, "step", interleaved(built, step(batch()), run.rounds, train=True))
     if quick:

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"Left      about {minutes(len(left) * mean)}")
     if options.plan:
         return
-    failed: dict[str, Exception] = {}
+    failed: dict[str, str] = {}
     for index, job in enumerate(left):
         print(f"{index + 1}/{len(left)}  {job.name}", flush=True)
         started = time.monotonic()
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             found = job.measure(wishes, lambda line: print(f"      {line}", flush=True))
         except Exception as error:  # hours of other cells should not wait for this one
             traceback.print_exc()
-            failed[job.name] = error
+            failed[job.name] = type(error).__name__  # not the error: it would keep the models of its cell alive
             continue
         seconds = time.monotonic() - started
         words = _identity(job.preset, wishes)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         missing = [name for name, found in found_of.items() if found is None]
         print("\n" + kind.write(options.output, cells, missing))
     if failed:
-        names = ", ".join(f"{name} ({type(error).__name__}, above)" for name, error in failed.items())
+        names = ", ".join(f"{name} ({kind_of_error}, above)" for name, kind_of_error in failed.items())
         raise RunError(f"{len(failed)} of {len(left)} cells failed: {names}. Run the same command again to retry.")
 
 

@@ -166,8 +166,8 @@ def write_profile(output: Path, profiles: Sequence[dict[str, Any]], missing: Seq
     return write_page(
         output / "profile.md",
         title="Where the time of a step goes",
-        command="python -m eval.zoo --profile",
-        missing=f"Not profiled yet: {', '.join(missing)}." if missing else "",
+        missing=missing,
+        undone="profiled",
         table=markdown(header, [_row(found) for found in profiles]),
         text=text,
         cells=profiles,

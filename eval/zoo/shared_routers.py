@@ -81,8 +81,8 @@ def write_shared(output: Path, cells: Sequence[dict[str, Any]], missing: Sequenc
     return write_page(
         output / "shared_routers.md",
         title="One router for linears of the same input",
-        command="python -m eval.zoo --shared-routers",
-        missing=f"Not done yet: {', '.join(missing)}." if missing else "",
+        missing=missing,
+        undone="done",
         table=markdown(header, [_row(found) for found in cells]),
         text=text,
         cells=cells,

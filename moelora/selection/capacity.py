@@ -49,10 +49,9 @@ def within_capacity(
         return position_TK <= capacity
     assert capacity_factor is not None
     # in whole numbers: not every device has float64, and float32 would round some capacities up
-    factor = Fraction(capacity_factor).limit_denominator(10_000)
+    factor = max(Fraction(capacity_factor).limit_denominator(10_000), Fraction(1, 10_000))  # 0 would leave no room
     unit = factor.denominator * num_experts
-    room_T1 = (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
-    return position_TK <= room_T1.clamp(min=1)  # a factor that was rounded to 0 leaves room for one, as any above 0
+    return position_TK <= (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
 
 
 def _places_in_rows(ids_TK: Tensor, takes_room_TK: Tensor, num_experts: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
