@@ -25,7 +25,7 @@ from torch import Tensor
 from moelora import MoeLoraConfig
 from moelora.compose import add_experts, fit_centroid
 from moelora.compose.editing import read_stacked
-from moelora.compose.tokens import batches, tokenize
+from moelora.compose.tokens import batches, tokenize, turn_start
 from moelora.errors import RunError
 from moelora.files import new_folder
 from moelora.layers.base import MoeLoraLayer
@@ -272,9 +272,8 @@ def _make_model(
     if before is None:
         if centroid is None:
             return new_adapter(base, first, adapter_dtype)
-        model = new_adapter(
-            base, replace(first, scores=replace(first.scores, features=centroid.shape[1])), adapter_dtype
-        )
+        scores = replace(first.scores, features=centroid.shape[1], turn_start=turn_start(tokenizer))
+        model = new_adapter(base, replace(first, scores=scores), adapter_dtype)
         for layer in model.modules():
             for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
                 router.get_parameter("centroids").data.copy_(centroid)
@@ -293,4 +292,4 @@ def _centroid(base: Any, words: SequentialConfig, rows: Any, tokenizer: Any) -> 
     if torch.accelerator.is_available():
         base = base.to(torch.accelerator.current_accelerator())
     examples = tokenize(rows.select(range(min(len(rows), CENTROID_ROWS))), tokenizer)
-    return fit_centroid(base, batches(examples, 8, base.device), words.embedding).cpu()
+    return fit_centroid(base, batches(examples, 8, base.device), words.embedding, turn_start(tokenizer)).cpu()

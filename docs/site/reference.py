@@ -48,6 +48,11 @@ API = {
     "moelora.hub": "What an adapter is, read without loading its tensors.",
     "moelora.errors": "Every error that is raised on purpose is one of these.",
     "moelora.choices": "The protocol of a choice, for those who add a method.",
+    "moelora.compose.tokens": "Rows as the recipes of a router read them.",
+    "moelora.preset_registry": "How a method gets its name.",
+    "moelora.routing.decision": "What a router has decided.",
+    "moelora.scores.base": "The protocol of scores.",
+    "moelora.selection.base": "The protocol of a selection.",
     "moelora.ops.reference": "Every operation as a plain function of tensors. Tensors are named by their shapes: the "
     "legend is at the top.",
 }

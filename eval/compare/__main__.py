@@ -115,12 +115,12 @@ def _run(options: argparse.Namespace) -> Path | None:
         say(f"Method    {key}: {size.trainable:,} trainable parameters, {size.active:,} active per token")
     say_if_slow(config.dtype)
     if options.plan:
-        plan.show(board, plan.Timing.of(board))
+        plan.show(board)
         return None
     bench = open_bench(board, sizes, command)
     if not options.no_probe:
         plan.probe(bench)
-    plan.show(board, plan.Timing.of(board))
+    plan.show(board)
     started = time.monotonic()
     wanted = options.only or ["*"]
     done: set[str] = set()
@@ -130,6 +130,8 @@ def _run(options: argparse.Namespace) -> Path | None:
             for cell in board.cells()
             if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
         ]
+        if done and left:
+            say(f"Left      {len(left)} cell{'s' if len(left) > 1 else ''}, {plan.remaining(board, left)}")
         ready = [cell for cell in left if not board.waits_for(cell)]
         # one at a time: what is finished meanwhile may let others begin, and choose their learning rates
         if not any(cell.id not in done and _do(bench, cell, done) for cell in ready):

@@ -134,9 +134,9 @@ def _seconds_a_step(bench: SuiteBench, method: str) -> float:
         return (time.monotonic() - started) / PROBE_STEPS
 
 
-def show(board: Board, timing: Timing) -> None:
+def show(board: Board) -> None:
     """Print what is done, what is left, and how long it will take."""
-    config = board.config
+    config, timing = board.config, Timing.of(board)
     cells = board.cells()
     left = [cell for cell in cells if not board.is_finished(cell)]
     counts = {kind: [cell for cell in cells if cell.kind == kind] for kind in ("base", "select", "final")}
@@ -156,20 +156,29 @@ def show(board: Board, timing: Timing) -> None:
         + (f"; {len(composed)} compositions, scored" if composed else "")
     )
     say(f"Done      {len(cells) - len(left)} of {len(cells)}")
-    total, unknown = 0.0, 0
     for key in (BASE, *config.methods):
         mine = [cell for cell in left if (cell.method or BASE) == key]
         if not mine:
             continue
-        estimates = [timing.estimate(board, cell) for cell in mine]
-        known = [each for each in estimates if each is not None]
-        total += sum(known)
-        unknown += len(estimates) - len(known)
+        seconds, _ = _sum(board, timing, mine)
         parts = ", ".join(cell.id.removeprefix(f"{key}-") for cell in mine)
-        say(f"          {key}: {parts}" + (f", about {minutes(sum(known))}" if known else ""))
+        say(f"          {key}: {parts}" + (f", about {minutes(seconds)}" if seconds else ""))
     if left:
-        more = f", and {unknown} cells that nothing is known of" if unknown else ""
-        say(f"Left      about {_hours(total)}{more}")
+        say(f"Left      {remaining(board, left)}")
+
+
+def remaining(board: Board, cells: list[Cell]) -> str:
+    """How long some cells will take by what is measured, and of how many that is not known."""
+    seconds, unknown = _sum(board, Timing.of(board), cells)
+    known = f"about {_hours(seconds)}" if seconds else ""
+    return ", and ".join(filter(None, (known, f"{unknown} cells that nothing is known of" if unknown else "")))
+
+
+def _sum(board: Board, timing: Timing, cells: list[Cell]) -> tuple[float, int]:
+    """Seconds of the cells that something is known of, and the number of the others."""
+    estimates = [timing.estimate(board, cell) for cell in cells]
+    known = [each for each in estimates if each is not None]
+    return sum(known), len(estimates) - len(known)
 
 
 def _hours(seconds: float) -> str:

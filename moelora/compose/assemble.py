@@ -33,6 +33,7 @@ def from_loras(
     modules_to_save: Sequence[str] = (),
     adapter_name: str = "default",
     check_base_name: bool = True,
+    tokenizer: Any = None,
 ) -> PeftModel:
     """Make a mixture of LoRAs that exist; each is an expert, and the rest is the router's choice.
 
@@ -52,6 +53,8 @@ def from_loras(
             saved of them is left out. Any other that LoRAs saved is taken from them, if they agree, and trained on too.
         adapter_name: The adapter's name.
         check_base_name: Whether a LoRA that names another base model is refused. Sizes are checked always.
+        tokenizer: The base's tokenizer. With one that has a chat template, recipes that look at whole prompts
+            (`centroids`, `glider`) take the last turn of a conversation for its prompt.
 
     Returns:
         The model with the mixture, in eval mode.
@@ -61,6 +64,8 @@ def from_loras(
             its rows, or a row is no tokenised one. The base is then as it was.
     """
     recipe: RouterRecipe = read("composition", router)
+    if tokenizer is not None:
+        recipe = recipe.for_tokenizer(tokenizer)
     pool, examples = named_sources(loras), {} if examples is None else examples
     if not isinstance(examples, Mapping):
         raise ComposeError(

@@ -62,6 +62,42 @@ def _tokenize(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, l
     return {"input_ids": whole, "labels": [-100] * shared + list(whole[shared:])}
 
 
+def turn_start(tokenizer: Any) -> list[int]:
+    """Token ids that open each turn of the user in a tokenizer's chat template, as `CentroidScores` takes them.
+
+    They are what two turns of a short conversation have in common before their words, with a system prompt and without.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+
+    Returns:
+        The ids, without blanks at their end, which a tokenizer may join with the words that follow. Empty if there is
+        no chat template, or turns of the user begin with nothing of their own in it.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    from jinja2.exceptions import TemplateError
+
+    found: list[list[int]] = []
+    turns = [("user", "Alpha"), ("assistant", "Beta"), ("user", "Gamma")]
+    for head in ([], [("system", "Delta")]):
+        messages = [{"role": role, "content": text} for role, text in [*head, *turns]]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            continue  # many templates refuse a system prompt
+        first, rest = text.partition("Alpha")[::2]
+        second, last = rest.partition("Beta")[2].partition("Gamma")[:2]
+        if last:
+            found += [tokenizer(part.rstrip(), add_special_tokens=False)["input_ids"] for part in (first, second)]
+    shared: list[int] = []
+    for tokens in zip(*map(reversed, found), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.insert(0, tokens[0])
+    return shared
+
+
 def check_rows(rows: Any, name: str, vocab_size: int) -> None:
     """Refuse rows that are not tokenised, or by another tokenizer than the base model's.
 

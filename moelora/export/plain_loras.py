@@ -155,7 +155,8 @@ def _by_centroid(adapter: OpenAdapter) -> tuple[dict[str, dict[str, Lora]], dict
         plain = mixed_loras(adapter, {site.name: torch.zeros(len(names)) for site in adapter.routed})
         if plain:
             loras[otherwise := _NO_EXPERT] = plain
-    router = {"kind": "centroid", "embedding": config.scores.embedding, "loras": names, "otherwise": otherwise}
+    scores = {"embedding": config.scores.embedding, "turn_start": config.scores.turn_start}
+    router = {"kind": "centroid", **scores, "loras": names, "otherwise": otherwise}
     return loras, router, tensors
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from moelora.errors import ConfigError, MoeLoraError
 from moelora.routing.batch import FACTS, Batch
-from moelora.routing.prompts import BASE_HIDDEN, DERIVED, MEANS, derive
+from moelora.routing.prompts import BASE_HIDDEN, derive, is_derived, is_prompt_mean
 from moelora.routing.record import Mixture, ModelRun, RoutingListener
 
 logger = logging.getLogger(__name__)
@@ -250,8 +250,10 @@ class RunHooks:
         if not self.derives:
             return frozenset()
         needed = frozenset().union(*(layer.needs() for layer in self.layers))
-        given = set(facts) | (set(MEANS) if "instance_embedding" in facts else set())
-        return (needed & set(DERIVED)) - given
+        own_embedding = "instance_embedding" in facts
+        return frozenset(
+            fact for fact in needed - set(facts) if is_derived(fact) and not (own_embedding and is_prompt_mean(fact))
+        )
 
     def _prepare(self, hidden_BSD: Tensor) -> dict[str, Tensor]:
         """What routers make of the base's hidden states, with gradients: once, outside all checkpointed layers."""

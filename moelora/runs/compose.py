@@ -123,6 +123,7 @@ def compose(config: ComposeConfig, *, any_base_name: bool = False) -> None:
         trainable=config.trainable,
         modules_to_save=config.modules_to_save,
         check_base_name=not any_base_name,
+        tokenizer=tokenizer,
     )
     composed = model.peft_config["default"]
     composed.base_model_name_or_path = source.model

@@ -99,7 +99,11 @@ class Scores(Choice):
     ) -> Tensor:
         """What all sites need of the base model's last hidden states, made once at the model's entry: [B, S, ...].
 
-        It is asked of scores that need `BASE_HIDDEN`; the other arguments are as in `RouterInput`.
+        It is asked of scores that need `BASE_HIDDEN`.
+
+        Args:
+            hidden_BSD: The hidden states.
+            tensors, dropouts, num_experts: As in `RouterInput`.
         """
         raise NotImplementedError
 

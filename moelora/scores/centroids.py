@@ -5,17 +5,17 @@ Shape suffixes: N sequences, T tokens, D features of an embedding, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
-from moelora.routing.prompts import HIDDEN_MEAN, INPUT_MEAN
+from moelora.routing.prompts import prompt_mean
 from moelora.scores.base import RouterInput, Scored, Scores
-from moelora.validation import check, check_choice, is_count
+from moelora.validation import check, check_choice, is_count, is_index
 
 Embedding = Literal["hidden", "input"]
 
@@ -29,11 +29,15 @@ class CentroidScores(Scores):
 
     The embedding h is the fact `instance_embedding` if a batch has it, else a mean over the prompt's tokens: of the
     base model's last hidden states, which costs one pass over the prompt without adapters, or of its input embeddings.
-    It is decided once for a sequence: in generation by the prompt.
+    It is decided once for a sequence: in generation by the prompt, of a conversation by its last turn.
 
     Args:
         features: D, the size of the embedding.
         embedding: "hidden" or "input".
+        turn_start: Token ids that open a turn of the user in the base's chat template
+            (`moelora.compose.tokens.turn_start`). Of a prompt that has them more than once what stands between the
+            first and the last opening is left out of the mean, as if the earlier turns had not been said. Empty: the
+            mean is over the whole prompt, as it is in a batch of `inputs_embeds`.
 
     Raises:
         ConfigError: For a value out of range.
@@ -43,10 +47,12 @@ class CentroidScores(Scores):
 
     features: int = 1
     embedding: Embedding = "hidden"
+    turn_start: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check(is_count(self.features), "scores.features", self.features, "an integer of at least 1")
         check_choice("scores.embedding", self.embedding, Embedding)
+        check_tokens("scores.turn_start", self.turn_start)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,7 +61,7 @@ class CentroidScores(Scores):
 
     @property
     def _fact(self) -> str:
-        return HIDDEN_MEAN if self.embedding == "hidden" else INPUT_MEAN
+        return prompt_mean(self.embedding, self.turn_start)
 
     @property
     def is_trained(self) -> bool:
@@ -85,6 +91,15 @@ class CentroidScores(Scores):
         """See `Scores.score`."""
         z_TE = self.cosines_TE(given)
         return Scored(z_TE, z_TE.softmax(-1), z_TE, is_softmax=False)
+
+
+def check_tokens(name: str, value: Any) -> None:
+    """Refuse what is no list of token ids.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    check(isinstance(value, list) and all(map(is_index, value)), name, value, "a list of token ids")
 
 
 def cosines(h_ND: Tensor, centroids_ED: Tensor, center_1D: Tensor) -> Tensor:

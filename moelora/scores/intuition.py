@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.errors import ConfigError
-from moelora.routing.prompts import HIDDEN_MEAN, INPUT_MEAN
+from moelora.routing.prompts import prompt_mean
 from moelora.scores.base import RouterInput, Scored, Scores
 from moelora.scores.centroids import Embedding
 from moelora.scores.linear import router_logits
@@ -68,7 +68,7 @@ class IntuitionScores(Scores):
     @property
     def fact(self) -> str:
         """The name of that mean."""
-        return HIDDEN_MEAN if self.embedding == "hidden" else INPUT_MEAN
+        return prompt_mean(self.embedding)
 
     @property
     def is_trained(self) -> bool:

@@ -113,9 +113,10 @@ def _router(contents: Contents) -> str:
         rows = [(code(task), code(name) if name else "the base model alone") for task, name in words["loras"].items()]
         return markdown(("task", "LoRA"), rows, numbers=False)
     otherwise = code(words["otherwise"]) if words.get("otherwise") else "the base model alone"
+    turns = " Of a conversation the last turn of the user counts." if words.get("turn_start") else ""
     return (
-        f"`router.safetensors` has the centroids, of the base model's {code(words.get('embedding'))} embeddings. Where "
-        f"it has thresholds and the nearest centroid's is not met, the request goes to {otherwise}."
+        f"`router.safetensors` has the centroids, of the base model's {code(words.get('embedding'))} embeddings."
+        f"{turns} Where it has thresholds and the nearest centroid's is not met, the request goes to {otherwise}."
     )
 
 

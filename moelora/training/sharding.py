@@ -10,7 +10,7 @@ from moelora.config import MoeLoraConfig
 from moelora.errors import ConfigError
 from moelora.fingerprint import fingerprint
 from moelora.layers.base import MoeLoraLayer
-from moelora.routing.prompts import DERIVED
+from moelora.routing.prompts import is_derived
 from moelora.routing.run import RunHooks
 
 
@@ -64,7 +64,7 @@ def _never_whole(layer: MoeLoraLayer, adapter: str) -> str | None:
     moving = [choice.kind for choice in config.balance if choice.moves_bias]
     if router is not None and moving:
         return f"balance {moving[0]!r} moves the routers' biases after the layers have run"
-    if router is not None and config.needs & set(DERIVED):
+    if router is not None and any(map(is_derived, config.needs)):
         return f"scores {config.scores.kind!r} read embeddings of the base before it runs"
     held_elsewhere = router is not None and "router" not in parts and next(router.parameters(), None) is not None
     if any(part.elsewhere for part in parts.values()) or (held_elsewhere and config.placement.routers == "per_model"):

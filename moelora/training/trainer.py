@@ -107,7 +107,11 @@ class MoeLoraTrainerMixin(_Base):
         self._signature_columns = [*kept, *(name for name in FACTS if name not in kept)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The trainer's optimizer, or the one that it was given, with `router_training`; see `Trainer`."""
+        """The trainer's optimizer, or the one that it was given, with `router_training`; see `Trainer`.
+
+        Raises:
+            ConfigError: If there is `router_training`, and the trainer was given a scheduler that was made before.
+        """
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.router_training is not None:
             if self.lr_scheduler is not None and router_rate(optimizer) is None:

@@ -18,6 +18,7 @@ from moelora.errors import ComposeError, ConfigError
 from tests.adapters import outputs
 from tests.compose.loras import TARGETS, three_loras, unlike_loras
 from tests.conftest import tiny_batch, tiny_model
+from tests.runs.tiny import tiny_tokenizer
 
 BANDS = {"sums": (5, 9), "words": (35, 39), "facts": (65, 69)}
 """Each task's prompts are of tokens of its own."""
@@ -121,6 +122,47 @@ def test_the_answer_does_not_move_the_choice(embedding: str, tmp_path: Path) -> 
     with torch.no_grad(), moelora.record_routing(model) as listener:
         model(input_ids=packed, position_ids=positions, labels=torch.cat([labels[0], labels[1]]).unsqueeze(0))
     assert chosen_ids(listener.records[0].routing).view(-1).tolist() == [0] * 37 + [1] * 37
+
+
+@pytest.mark.parametrize("kind", ["centroids", "glider"])
+@pytest.mark.parametrize("embedding", ["input", "hidden"])
+def test_the_last_turn_of_a_conversation_decides(kind: str, embedding: str, tmp_path: Path) -> None:
+    """What was asked before does not count, in a forward and in generation; a saved mixture remembers it."""
+    tokenizer = tiny_tokenizer()
+    opening = tokenizer.convert_tokens_to_ids("<|user|>")
+    router = {"kind": kind, "embedding": embedding, **({"unknown": False} if kind == "centroids" else {})}
+    router |= {"steps": 1} if kind == "glider" else {}
+    rows = examples()
+    loras = three_loras(tmp_path / "loras")
+    model = from_loras(tiny_model(), loras, router, examples=rows, tokenizer=tokenizer)
+    assert model.peft_config["default"].scores.turn_start == [opening]
+    assert model.peft_config["default"].experts.recipe["turn_start"] == [opening]
+    model.save_pretrained(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "saved"))
+    whole = from_loras(tiny_model(), loras, {**router, "turn_start": []}, examples=rows, tokenizer=tokenizer)
+    assert whole.peft_config["default"].scores.turn_start == []
+    fresh = prompts(examples(seed=2))[[0, 7, 13]]  # of sums, words, facts
+    start = torch.full((1, 1), opening)
+
+    def cosines(model: Any, ids: Tensor) -> Tensor:
+        """Of the sequence with each expert, as its last token has them."""
+        with torch.no_grad(), moelora.record_routing(model) as listener:
+            model.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=2)
+        found: list[Tensor] = [record.routing.logits_TE[-1] for record in listener.records]
+        return found[0] if kind == "centroids" else torch.stack(found).mean(0)
+
+    last = torch.cat([start[0], fresh[1]])
+    conversation = torch.cat([start[0], fresh[0].repeat(6), last])
+    alone, together, without = (
+        cosines(m, ids) for m, ids in [(model, last), (model, conversation), (whole, conversation)]
+    )
+    torch.testing.assert_close(cosines(loaded, conversation), together)
+    if kind == "centroids":
+        assert alone.argmax() == together.argmax() == 1
+        assert without.argmax() == 0, "the turn that has more tokens"
+        torch.testing.assert_close(together, alone)
+    else:
+        assert not torch.allclose(together, without)
 
 
 @pytest.mark.parametrize("words", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)

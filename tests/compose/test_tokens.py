@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from moelora.compose.tokens import batches, tokenize
+from moelora.compose.tokens import batches, tokenize, turn_start
 from moelora.errors import ComposeError
 from moelora.routing.prompts import prompt_of
-from tests.runs.tiny import tiny_tokenizer
+from tests.runs.tiny import TEMPLATE, tiny_tokenizer
 
 IDS = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
@@ -50,3 +50,34 @@ def test_rows_are_padded() -> None:
 def test_other_rows_are_refused(row: dict[str, Any]) -> None:
     with pytest.raises(ComposeError, match="row 2 has the columns .*; allowed: prompt"):
         tokenize([{"text": "a"}, row], IDS)
+
+
+SYSTEM_ONCE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + TEMPLATE
+TURNS_OF_WORDS = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+NO_OPENING = "{% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (TEMPLATE, "<|user|>"),
+        (SYSTEM_ONCE, "<|user|>"),
+        (TURNS_OF_WORDS, "user:"),  # the blank after it may be joined with what follows
+        (NO_OPENING, ""),
+        ("always the same", ""),
+        (None, ""),
+    ],
+)
+def test_what_opens_a_turn_is_read_off_the_template(template: str | None, opening: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert text_of(turn_start(tokenizer)) == opening
+
+
+def test_the_opening_is_found_in_each_turn_of_a_conversation() -> None:
+    opening = turn_start(IDS)
+    turns = [*CHAT, {"role": "user", "content": "user"}]
+    for head in ([], [{"role": "system", "content": "Be brief."}]):
+        ids = tokenize([{"prompt": [*head, *turns]}], IDS)[0]["input_ids"]
+        places = [i for i in range(len(ids)) if ids[i : i + len(opening)] == opening]
+        assert len(places) == 2

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from docs.site.picture import picture
 from moelora import MoeLoraConfig, presets
 from moelora.choices import AXES, kinds
 from moelora.runs.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("preset", presets.available())
@@ -137,6 +140,28 @@ def test_every_public_name_is_on_an_api_page() -> None:
         on_methods = set(presets.available()) if module == "moelora.presets" else set()
         for name in set(names) - on_methods:
             assert re.search(rf"^::: {re.escape(module)}\.({name}\.)?{name}$", page, flags=re.MULTILINE), name
+
+
+def test_every_name_that_the_site_imports_is_on_an_api_page() -> None:
+    shown = [
+        getattr(module, name)
+        for module in map(importlib.import_module, reference.API)
+        for name in [*reference.public_names(module), *(["available", "words"] if module is presets else [])]
+    ]
+    imports = re.compile(r"^ *from (moelora(?:\.\w+)*) import ([\w, ]+)", flags=re.MULTILINE)
+    found = [
+        (path.name, module, name)
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for module, names in imports.findall(path.read_text())
+        for name in names.replace(" ", "").split(",")
+    ]
+    assert len(found) > 20
+    missing = [
+        each
+        for each in found
+        if not any(getattr(importlib.import_module(each[1]), each[2]) is known for known in shown)
+    ]
+    assert not missing, missing
 
 
 def test_every_verb_is_on_the_page_of_commands() -> None:

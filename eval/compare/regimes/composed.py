@@ -70,7 +70,7 @@ class Composed(Regime):
         base = load_model(work.source)
         if self.router:
             examples = {task: tokenize(work.fit_rows[task], work.tokenizer) for task in loras}
-            model = from_loras(base, loras, self.router, examples=examples)
+            model = from_loras(base, loras, self.router, examples=examples, tokenizer=work.tokenizer)
             with new_folder(folder) as ready:
                 model.save_pretrained(str(ready))
             return

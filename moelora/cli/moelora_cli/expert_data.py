@@ -103,7 +103,8 @@ class ScoredData:
         if "task" in rows.column_names:
             rows = self._of_task(rows, file)
         limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
-        found = fit_centroid(self.base, self._batches(rows.select(range(limit))), scores.embedding)
+        batches = self._batches(rows.select(range(limit)))
+        found = fit_centroid(self.base, batches, scores.embedding, scores.turn_start)
         if found.shape[1] != scores.features:
             raise ComposeError(
                 f"{adapter!r} does not fit the base model {self.base.config._name_or_path!r}: its centroids have "

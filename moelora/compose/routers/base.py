@@ -73,6 +73,10 @@ class RouterRecipe(Choice):
         """
         raise NotImplementedError
 
+    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
+        """This recipe with what it takes from the base's tokenizer; itself, unless it reads the form of prompts."""
+        return self
+
     def chosen(
         self, base: Any, loras: Mapping[str, str], examples: Mapping[str, Sequence[Example]], check_base_name: bool
     ) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from moelora.choices import register
 from moelora.compose.routers.base import Composition, Example, RouterRecipe
-from moelora.compose.tokens import batches
+from moelora.compose.tokens import batches, turn_start
 from moelora.errors import ComposeError
 from moelora.progress import track
 from moelora.routing.prompts import prompt_of
 from moelora.routing.run import find_hooks
-from moelora.scores.centroids import CentroidScores, cosines
+from moelora.scores.centroids import CentroidScores, check_tokens, cosines
 from moelora.validation import check, check_bool, check_choice, is_real
 
 Embedding = Literal["hidden", "input"]
@@ -39,7 +39,7 @@ class Centroids(RouterRecipe):
 
     where `low` is the lowest cosine of a row of its own with the centroid of its other rows. The rule and its two
     numbers are ours; with 8 rows each of four reasoning tasks on SmolLM2-135M 159 of 160 fresh prompts passed, and
-    none of 24 prompts of other kinds did.
+    none of 24 prompts of other kinds did. Of a conversation the prompt is its last turn, see `turn_start`.
 
     Args:
         embedding: "hidden", the mean of the base's last hidden states over the prompt; or "input", of its input
@@ -47,6 +47,8 @@ class Centroids(RouterRecipe):
         unknown: Whether a prompt that is near to none stays with the base model. It needs two rows for each expert.
         slack: How far below `low` the threshold is, in distances of `low` from 1.
         least: The lowest threshold there is.
+        turn_start: Token ids that open a turn of the user, see `CentroidScores`. None takes those of the tokenizer's
+            chat template, where `from_loras` is given a tokenizer; `[]` looks at whole prompts.
     """
 
     kind: ClassVar[str] = "centroids"
@@ -57,17 +59,24 @@ class Centroids(RouterRecipe):
     unknown: bool = True
     slack: float = 2.0
     least: float = 0.65
+    turn_start: list[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("router.embedding", self.embedding, Embedding)
         check_bool("router.unknown", self.unknown)
         check(is_real(self.slack) and self.slack >= 0, "router.slack", self.slack, "a number of at least 0")
         check(is_real(self.least) and -1 <= self.least <= 1, "router.least", self.least, "a cosine, -1 to 1")
+        if self.turn_start is not None:
+            check_tokens("router.turn_start", self.turn_start)
+
+    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
+        """With the openings of turns in its chat template, unless they are set."""
+        return self if self.turn_start is not None else replace(self, turn_start=turn_start(tokenizer))
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Centroid scores, the nearest, one router for the model."""
         return {
-            "scores": {"kind": "centroids", **embedding_words(base, self.embedding)},
+            "scores": {"kind": "centroids", **embedding_words(base, self.embedding, self.turn_start)},
             "selection": {"kind": "nearest", "threshold": self.unknown},
             "placement": {"kind": "linear", "routers": "per_model"},
         }
@@ -99,12 +108,12 @@ class Centroids(RouterRecipe):
         return max(self.least, low - self.slack * (1 - low))
 
 
-def embedding_words(base: Any, embedding: Embedding) -> dict[str, Any]:
+def embedding_words(base: Any, embedding: Embedding, turn_start: list[int] | None) -> dict[str, Any]:
     """The words of `CentroidScores` for a base model."""
     features = base.get_input_embeddings().embedding_dim
     if embedding == "hidden":
         features = base.config.get_text_config().hidden_size
-    return {"features": features, "embedding": embedding}
+    return {"features": features, "embedding": embedding, "turn_start": turn_start or []}
 
 
 def write_centroids(composition: Composition) -> tuple[list[Tensor], Tensor]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition
+from moelora.compose.routers.base import Composition, RouterRecipe
 from moelora.compose.routers.centroids import Embedding, embedding_words, write_centroids
 from moelora.compose.routers.phatgoose import Phatgoose
+from moelora.compose.tokens import turn_start
 from moelora.routing.run import batch_facts
+from moelora.scores.centroids import check_tokens
 from moelora.validation import check, check_choice, is_real
 
 
@@ -33,21 +35,29 @@ class Glider(Phatgoose):
     Args:
         embedding: "hidden" or "input", see `Centroids`.
         alpha: Factor of the prompt's score; 0 is PHATGOOSE.
+        turn_start: Token ids that open a turn of the user, see `Centroids`.
     """
 
     kind: ClassVar[str] = "glider"
 
     embedding: Embedding = "hidden"
     alpha: float = 3.0
+    turn_start: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("router.embedding", self.embedding, Embedding)
         check(is_real(self.alpha) and self.alpha >= 0, "router.alpha", self.alpha, "a number of at least 0")
+        if self.turn_start is not None:
+            check_tokens("router.turn_start", self.turn_start)
+
+    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
+        """With the openings of turns in its chat template, unless they are set."""
+        return self if self.turn_start is not None else replace(self, turn_start=turn_start(tokenizer))
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Both scores, the top k of their sum."""
-        words = embedding_words(base, self.embedding)
+        words = embedding_words(base, self.embedding, self.turn_start)
         return {**super().axes(num_experts, base), "scores": {"kind": "glider", "alpha": self.alpha, **words}}
 
     def fit(self, composition: Composition) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             original(bench, cell)
 
         patch.setattr(Bench, "do", stop)
-        assert main([str(file), "--no-probe"]) == 130
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            assert main([str(file), "--no-probe"]) == 130
+        (folder / "shown.txt").write_text(shown.getvalue())
         partial = (folder / "results" / "README.md").read_text()
         (folder / "partial.md").write_text(partial)
         patch.setattr(Bench, "do", original)
@@ -50,6 +56,14 @@ def again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The YAML of that comparison, to be run again."""
     monkeypatch.setenv("MOELORA_DATA_DIR", str(finished / "rows"))
     return finished / "benchmark.yaml"
+
+
+def test_what_is_left_is_said_after_each_cell(finished: Path) -> None:
+    shown = (finished / "shown.txt").read_text()
+    left = re.findall(r"^Finished .*\n(?:.*\n)*?Left +(\d+) cells?, (.+)$", shown, flags=re.MULTILINE)
+    assert [int(count) for count, _ in left] == [7, 6, 5, 4, 3, 2]
+    assert left[-1][1] == "about 1 min"
+    assert shown.count("\nLeft ") == 7, "once before the first"
 
 
 def test_every_cell_leaves_a_result_with_its_receipt(finished: Path) -> None:
