@@ -68,7 +68,7 @@ def _router(recipe: Mapping[str, Any], known: set[str]) -> list[str]:
     facts = []
     if kind := recipe.get("kind"):
         words = sorted((name, value) for name, value in recipe.items() if name not in ("kind", "rows", "data"))
-        settings = ", ".join(code(f"{name}={value}") for name, value in words)
+        settings = ", ".join(code(f"{name}={value}") for name, value in words if value is not None)
         facts.append(f"router: {code(kind)}" + (f" with {settings}" if settings else ""))
     if recipe.get("rows"):
         total = sum(recipe["rows"].values())
