@@ -11,7 +11,6 @@ turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -76,10 +75,12 @@ def derive(
             "KV cache, so that the prompt is not known; allowed: `generate` of the PEFT model, a call without a cache, "
             "or `with moelora.batch_facts(instance_embedding=...)` around all calls of a sequence."
         )
+    once: list[Tensor] = []
 
-    @cache
     def hidden_BSD() -> Tensor:
-        return _last_hidden(module, inputs, base_pass)
+        if not once:
+            once.append(_last_hidden(module, inputs, base_pass))
+        return once[0]
 
     def embeddings_BSD() -> Tensor:
         if "inputs_embeds" in inputs:

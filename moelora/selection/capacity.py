@@ -49,9 +49,11 @@ def within_capacity(
         return position_TK <= capacity
     assert capacity_factor is not None
     # in whole numbers: not every device has float64, and float32 would round some capacities up
-    factor = max(Fraction(capacity_factor).limit_denominator(10_000), Fraction(1, 10_000))  # 0 would leave no room
-    unit = factor.denominator * num_experts
-    return position_TK <= (length_T1 * (factor.numerator * K) + (unit - 1)) // unit
+    rounded = Fraction(capacity_factor).limit_denominator(10_000)
+    # 0 would leave no room; `max` of fractions would break torch.compile's graph
+    numerator, denominator = (rounded.numerator, rounded.denominator) if rounded.numerator else (1, 10_000)
+    unit = denominator * num_experts
+    return position_TK <= (length_T1 * (numerator * K) + (unit - 1)) // unit
 
 
 def _places_in_rows(ids_TK: Tensor, takes_room_TK: Tensor, num_experts: int, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,12 @@ def test_views_and_allocations_are_no_launches() -> None:
     assert found.forward == 0
 
 
+@pytest.mark.parametrize("preset", ["sira", "mor1e", "smora", "mixlora_switch", "mixlora_dynamic"])
+def test_a_mixture_is_one_graph(preset: str) -> None:
+    """Of those with a capacity, with an embedding of the prompt, with a bias; `eval.speed --count` looks at all."""
+    assert graph_breaks(shapes.mixture(shapes.base("SmolLM2-135M", "cpu"), preset).forward(BLOCK, 1, 64)) == 0
+
+
 def test_graph_breaks_are_counted() -> None:
     x = torch.ones(3, requires_grad=True)
 
