@@ -268,11 +268,15 @@ def _make_model(
 ) -> Any:
     """The base model with the adapter of the tasks before, if there is one, and a new expert."""
     base = load_model(source)
-    centroid = _centroid(base, words, rows, tokenizer) if words.router == "centroids" else None
+    centroid = None
+    if words.router == "centroids":
+        # a key is of what the router looks at: an adapter of an earlier version looks at whole prompts
+        opening = turn_start(tokenizer) if before is None else read_stacked(before).config.scores.turn_start
+        centroid = _centroid(base, words, rows, tokenizer, opening)
     if before is None:
         if centroid is None:
             return new_adapter(base, first, adapter_dtype)
-        scores = replace(first.scores, features=centroid.shape[1], turn_start=turn_start(tokenizer))
+        scores = replace(first.scores, features=centroid.shape[1], turn_start=opening)
         model = new_adapter(base, replace(first, scores=scores), adapter_dtype)
         for layer in model.modules():
             for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
@@ -287,9 +291,9 @@ def _make_model(
         return load_adapter(base, str(made), is_trainable=True)
 
 
-def _centroid(base: Any, words: SequentialConfig, rows: Any, tokenizer: Any) -> Tensor:
+def _centroid(base: Any, words: SequentialConfig, rows: Any, tokenizer: Any, opening: list[int]) -> Tensor:
     """The mean embedding of the task's prompts."""
     if torch.accelerator.is_available():
         base = base.to(torch.accelerator.current_accelerator())
     examples = tokenize(rows.select(range(min(len(rows), CENTROID_ROWS))), tokenizer)
-    return fit_centroid(base, batches(examples, 8, base.device), words.embedding, turn_start(tokenizer)).cpu()
+    return fit_centroid(base, batches(examples, 8, base.device), words.embedding, opening).cpu()

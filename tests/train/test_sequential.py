@@ -19,7 +19,7 @@ from moelora.compose.tokens import batches, tokenize
 from moelora.runs.config import load_config, training_config
 from moelora.runs.data import load_rows
 from moelora.runs.models import load_adapter, load_tokenizer
-from tests.runs.tiny import write_run
+from tests.runs.tiny import tiny_tokenizer, write_run
 from tests.train.test_sft import StopAfter
 from train import sft
 from train.__main__ import main
@@ -104,6 +104,7 @@ def test_what_was_learnt_stays_bit_for_bit(tmp_path: Path, start: str) -> None:
     last = load_file(stage(folder, 3) / "adapter_model.safetensors")
     assert all(final[name].equal(tensor) for name, tensor in last.items())
     words = json.loads((folder / "run/adapter/adapter_config.json").read_text())
+    assert words["scores"]["turn_start"] == [tiny_tokenizer().convert_tokens_to_ids("<|user|>")]
     assert words["experts"]["names"] == TASKS
     assert words["experts"]["num_frozen"] == 2
     # each of the experts learnt something of its own
