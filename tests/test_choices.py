@@ -55,6 +55,7 @@ OTHER: dict[str, Any] = {
     "temperature": 0.7,
     "features": 12,
     "embedding": "input",
+    "turn_start": [3, 1],
     "threshold": True,
     "alpha": 2.5,
     "depth": 3,
