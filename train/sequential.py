@@ -268,12 +268,13 @@ def _make_model(
 ) -> Any:
     """The base model with the adapter of the tasks before, if there is one, and a new expert."""
     base = load_model(source)
+    old = None if before is None else read_stacked(before)
     centroid = None
     if words.router == "centroids":
         # a key is of what the router looks at: an adapter of an earlier version looks at whole prompts
-        opening = turn_start(tokenizer) if before is None else read_stacked(before).config.scores.turn_start
+        opening = turn_start(tokenizer) if old is None else old.config.scores.turn_start
         centroid = _centroid(base, words, rows, tokenizer, opening)
-    if before is None:
+    if before is None or old is None:  # both or neither
         if centroid is None:
             return new_adapter(base, first, adapter_dtype)
         scores = replace(first.scores, features=centroid.shape[1], turn_start=opening)
@@ -282,7 +283,7 @@ def _make_model(
             for router in layer.routers.values() if isinstance(layer, MoeLoraLayer) else ():
                 router.get_parameter("centroids").data.copy_(centroid)
         return model
-    start: str | int = words.start if words.start != "previous" else read_stacked(before).num_experts - 1
+    start: str | int = words.start if words.start != "previous" else old.num_experts - 1
     with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "adapter"
         add_experts(

@@ -131,7 +131,8 @@ def _run(options: argparse.Namespace) -> Path | None:
             if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
         ]
         if done and left:
-            say(f"Left      {len(left)} cell{'s' if len(left) > 1 else ''}, {plan.remaining(board, left)}")
+            time_left = plan.remaining(board, plan.Timing.of(board), left)
+            say(f"Left      {len(left)} cell{'s' if len(left) > 1 else ''}, {time_left}")
         ready = [cell for cell in left if not board.waits_for(cell)]
         # one at a time: what is finished meanwhile may let others begin, and choose their learning rates
         if not any(cell.id not in done and _do(bench, cell, done) for cell in ready):

@@ -164,12 +164,12 @@ def show(board: Board) -> None:
         parts = ", ".join(cell.id.removeprefix(f"{key}-") for cell in mine)
         say(f"          {key}: {parts}" + (f", about {minutes(seconds)}" if seconds else ""))
     if left:
-        say(f"Left      {remaining(board, left)}")
+        say(f"Left      {remaining(board, timing, left)}")
 
 
-def remaining(board: Board, cells: list[Cell]) -> str:
+def remaining(board: Board, timing: Timing, cells: list[Cell]) -> str:
     """How long some cells will take by what is measured, and of how many that is not known."""
-    seconds, unknown = _sum(board, Timing.of(board), cells)
+    seconds, unknown = _sum(board, timing, cells)
     known = f"about {_hours(seconds)}" if seconds else ""
     return ", and ".join(filter(None, (known, f"{unknown} cells that nothing is known of" if unknown else "")))
 
