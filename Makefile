@@ -64,7 +64,7 @@ $(VENV)/triton: Makefile
 	@touch $@
 
 test-triton: $(VENV)/dev.stamp $(VENV)/triton ## Run Triton's kernels on the CPU, by its interpreter (Linux)
-	@PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_linear.py
+	@PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_linear.py tests/ops/test_triton_feed_forward.py
 
 soak: $(VENV)/dev.stamp ## Kill training, saving, evaluation and the comparison at random moments; tests/RELIABILITY.md gets the table
 	@$(BIN)/python -W ignore -m tests.soak --output tests/RELIABILITY.md

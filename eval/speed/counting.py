@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moelora.ops import triton_linear
+from moelora.ops import triton_feed_forward, triton_linear
 
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "bincount"}
 """Operators whose result's value or size is needed on the host, which waits for the device then."""
@@ -57,11 +57,39 @@ def _factor_grads(
     return 2 * grad_TO[0] * inner_TM[1] * (x_TD[1] + grad_TO[1])
 
 
+def _hidden_products(*given: Any) -> tuple[int, int, int]:
+    """FLOPs of one product with the factors of all experts, and how many have them: linears before, and down."""
+    up_TF, _, _, _, up_b, gate_b, down_a, weights_TK, *_rest, is_fused = given
+    halves = 2 if is_fused else 1
+    E, R, _ = next((b[0], b[2], None) for b in (up_b, gate_b) if b) if up_b or gate_b else down_a
+    before = halves * (up_b is not None) + (gate_b is not None)
+    return 2 * math.prod(up_TF) // halves * weights_TK[1] * E * R, before, int(down_a is not None)
+
+
+def _hidden(*given: Any, **_: Any) -> int:
+    """FLOPs of the products of each choice with the factors of all experts."""
+    product, before, down = _hidden_products(*given)
+    return product * (before + down)
+
+
+def _hidden_token_grads(grad: Any, grad_inner: Any, *given: Any, **_: Any) -> int:
+    """FLOPs of making pre-activations again, and of the gradients of hidden units and inner activations."""
+    product, before, down = _hidden_products(*given)
+    return product * (2 * before + down)
+
+
+def _hidden_factor_grads(grad: Any, grad_inner: Any, *given: Any, **_: Any) -> int:
+    """FLOPs of making pre-activations and the gradient of hidden units again, and of the gradients of the factors."""
+    product, before, down = _hidden_products(*given)
+    return product * 2 * (before + down)
+
+
 _UNKNOWN_TO_TORCH = {
     torch.ops.aten.baddbmm_: _batched_product,
     torch.ops.moelora.mixture_linear: _linear,
     torch.ops.moelora.mixture_linear_token_grads: _token_grads,
     torch.ops.moelora.mixture_linear_factor_grads: _factor_grads,
+    **dict(zip(triton_feed_forward.OPERATORS, (_hidden, _hidden_token_grads, _hidden_factor_grads), strict=True)),
 }
 """Matrix products that torch's counter of FLOPs does not know."""
 

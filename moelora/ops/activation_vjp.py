@@ -21,11 +21,13 @@ class ActivationVjp:
         forward: `act(x)`, a new tensor.
         backward: Writes `grad * act'(x)` of (grad, x) into its third argument.
         vjp: The same as a new tensor, for code that is compiled; None where only autograd knows it.
+        name: What kernels call it that compute it themselves; None where only autograd knows it.
     """
 
     forward: Activation
     backward: Callable[[Tensor, Tensor, Tensor], Any]
     vjp: Callable[[Tensor, Tensor], Tensor] | None = None
+    name: str | None = None
 
 
 def _autograd_vjp(activation: Activation) -> ActivationVjp:
@@ -44,11 +46,13 @@ _SILU = ActivationVjp(
     nn.functional.silu,
     lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
     lambda grad, x: _aten.silu_backward(grad, x),
+    "silu",
 )
 _RELU = ActivationVjp(
     nn.functional.relu,
     lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
     lambda grad, x: _aten.threshold_backward(grad, x, 0),
+    "relu",
 )
 
 
@@ -58,6 +62,7 @@ def _gelu(approximate: str) -> ActivationVjp:
         lambda x: nn.functional.gelu(x, approximate=approximate),
         lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
         lambda grad, x: _aten.gelu_backward(grad, x, approximate=approximate),
+        "gelu" if approximate == "none" else "gelu_tanh",
     )
 
 

@@ -21,9 +21,11 @@ from moelora.ops.grouped_experts import grouped_experts
 from moelora.ops.masked_experts import masked_experts
 from moelora.ops.segment_kernels import EagerKernels
 from moelora.ops.segments import Segments
+from moelora.ops.triton_feed_forward import covers, triton_feed_forward
+from moelora.ops.triton_linear import is_exported
 from moelora.routing.decision import Routing
 
-Form = Literal["gathered", "segments", "compiled", "grouped", "masked"]
+Form = Literal["gathered", "segments", "compiled", "triton", "grouped", "masked"]
 
 GATHER_AT_MOST = 16
 """Choices up to which each one's own B and A2 are gathered: copying K small matrices beats everything else there."""
@@ -33,7 +35,12 @@ KEEP_AT_MOST = 2
 
 
 def choose_form(
-    num_tokens: int, routing: Routing, block: FrozenFeedForward, device: torch.device, compiled: bool = False
+    num_tokens: int,
+    routing: Routing,
+    block: FrozenFeedForward,
+    experts: FeedForwardExperts,
+    device: torch.device,
+    compiled: bool = False,
 ) -> Form:
     """How to compute a mixture of this shape.
 
@@ -41,17 +48,23 @@ def choose_form(
     - "segments": sorted by expert, in tiles that stay in cache, with a backward pass of its own. Training on the CPU.
       Its cost hardly grows with the number of experts.
     - "compiled": the same with its element-wise work compiled into single loops, where that is asked for.
+    - "triton": Triton's kernels, one launch between the frozen products. CUDA, where there is Triton and it covers the
+      shape (few ranks in all: its cost grows with E * R).
     - "grouped": grouped by expert in batches of one size, with a backward pass of its own that keeps nothing of an
-      expert; nothing is read back from the device. Accelerators.
+      expert; nothing is read back from the device. Accelerators otherwise.
     - "masked": the low-rank products of all experts, masked, in plain autograd: for `torch.compile`, `torch.export` and
       `torch.jit.trace`, whose graph must not depend on the routing of one batch, and for a block with a dropout of its
       own. Its cost grows with E * R.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_exported():
+        return "masked"
+    if num_tokens != 0 and not _is_few(num_tokens, routing) and covers(device, block, experts):
+        return "triton"
+    if torch.compiler.is_compiling():
         return "masked"
     if block.hidden_dropout is not None or num_tokens == 0:
         return "masked"
-    if routing.ids_TK is not None and num_tokens * routing.num_choices <= GATHER_AT_MOST:
+    if _is_few(num_tokens, routing):
         return "gathered"
     if device.type != "cpu":
         return "grouped"
@@ -60,6 +73,10 @@ def choose_form(
     if compiled and activation_vjp(block.activation).vjp is not None and compiler_works():
         return "compiled"
     return "segments"
+
+
+def _is_few(num_tokens: int, routing: Routing) -> bool:
+    return routing.ids_TK is not None and num_tokens * routing.num_choices <= GATHER_AT_MOST
 
 
 def mixture_feed_forward(
@@ -77,8 +94,9 @@ def mixture_feed_forward(
     the products are done per choice. The bias of `down` is scaled by the sum of the weights. Equal to
     `reference.mixture_feed_forward`.
 
-    With B = 0 and weights of sum one it is the frozen block, in half precision bit for bit; "compiled" may differ there
-    by one rounding (see `compiled_kernels`).
+    With B = 0 and weights of sum one it is the frozen block, in half precision bit for bit. There "compiled" may
+    differ by one rounding (see `compiled_kernels`), and so may "triton", whose exponential is not torch's to the last
+    bit.
 
     Args:
         x_TD: Tokens.
@@ -91,10 +109,10 @@ def mixture_feed_forward(
     Returns:
         y_TD in the dtype that the block's `down` gives.
     """
-    form = form or choose_form(x_TD.shape[0], routing, block, x_TD.device, compiled)
     up_TF = block.up(x_TD)
     gate_TF = block.gate(x_TD) if block.gate is not None else None
     experts = experts.in_compute_dtype(up_TF.device)
+    form = form or choose_form(x_TD.shape[0], routing, block, experts, x_TD.device, compiled)
     x_lora = x_TD if experts.dropout is None or form == "grouped" else experts.dropout(x_TD)
     if form in ("gathered", "grouped"):
         operation = gathered_experts if form == "gathered" else grouped_experts
@@ -104,8 +122,9 @@ def mixture_feed_forward(
             y_TD = y_TD + delta_TD.to(y_TD.dtype)
     else:
         up_inner, gate_inner = _inner(x_lora, experts.up), _inner(x_lora, experts.gate)
-        if form == "masked":
-            hidden_TF, inner_TER = masked_experts(up_TF, gate_TF, up_inner, gate_inner, routing, block, experts)
+        if form in ("masked", "triton"):
+            between = masked_experts if form == "masked" else triton_feed_forward
+            hidden_TF, inner_TER = between(up_TF, gate_TF, up_inner, gate_inner, routing, block, experts)
         else:
             hidden_TF, inner_TER = _segments(
                 up_TF, gate_TF, up_inner, gate_inner, routing, block, experts, form == "compiled"

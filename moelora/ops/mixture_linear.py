@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moelora.ops.factors import Factors
 from moelora.ops.recomputed_linear import recomputed_linear
 from moelora.ops.sparse_dropout import dropout
-from moelora.ops.triton_linear import covers, triton_linear
+from moelora.ops.triton_linear import covers, is_exported, triton_linear
 
 
 def mixture_linear(
@@ -44,7 +44,7 @@ def mixture_linear(
     """
     is_separate = separate and gates_TE is not None and factors.num_experts > 1
     if torch.is_grad_enabled() and not is_separate:
-        if covers(x_TD, factors) and not _is_exported():
+        if covers(x_TD, factors) and not is_exported():
             return triton_linear(x_TD, factors, gates_TE, base_TO, p)
         if x_TD.device.type != "cpu" and not _is_traced():
             return recomputed_linear(x_TD, factors, gates_TE, base_TO, p)
@@ -89,8 +89,3 @@ def _separately(x_TD: Tensor, factors: Factors, gates_TE: Tensor, base_TO: Tenso
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
-def _is_exported() -> bool:
-    """Whether a graph is recorded that has to run where moelora's operators are not."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Whether Triton's kernels give here what they should: they need a compiler of C, and were never run on a GPU.
 
-Shape suffixes: T tokens, D input features, O output features, E experts, R rank of one expert, M = E * R.
+Shape suffixes: T tokens, D input features, O output features, F inner features of a block, E experts, R rank of one
+expert, K choices of a token, M = E * R.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moelora.autocast import no_autocast
 
@@ -17,6 +19,9 @@ _WORKS = {"meta": True}
 
 _TOLERANCE = 1e-2
 """Relative, in fp16: a wrong index or a lost block is an error of order one."""
+
+_Results = dict[str, tuple[Tensor, Tensor]]
+"""What the kernels gave and what is right, by name."""
 
 
 @torch.compiler.assume_constant_result
@@ -42,18 +47,30 @@ def kernels_work(device: str) -> bool:
     return _WORKS[device]
 
 
-@torch.no_grad()
 def _difference(device: str) -> str | None:
     """Which result differs, on sizes that fill no block; no generator is touched, and nothing is kept for autograd."""
+    with no_autocast(torch.device(device)):
+        for results in (_linear(device), _feed_forward(device)):
+            for name, (found, right) in results.items():
+                error = float((found.float() - right).norm() / right.norm())
+                if not error < _TOLERANCE:
+                    return f"the {name} is off by {error:.1e}"
+    return None
+
+
+def _values(device: str, *shape: int) -> Tensor:
+    """Numbers that look random, different for each shape."""
+    number = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
+    return torch.sin(number * number + sum(shape)).view(shape).half()
+
+
+@torch.no_grad()
+def _linear(device: str) -> _Results:
+    """The kernels of a mixture on one linear."""
     T, D, O, E, R, scale = 37, 70, 45, 3, 5, 2.0
-
-    def values(*shape: int) -> Tensor:
-        """Numbers that look random, different for each shape."""
-        number = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
-        return torch.sin(number * number + sum(shape)).view(shape).half()
-
-    x, a, b, base, grad = values(T, D), values(E, R, D), values(E, O, R), values(T, O), values(T, O) / 2
-    gates = values(T, E).float()
+    shapes = (T, D), (E, R, D), (E, O, R), (T, O), (T, E)
+    x, a, b, base, gates = (_values(device, *shape) for shape in shapes)
+    gates, grad = gates.float(), base / 2
     seed = torch.zeros(1, dtype=torch.long, device=device)  # at p = 0 numbers are drawn and nothing is dropped
     ops = torch.ops.moelora
     y, inner = ops.mixture_linear(x, a, b, gates, base, seed, scale, 0.0)
@@ -62,20 +79,66 @@ def _difference(device: str) -> str | None:
     )
     sums = ops.mixture_linear_factor_grads(grad, x, gates, inner, grad_inner, seed, E, scale, 0.0)
     grad_a, grad_b = sums.float().sum(0).split([a.numel(), b.numel()])
-    with no_autocast(x.device):
-        x, a_MD, b_MO, grad = x.float(), a.float().flatten(0, 1), b.float().mT.flatten(0, 1), grad.float()
-        gate_TM = gates.repeat_interleave(R, 1)
-        inner_TM = x @ a_MD.t()
-        grad_TM = scale * grad @ b_MO.t()
-        expected = {
-            "output": (y, base + scale * (inner_TM * gate_TM) @ b_MO),
-            "gradient of the tokens": (grad_x, (grad_TM * gate_TM) @ a_MD),
-            "gradient of the gates": (grad_gates, (grad_TM * inner_TM).view(T, E, R).sum(-1)),
-            "gradient of A": (grad_a.view(E * R, D), (grad_TM * gate_TM).t() @ x),
-            "gradient of B": (grad_b.view(E, O, R).mT.flatten(0, 1), scale * (inner_TM * gate_TM).t() @ grad),
-        }
-        for name, (found, right) in expected.items():
-            error = float((found.float() - right).norm() / right.norm())
-            if not error < _TOLERANCE:
-                return f"the {name} is off by {error:.1e}"
-    return None
+    x, a_MD, b_MO, grad = x.float(), a.float().flatten(0, 1), b.float().mT.flatten(0, 1), grad.float()
+    gate_TM = gates.repeat_interleave(R, 1)
+    inner_TM = x @ a_MD.t()
+    grad_TM = scale * grad @ b_MO.t()
+    return {
+        "output": (y, base + scale * (inner_TM * gate_TM) @ b_MO),
+        "gradient of the tokens": (grad_x, (grad_TM * gate_TM) @ a_MD),
+        "gradient of the gates": (grad_gates, (grad_TM * inner_TM).view(T, E, R).sum(-1)),
+        "gradient of A": (grad_a.view(E * R, D), (grad_TM * gate_TM).t() @ x),
+        "gradient of B": (grad_b.view(E, O, R).mT.flatten(0, 1), scale * (inner_TM * gate_TM).t() @ grad),
+    }
+
+
+def _feed_forward(device: str) -> _Results:
+    """The kernels of a mixture on a gated block, whose gradients autograd gives for the right result."""
+    from moelora.ops.triton_feed_forward import OPERATORS
+
+    T, W, E, R, K, scales = 37, 70, 5, 3, 2, [1.5, 0.5, 2.0]
+    M = E * R
+    shapes = (T, W), (T, W + 1), (T, M), (T, M + 1), (E, W, R), (E + 1, W, R), (E, R, W), (T, K)
+    up, gate, up_inner, gate_inner, up_b, gate_b, down_a, weights = (_values(device, *shape) for shape in shapes)
+    given = (
+        up,
+        gate[:, :W].contiguous(),
+        up_inner,
+        gate_inner[:, :M].contiguous(),
+        up_b,
+        gate_b[:E].contiguous(),
+        down_a,
+        weights.float(),
+    )
+    t = torch.arange(T, device=device)
+    ids = torch.stack([t % E, (t + 1 + t % (E - 1)) % E], 1)  # two different ones of each token
+    seed = torch.zeros(1, dtype=torch.long, device=device)
+    mine = [tensor.clone().requires_grad_() for tensor in given]
+    right = [tensor.float().requires_grad_() for tensor in given]
+    with torch.enable_grad():
+        y, parts = OPERATORS[0](*mine, ids, seed, scales, 0.0, "silu", False)
+        inner = parts.float().sum(0)
+        expected = _right_hidden(right, ids, scales)
+        outputs = {"hidden units": (y, expected[0]), "inner activations on down": (inner, expected[1])}
+        upstream = _values(device, T, W + 2)[:, :W], _values(device, T, M + 2)[:, :M] / 2
+        grads = [
+            torch.autograd.grad(outputs_of, leaves, [g.to(y.dtype) for g, y in zip(upstream, outputs_of, strict=True)])
+            for outputs_of, leaves in (((y, inner), mine), (expected, right))
+        ]
+    names = ("up", "gate", "up's A x", "gate's A x", "up's B", "gate's B", "down's A", "the weights")
+    found = {f"gradient of {name}": pair for name, *pair in zip(names, *grads, strict=True)}
+    return {name: (one.detach(), other.detach()) for name, (one, other) in {**outputs, **found}.items()}
+
+
+def _right_hidden(tensors: list[Tensor], ids_TK: Tensor, scales: list[float]) -> tuple[Tensor, Tensor]:
+    """The hidden units and the inner activations on down, in plain products."""
+    up_TF, gate_TF, up_inner, gate_inner, up_b, gate_b, down_a, weights_TK = tensors
+    E, R = down_a.shape[:2]
+    y_TF, inner_TM = torch.zeros_like(up_TF), torch.zeros_like(up_inner)
+    for k in range(ids_TK.shape[1]):
+        own_TM = F.one_hot(ids_TK[:, k], E).repeat_interleave(R, 1)
+        a_TF = F.silu(gate_TF + scales[1] * (gate_inner * own_TM) @ gate_b.mT.flatten(0, 1))
+        a_TF = a_TF * (up_TF + scales[0] * (up_inner * own_TM) @ up_b.mT.flatten(0, 1)) * weights_TK[:, k : k + 1]
+        y_TF = y_TF + a_TF
+        inner_TM = inner_TM + scales[2] * own_TM * (a_TF @ down_a.flatten(0, 1).t())
+    return y_TF, inner_TM

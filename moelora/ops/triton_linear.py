@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = {"cuda"} if find_spec("triton") is not None and os.environ.get("MOELORA_TRITON") != "0" else set[str]()
 """The types of devices whose tensors these kernels compute; `MOELORA_TRITON=0` in the environment leaves none."""
 
-_PROGRAMS = 128
+PROGRAMS = 128
 """Programs that keep a large GPU busy, about one for each of its processors."""
 
 
@@ -42,6 +42,11 @@ def covers(x_TD: Tensor, factors: Factors) -> bool:
     device = x_TD.device.type
     fits = factors.num_experts == E and E * R <= MOST_RANKS and dtype in DTYPES
     return device in DEVICES and fits and kernels_work(device)
+
+
+def is_exported() -> bool:
+    """Whether a graph is recorded that has to run where moelora's operators are not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def triton_linear(
@@ -80,7 +85,8 @@ def _blocks(M: int) -> dict[str, int]:
     }
 
 
-def _parts(numerator: int, denominator: int) -> int:
+def parts(numerator: int, denominator: int) -> int:
+    """How many parts of at most `denominator` make up `numerator`."""
     return -(-numerator // denominator)
 
 
@@ -107,7 +113,7 @@ def _forward(
     (T, D), (E, O, R) = x.shape, b.shape
     blocks = _blocks(E * R)
     with torch.cuda.device_of(x):
-        forward[(_parts(T, blocks["BT"]),)](x, a, b, gates, base, seed, y, inner, T, D, O, E, R, scale, p, **blocks)
+        forward[(parts(T, blocks["BT"]),)](x, a, b, gates, base, seed, y, inner, T, D, O, E, R, scale, p, **blocks)
     return y, inner
 
 
@@ -146,7 +152,7 @@ def _token_grads(
     (E, R, D), (T, O) = a.shape, grad.shape
     blocks = _blocks(E * R)
     with torch.cuda.device_of(grad):
-        token_grads[(_parts(T, blocks["BT"]),)](
+        token_grads[(parts(T, blocks["BT"]),)](
             grad,
             a,
             b,
@@ -209,8 +215,8 @@ def _factor_grads(
     sums = _factor_grads_shape(grad, x, gates, inner, grad_inner, seed, num_experts, scale, p)
     (T, D), O, M = x.shape, grad.shape[1], inner.shape[1]
     blocks = _blocks(M)
-    tokens = _parts(T, len(sums) * blocks["BT"]) * blocks["BT"]
-    grid = (_parts(D, blocks["BX"]) + _parts(O, blocks["BX"]), len(sums))
+    tokens = parts(T, len(sums) * blocks["BT"]) * blocks["BT"]
+    grid = (parts(D, blocks["BX"]) + parts(O, blocks["BX"]), len(sums))
     R = M // num_experts
     with torch.cuda.device_of(grad):
         factor_grads[grid](
@@ -224,9 +230,9 @@ def _factor_grads_shape(grad: Tensor, x: Tensor, gates: Tensor | None, inner: Te
     (T, D), O, M = x.shape, grad.shape[1], inner.shape[1]
     blocks = _blocks(M)
     # by the sizes alone: the same sums in the same order on every device
-    wanted = _PROGRAMS // (_parts(D, blocks["BX"]) + _parts(O, blocks["BX"]))
-    parts = torch.sym_max(torch.sym_min(wanted, _parts(T, blocks["BT"])), 1)
-    return x.new_empty(parts, M * (D + O), dtype=x.dtype if parts == 1 else torch.float32)
+    wanted = PROGRAMS // (parts(D, blocks["BX"]) + parts(O, blocks["BX"]))
+    S = torch.sym_max(torch.sym_min(wanted, parts(T, blocks["BT"])), 1)
+    return x.new_empty(S, M * (D + O), dtype=x.dtype if S == 1 else torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

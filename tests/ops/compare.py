@@ -35,7 +35,7 @@ def gradients(function: Callable[[], Tensor], leaves: dict[str, Tensor], seed: i
     for leaf in leaves.values():
         leaf.grad = None
     output = function()
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.randn(output.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     output.backward(upstream.to(output))
     found = {"output": output.detach()}
     for name, leaf in leaves.items():

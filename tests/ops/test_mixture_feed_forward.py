@@ -441,6 +441,6 @@ def test_new_tensors_are_made_on_the_device_of_the_inputs(form: Form) -> None:
 )
 def test_forms_are_chosen_by_shape(K: int | None, T: int, device: str, form: Form) -> None:
     case = Case("gated", T=T, E=3, K=K)
-    assert choose_form(T, case.routing(), case.block(), torch.device(device)) == form
+    assert choose_form(T, case.routing(), case.block(), case.experts(), torch.device(device)) == form
     own = replace(case.block(), hidden_dropout=nn.Dropout(0.1))
-    assert choose_form(T, case.routing(), own, torch.device(device)) == "masked"
+    assert choose_form(T, case.routing(), own, case.experts(), torch.device(device)) == "masked"

@@ -20,6 +20,8 @@ from tests.adapters import adapted
 from tests.conftest import VOCAB, tiny_batch
 
 Rows = list[dict[str, Tensor]]
+# Held by the process, so that its runs leave nothing behind.
+_RUNS = tempfile.TemporaryDirectory(prefix="moelora-runs-")
 
 
 def rows_of(batch: dict[str, Tensor]) -> Rows:
@@ -62,7 +64,7 @@ def preference_rows(count: int = 4) -> Dataset:
 def arguments(cls: type[TrainingArguments] = TrainingArguments, **words: Any) -> TrainingArguments:
     """Training arguments for a short, quiet run on the CPU in the order of the rows, without clipping."""
     defaults: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(prefix="moelora-run-"),
+        "output_dir": tempfile.mkdtemp(dir=_RUNS.name),
         "use_cpu": True,
         "report_to": [],
         "disable_tqdm": True,

@@ -27,9 +27,40 @@ Embedding = Literal["hidden", "input"]
 _BATCH = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparesPrompts(RouterRecipe):
+    """Base of the recipes that compare the embedding of the whole prompt with the experts' centroids.
+
+    Args:
+        embedding: "hidden", the mean of the base's last hidden states over the prompt; or "input", of its input
+            embeddings, which needs no extra pass and tells apart less.
+        turn_start: Token ids that open a turn of the user, see `CentroidScores`. None takes those of the tokenizer's
+            chat template, where `from_loras` is given a tokenizer; `[]` looks at whole prompts.
+    """
+
+    embedding: Embedding = "hidden"
+    turn_start: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("router.embedding", self.embedding, Embedding)
+        if self.turn_start is not None:
+            check_tokens("router.turn_start", self.turn_start)
+
+    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
+        """With the openings of turns in its chat template, unless they are set."""
+        return self if self.turn_start is not None else replace(self, turn_start=turn_start(tokenizer))
+
+    def prompt_scores(self, base: Any) -> dict[str, Any]:
+        """The words of `CentroidScores` for a base model."""
+        features = base.get_input_embeddings().embedding_dim
+        if self.embedding == "hidden":
+            features = base.config.get_text_config().hidden_size
+        return {"features": features, "embedding": self.embedding, "turn_start": self.turn_start or []}
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
-class Centroids(RouterRecipe):
+class Centroids(ComparesPrompts):
     """The expert whose rows' prompts are nearest to the prompt at hand, or the base model if none is near.
 
     An expert's centroid is the mean embedding of its rows' prompts; a few rows are enough. With `unknown` an expert
@@ -41,42 +72,32 @@ class Centroids(RouterRecipe):
     numbers are ours; with 8 rows each of four reasoning tasks on SmolLM2-135M 159 of 160 fresh prompts passed, and
     none of 24 prompts of other kinds did. Of a conversation the prompt is its last turn, see `turn_start`.
 
+    The fields are those of `ComparesPrompts`, and:
+
     Args:
-        embedding: "hidden", the mean of the base's last hidden states over the prompt; or "input", of its input
-            embeddings, which needs no extra pass and tells apart less.
         unknown: Whether a prompt that is near to none stays with the base model. It needs two rows for each expert.
         slack: How far below `low` the threshold is, in distances of `low` from 1.
         least: The lowest threshold there is.
-        turn_start: Token ids that open a turn of the user, see `CentroidScores`. None takes those of the tokenizer's
-            chat template, where `from_loras` is given a tokenizer; `[]` looks at whole prompts.
     """
 
     kind: ClassVar[str] = "centroids"
     needs_examples: ClassVar[bool] = True
     reads_examples: ClassVar[bool] = True
 
-    embedding: Embedding = "hidden"
     unknown: bool = True
     slack: float = 2.0
     least: float = 0.65
-    turn_start: list[int] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("router.embedding", self.embedding, Embedding)
+        super().__post_init__()
         check_bool("router.unknown", self.unknown)
         check(is_real(self.slack) and self.slack >= 0, "router.slack", self.slack, "a number of at least 0")
         check(is_real(self.least) and -1 <= self.least <= 1, "router.least", self.least, "a cosine, -1 to 1")
-        if self.turn_start is not None:
-            check_tokens("router.turn_start", self.turn_start)
-
-    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
-        """With the openings of turns in its chat template, unless they are set."""
-        return self if self.turn_start is not None else replace(self, turn_start=turn_start(tokenizer))
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Centroid scores, the nearest, one router for the model."""
         return {
-            "scores": {"kind": "centroids", **embedding_words(base, self.embedding, self.turn_start)},
+            "scores": {"kind": "centroids", **self.prompt_scores(base)},
             "selection": {"kind": "nearest", "threshold": self.unknown},
             "placement": {"kind": "linear", "routers": "per_model"},
         }
@@ -106,14 +127,6 @@ class Centroids(RouterRecipe):
         own_N = torch.stack([cosines(h_ND[i : i + 1], others_ND[i : i + 1], center_1D)[0, 0] for i in range(count)])
         low = float(own_N.min())
         return max(self.least, low - self.slack * (1 - low))
-
-
-def embedding_words(base: Any, embedding: Embedding, turn_start: list[int] | None) -> dict[str, Any]:
-    """The words of `CentroidScores` for a base model."""
-    features = base.get_input_embeddings().embedding_dim
-    if embedding == "hidden":
-        features = base.config.get_text_config().hidden_size
-    return {"features": features, "embedding": embedding, "turn_start": turn_start or []}
 
 
 def write_centroids(composition: Composition) -> tuple[list[Tensor], Tensor]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from moelora.choices import register
-from moelora.compose.routers.base import Composition, RouterRecipe
-from moelora.compose.routers.centroids import Embedding, embedding_words, write_centroids
+from moelora.compose.routers.base import Composition
+from moelora.compose.routers.centroids import ComparesPrompts, write_centroids
 from moelora.compose.routers.phatgoose import Phatgoose
-from moelora.compose.tokens import turn_start
 from moelora.routing.run import batch_facts
-from moelora.scores.centroids import check_tokens
-from moelora.validation import check, check_choice, is_real
+from moelora.validation import check, is_real
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Glider(Phatgoose):
+class Glider(Phatgoose, ComparesPrompts):
     """GLIDER (arXiv 2410.07172): what the prompt as a whole is about counts beside what each token says.
 
         z_e = (PHATGOOSE's z_e of the token) + alpha * cos(h - c_0, c_e - c_0) of its prompt,  softmax over the top k
@@ -30,35 +28,25 @@ class Glider(Phatgoose):
     number for all prompts and sites; the two scores are added before the top k. A local score is some units wide and a
     cosine at most 1, hence an `alpha` above 1.
 
-    The fields are those of `Phatgoose`, whose training of the gates it uses as it is, and:
+    The fields are those of `Phatgoose`, whose training of the gates it uses as it is, of `ComparesPrompts`, and:
 
     Args:
-        embedding: "hidden" or "input", see `Centroids`.
         alpha: Factor of the prompt's score; 0 is PHATGOOSE.
-        turn_start: Token ids that open a turn of the user, see `Centroids`.
     """
 
     kind: ClassVar[str] = "glider"
 
-    embedding: Embedding = "hidden"
     alpha: float = 3.0
-    turn_start: list[int] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("router.embedding", self.embedding, Embedding)
+        Phatgoose.__post_init__(self)
+        ComparesPrompts.__post_init__(self)
         check(is_real(self.alpha) and self.alpha >= 0, "router.alpha", self.alpha, "a number of at least 0")
-        if self.turn_start is not None:
-            check_tokens("router.turn_start", self.turn_start)
-
-    def for_tokenizer(self, tokenizer: Any) -> RouterRecipe:
-        """With the openings of turns in its chat template, unless they are set."""
-        return self if self.turn_start is not None else replace(self, turn_start=turn_start(tokenizer))
 
     def axes(self, num_experts: int, base: Any) -> dict[str, Any]:
         """Both scores, the top k of their sum."""
-        words = embedding_words(base, self.embedding, self.turn_start)
-        return {**super().axes(num_experts, base), "scores": {"kind": "glider", "alpha": self.alpha, **words}}
+        words = {"kind": "glider", "alpha": self.alpha, **self.prompt_scores(base)}
+        return {**super().axes(num_experts, base), "scores": words}
 
     def fit(self, composition: Composition) -> None:
         """Train the gates, then write the centroids.
