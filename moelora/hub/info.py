@@ -12,7 +12,7 @@ from moelora.choices import Param
 from moelora.choices import Site as SiteOfChoices
 from moelora.config import MoeLoraConfig
 
-SiteKind = Literal["feed-forward mixture", "linear mixture", "plain LoRA", "own experts", "saved whole"]
+SiteKind = Literal["feed-forward mixture", "linear mixture", "plain LoRA", "plain DoRA", "own experts", "saved whole"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Site:
     Attributes:
         module: Their name in the base model, with `*` for the layer's number.
         kind: What sits there.
-        num_experts: Stored experts of each (1 for plain LoRA, 0 where a module is saved whole).
+        num_experts: Stored experts of each (1 without a mixture, 0 where a module is saved whole).
         roles: Which linears of a feed-forward block have experts.
         experts: What stands there; empty where a module is saved whole.
         layers: The layers' numbers.
@@ -127,7 +127,7 @@ class AdapterInfo:
         sites = []
         for (pattern, kind, num_experts, roles), members in groups.items():
             tensors = [tensor for module in members for tensor in modules[module]]
-            routed = kind != "plain LoRA"
+            routed = not kind.startswith("plain")
             trained = self._trained_names(num_experts, roles, routed)
             layers = {int(match[0]) for module in members if (match := re.search(r"(?<=\.)\d+(?=\.|$)", module))}
             site = Site(
@@ -163,7 +163,7 @@ class AdapterInfo:
             roles = _roles_of(stored, self.config)
             # without any B the number of experts is that of another tensor
             count = num_experts or max(tensor.shape[0] for tensor in tensors)
-            routed = kind != "plain LoRA" and self.config.placement.routes_any
+            routed = not kind.startswith("plain") and self.config.placement.routes_any
             # what sites share is stored where the first of them is
             pieces = self._declared(count, roles, routed)
             declared = {piece.name for piece in pieces if not piece.shared or piece.name not in held}
@@ -242,4 +242,6 @@ def _kind_of(tensors: list[TensorHeader], config: MoeLoraConfig) -> tuple[SiteKi
     if roles:
         return "feed-forward mixture", num_experts, roles
     routed = num_experts > 1 or any(part.startswith("router.") for part in parts)
-    return ("linear mixture" if routed else "plain LoRA"), num_experts, ()
+    if routed:
+        return "linear mixture", num_experts, ()
+    return ("plain DoRA" if config.experts.kind == "dora" else "plain LoRA"), num_experts, ()

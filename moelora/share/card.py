@@ -166,7 +166,7 @@ def _introduction(info: AdapterInfo, base_model: str | None) -> str:
     what = f"a {code(config.preset)} adapter" if config.preset else "an adapter"
     if getattr(config.experts, "names", []):
         what = "a composition of LoRAs that were trained apart"
-    kind = "routed mixtures of LoRA experts" if info.is_routed else "plain LoRA"
+    kind = "routed mixtures of LoRA experts" if info.is_routed else config.experts.site_phrase(1, routed=False)
     on = f" for [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     return (
         f"This is {what}{on}: {kind} in a frozen base model, made with `moelora`, a plug-in for PEFT. "
