@@ -61,7 +61,10 @@ def _hidden_products(*given: Any) -> tuple[int, int, int]:
     """FLOPs of one product with the factors of all experts, and how many have them: linears before, and down."""
     up_TF, _, _, _, up_b, gate_b, down_a, weights_TK, *_rest, is_fused = given
     halves = 2 if is_fused else 1
-    E, R, _ = next((b[0], b[2], None) for b in (up_b, gate_b) if b) if up_b or gate_b else down_a
+    if down_a is not None:
+        E, R, _ = down_a
+    else:
+        E, _, R = up_b or gate_b
     before = halves * (up_b is not None) + (gate_b is not None)
     return 2 * math.prod(up_TF) // halves * weights_TK[1] * E * R, before, int(down_a is not None)
 

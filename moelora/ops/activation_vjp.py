@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -56,7 +55,6 @@ _RELU = ActivationVjp(
 )
 
 
-@cache
 def _gelu(approximate: str) -> ActivationVjp:
     return ActivationVjp(
         lambda x: nn.functional.gelu(x, approximate=approximate),
@@ -66,12 +64,15 @@ def _gelu(approximate: str) -> ActivationVjp:
     )
 
 
+# Made once: a cached function would be seen by torch.compile.
+_GELU = {approximate: _gelu(approximate) for approximate in ("none", "tanh")}
+
 _KNOWN: dict[str, ActivationVjp] = {
     "SiLU": _SILU,
     "SiLUActivation": _SILU,
     "ReLU": _RELU,
-    "GELUTanh": _gelu("tanh"),
-    "PytorchGELUTanh": _gelu("tanh"),
+    "GELUTanh": _GELU["tanh"],
+    "PytorchGELUTanh": _GELU["tanh"],
 }
 
 
@@ -82,7 +83,7 @@ def activation_vjp(activation: Any) -> ActivationVjp:
         activation: An element-wise activation without parameters.
     """
     if isinstance(activation, nn.GELU):
-        return _gelu(activation.approximate)
+        return _GELU[activation.approximate]
     name = type(activation).__name__
     origin = type(activation).__module__
     if name in _KNOWN and (origin.startswith("torch.nn") or origin == "transformers.activations"):

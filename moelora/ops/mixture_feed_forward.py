@@ -35,21 +35,20 @@ KEEP_AT_MOST = 2
 
 
 def choose_form(
-    num_tokens: int,
+    x_TD: Tensor,
     routing: Routing,
     block: FrozenFeedForward,
     experts: FeedForwardExperts,
-    device: torch.device,
     compiled: bool = False,
 ) -> Form:
-    """How to compute a mixture of this shape.
+    """How to compute a mixture of this shape; the experts are in their compute dtype.
 
     - "gathered": a handful of choices (decoding): gather each choice's own matrices.
     - "segments": sorted by expert, in tiles that stay in cache, with a backward pass of its own. Training on the CPU.
       Its cost hardly grows with the number of experts.
     - "compiled": the same with its element-wise work compiled into single loops, where that is asked for.
     - "triton": Triton's kernels, one launch between the frozen products. CUDA, where there is Triton and it covers the
-      shape (few ranks in all: its cost grows with E * R).
+      shape (few ranks in all: its cost grows with K * E * R).
     - "grouped": grouped by expert in batches of one size, with a backward pass of its own that keeps nothing of an
       expert; nothing is read back from the device. Accelerators otherwise.
     - "masked": the low-rank products of all experts, masked, in plain autograd: for `torch.compile`, `torch.export` and
@@ -58,7 +57,8 @@ def choose_form(
     """
     if is_exported():
         return "masked"
-    if num_tokens != 0 and not _is_few(num_tokens, routing) and covers(device, block, experts):
+    num_tokens = x_TD.shape[0]
+    if num_tokens != 0 and not _is_few(num_tokens, routing) and covers(x_TD, block, experts):
         return "triton"
     if torch.compiler.is_compiling():
         return "masked"
@@ -66,7 +66,7 @@ def choose_form(
         return "masked"
     if _is_few(num_tokens, routing):
         return "gathered"
-    if device.type != "cpu":
+    if x_TD.device.type != "cpu":
         return "grouped"
     if routing.ids_TK is None:
         return "masked"
@@ -112,7 +112,7 @@ def mixture_feed_forward(
     up_TF = block.up(x_TD)
     gate_TF = block.gate(x_TD) if block.gate is not None else None
     experts = experts.in_compute_dtype(up_TF.device)
-    form = form or choose_form(x_TD.shape[0], routing, block, experts, x_TD.device, compiled)
+    form = form or choose_form(x_TD, routing, block, experts, compiled)
     x_lora = x_TD if experts.dropout is None or form == "grouped" else experts.dropout(x_TD)
     if form in ("gathered", "grouped"):
         operation = gathered_experts if form == "gathered" else grouped_experts

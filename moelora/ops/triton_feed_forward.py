@@ -1,7 +1,9 @@
-"""A mixture of feed-forward experts by Triton's kernels: one launch between the frozen products, two to four backward.
+"""A mixture of feed-forward experts by Triton's kernels: one launch between the frozen products, and two backward.
 
-See `triton_feed_forward_kernels` for how. Beside the outputs of the frozen linears and the inner activations of up and
-gate nothing is kept for the backward pass, and no shape depends on the routing. The operators are torch's own kind, so
+See `triton_feed_forward_kernels` for how. With few tokens the inner features are split among more programs, and with
+many the tokens in the sums of the factors' gradients; each is a launch more. Beside the outputs of the frozen linears
+and the inner activations of up and gate nothing is kept for the backward pass, and no shape depends on the routing. The
+operators are torch's own kind, so
 that `torch.compile` takes them into its graph, and they have shapes without Triton too.
 
 Shape suffixes: T tokens, F inner features, E experts, R rank of one expert, K choices of a token, M = E * R, S parts of
@@ -20,30 +22,39 @@ from moelora.ops.activation_vjp import activation_vjp
 from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
 from moelora.ops.triton_check import kernels_work
+from moelora.ops.triton_linear import PROGRAMS, ceil_div
 from moelora.routing.decision import Routing
 
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 """Those that the kernels know, by `ActivationVjp.name`."""
 
 
-def covers(device: torch.device, block: FrozenFeedForward, experts: FeedForwardExperts) -> bool:
-    """Whether the kernels compute this: a known activation, experts of one rank, few ranks in all, a known dtype.
+MOST_RANKS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
+"""E * R up to which each choice meets the factors of all experts, by their dtype; fp32 has no fast products."""
 
-    At the first such call of a process they are checked.
+
+def covers(x_TD: Tensor, block: FrozenFeedForward, experts: FeedForwardExperts) -> bool:
+    """Whether the kernels compute this: a known activation, experts of one rank, few ranks in all, known dtypes.
+
+    At the first such call of a process for a dtype they are checked.
     """
-    if device.type not in triton_linear.DEVICES or block.hidden_dropout is not None:
+    device = x_TD.device.type
+    if device not in triton_linear.DEVICES or block.hidden_dropout is not None:
         return False
-    found = _present(experts)
-    sizes = {(factors.num_experts, factors.b_EOR.shape[2]) for factors in found}
-    if len(sizes) != 1 or activation_vjp(block.activation).name not in ACTIVATIONS:
+    kinds = {(*_sizes(factors), factors.b_EOR.dtype) for factors in _present(experts)}
+    if len(kinds) != 1 or x_TD.dtype not in MOST_RANKS or activation_vjp(block.activation).name not in ACTIVATIONS:
         return False
-    ((E, R),) = sizes
-    known = all(part.dtype in triton_linear.DTYPES for factors in found for part in (factors.a_ERD, factors.b_EOR))
-    return E * R <= triton_linear.MOST_RANKS and known and kernels_work(device.type)
+    ((num_experts, rank, dtype),) = kinds
+    return num_experts * rank <= MOST_RANKS.get(dtype, 0) and kernels_work(device, dtype)
 
 
 def _present(experts: FeedForwardExperts) -> list[Factors]:
     return [factors for factors in (experts.up, experts.gate, experts.down) if factors is not None]
+
+
+def _sizes(factors: Factors) -> tuple[int, int]:
+    """E and R."""
+    return factors.num_experts, factors.b_EOR.shape[2]
 
 
 def triton_feed_forward(
@@ -60,8 +71,8 @@ def triton_feed_forward(
     LoRA dropout in front of the experts' A on down is a function of a seed, which the device's generator draws, and of
     each element's place.
     """
-    E, R = _present(experts)[0].num_experts, _present(experts)[0].b_EOR.shape[2]
-    T = len(up_TF)
+    E, R = _sizes(_present(experts)[0])
+    T = up_TF.shape[0]
     ids_TK = routing.ids_TK
     if ids_TK is None:
         ids_TK = torch.arange(E, device=up_TF.device).expand(T, E)
@@ -93,7 +104,7 @@ def triton_feed_forward(
     )
     if down is None:
         return hidden_TF, None
-    inner_TM = parts_STM[0] if len(parts_STM) == 1 else parts_STM.sum(0).to(down.a_ERD.dtype)
+    inner_TM = parts_STM[0] if parts_STM.shape[0] == 1 else parts_STM.sum(0).to(down.a_ERD.dtype)
     return hidden_TF, inner_TM.view(T, E, R)
 
 
@@ -143,7 +154,7 @@ class _Given(NamedTuple):
                 gate_inner, (gate_b, up_b) = up_inner, up_b.chunk(2, 1)
         return up, gate, up_inner, gate_inner, up_b, gate_b, down_a, weights, ids, seed
 
-    def numbers(self) -> tuple[float, ...]:
+    def scalars(self) -> tuple[float, ...]:
         """What follows the tensors: sizes, strides, scales."""
         T, F, E, R, K = self.sizes
         up_scale, gate_scale, down_scale = self.scales
@@ -163,12 +174,11 @@ def _blocks(M: int) -> dict[str, int]:
     }
 
 
-def _parts(given: _Given) -> int:
+def _splits(given: _Given) -> int:
     """Parts of the inner features, of which each has programs of its own; by the sizes alone."""
     T, F, *_ = given.sizes
-    tiles = triton_linear.parts(T, given.blocks["BT"])
-    wanted = triton_linear.PROGRAMS // torch.sym_max(tiles, 1)
-    return torch.sym_max(torch.sym_min(wanted, triton_linear.parts(F, given.blocks["BX"])), 1)
+    wanted = ceil_div(PROGRAMS, torch.sym_max(ceil_div(T, given.blocks["BT"]), 1))
+    return torch.sym_max(torch.sym_min(wanted, ceil_div(F, given.blocks["BX"])), 1)
 
 
 _GIVEN = (
@@ -178,31 +188,31 @@ _GIVEN = (
 
 
 @torch.library.custom_op("moelora::mixture_hidden", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor)")
-def _hidden(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`sum_k w_k a_k` [T, F], and `scale * w_k A_k a_k` for each part of the inner features, [S, T, M]."""
-    from moelora.ops.triton_feed_forward_kernels import hidden
+    from moelora.ops.triton_feed_forward_kernels import forward
 
     given = _Given(*arguments)
-    y, inner = _hidden_shapes(*arguments)
-    (T, F, *_), S, blocks = given.sizes, _parts(given), given.blocks
+    y, inner = _forward_shapes(*arguments)
+    (T, F, *_), S, blocks = given.sizes, _splits(given), given.blocks
     features = _features(F, S, blocks)
     with torch.cuda.device_of(y):
-        hidden[(triton_linear.parts(T, blocks["BT"]), S)](
-            *given.tensors(), y, inner, *given.numbers(), features, given.activation, **blocks
+        forward[(ceil_div(T, blocks["BT"]), S)](
+            *given.tensors(), y, inner, *given.scalars(), features, given.activation, **blocks
         )
     return y, inner
 
 
 def _features(F: int, S: int, blocks: dict[str, int]) -> int:
     """The inner features of a part, whole blocks of them."""
-    return triton_linear.parts(F, S * blocks["BX"]) * blocks["BX"]
+    return ceil_div(F, S * blocks["BX"]) * blocks["BX"]
 
 
-@_hidden.register_fake
-def _hidden_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+@_forward.register_fake
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = _Given(*arguments)
     T, F, E, R, _ = given.sizes
-    y, S = given.up.new_empty(T, F), _parts(given)
+    y, S = given.up.new_empty(T, F), _splits(given)
     if given.down_a is None:
         return y, y.new_empty(0)
     return y, y.new_empty(S, T, E * R, dtype=given.down_a.dtype if S == 1 else torch.float32)
@@ -215,22 +225,22 @@ def _hidden_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
 )
 def _token_grads(grad: Tensor, grad_inner: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up side by side; of inner activations and weights for each part, [S, T, 2M + K]."""
-    from moelora.ops.triton_feed_forward_kernels import hidden_token_grads
+    from moelora.ops.triton_feed_forward_kernels import token_grads
 
     given = _Given(*arguments)
     grad_before, sums = _token_grads_shapes(grad, grad_inner, *arguments)
-    (T, F, _, _, K), S, blocks = given.sizes, _parts(given), given.blocks
+    (T, F, _, _, K), S, blocks = given.sizes, _splits(given), given.blocks
     is_gated = grad_before.shape[1] > F
     grad_gate, grad_up = grad_before.chunk(2, 1) if is_gated else (None, grad_before)
     with torch.cuda.device_of(grad):
-        hidden_token_grads[(triton_linear.parts(T, blocks["BT"]), S)](
+        token_grads[(ceil_div(T, blocks["BT"]), S)](
             grad,
             grad_inner,
             *given.tensors(),
             grad_up,
             grad_gate,
             sums,
-            *given.numbers(),
+            *given.scalars(),
             _features(F, S, blocks),
             grad_before.shape[1],
             given.activation,
@@ -246,7 +256,7 @@ def _token_grads_shapes(grad: Tensor, grad_inner: Tensor | None, *arguments: Any
     T, F, E, R, K = given.sizes
     is_gated = given.fused or given.gate is not None
     before = given.up.new_empty(T, 2 * F if is_gated else F)
-    return before, before.new_empty(_parts(given), T, 2 * E * R + K, dtype=torch.float32)
+    return before, before.new_empty(_splits(given), T, 2 * E * R + K, dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -256,24 +266,24 @@ def _token_grads_shapes(grad: Tensor, grad_inner: Tensor | None, *arguments: Any
 )
 def _factor_grads(grad: Tensor, grad_inner: Tensor | None, *arguments: Any) -> Tensor:
     """The gradients of up's B, gate's B and down's A, one behind the other, for each part of the tokens: [S, ...]."""
-    from moelora.ops.triton_feed_forward_kernels import hidden_factor_grads
+    from moelora.ops.triton_feed_forward_kernels import factor_grads
 
     given = _Given(*arguments)
     sums = _factor_grads_shape(grad, grad_inner, *arguments)
     (T, F, *_), blocks = given.sizes, given.blocks
-    tokens = triton_linear.parts(T, len(sums) * blocks["BT"]) * blocks["BT"]
+    tokens = ceil_div(T, len(sums) * blocks["BT"]) * blocks["BT"]
     up, gate, down = (None if part is None else part[0] for part in _factors(given, sums))
     if given.fused and up is not None:
         gate, up = up.chunk(2, 1)
     with torch.cuda.device_of(grad):
-        hidden_factor_grads[(triton_linear.parts(F, blocks["BX"]), len(sums))](
+        factor_grads[(ceil_div(F, blocks["BX"]), len(sums))](
             grad,
             grad_inner,
             *given.tensors(),
             up,
             gate,
             down,
-            *given.numbers(),
+            *given.scalars(),
             tokens,
             sums.shape[1],
             given.activation,
@@ -302,8 +312,8 @@ def _factor_grads_shape(grad: Tensor, grad_inner: Tensor | None, *arguments: Any
     blocks = given.blocks
     factors = [factor for factor in (given.up_b, given.gate_b, given.down_a) if factor is not None]
     # by the sizes alone: the same sums in the same order on every device
-    wanted = triton_linear.PROGRAMS // triton_linear.parts(F, blocks["BX"])
-    S = torch.sym_max(torch.sym_min(wanted, triton_linear.parts(T, blocks["BT"])), 1)
+    wanted = PROGRAMS // ceil_div(F, blocks["BX"])
+    S = torch.sym_max(torch.sym_min(wanted, ceil_div(T, blocks["BT"])), 1)
     dtype = factors[0].dtype if S == 1 else torch.float32
     return grad.new_empty(S, sum(factor.numel() for factor in factors), dtype=dtype)
 
@@ -322,13 +332,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_parts: Tensor | None) -> tuple
         grad = given.up.new_zeros(T, F)
     if given.down_a is not None:
         # each part has the same gradient, that of their sum
-        some = given.weights.new_zeros(1, T, M) if grad_parts is None else grad_parts
-        grad_inner = some[0].to(given.down_a.dtype).contiguous()
+        grad_STM = given.weights.new_zeros(1, T, M) if grad_parts is None else grad_parts
+        grad_inner = grad_STM[0].to(given.down_a.dtype).contiguous()
     else:
         grad_inner = None
     tensors = (grad.to(given.up.dtype).contiguous(), grad_inner, *given)
     before, sums = torch.ops.moelora.mixture_hidden_token_grads(*tensors)
-    total = sums[0] if len(sums) == 1 else sums.sum(0)
+    total = sums[0] if sums.shape[0] == 1 else sums.sum(0)
     grad_up, grad_gate = before, None
     if given.gate is not None:
         grad_gate, grad_up = before.chunk(2, 1)
@@ -345,16 +355,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_parts: Tensor | None) -> tuple
     factor_grads: list[Tensor | None] = [None, None, None]
     if any(ctx.needs_input_grad[4:7]):
         parts = torch.ops.moelora.mixture_hidden_factor_grads(*tensors)
-        summed = parts if len(parts) == 1 else parts.sum(0, keepdim=True)
-        factors = (given.up_b, given.gate_b, given.down_a)
-        for i, part in enumerate(_factors(given, summed)):
-            factor = factors[i]
-            if part is not None and factor is not None:
-                factor_grads[i] = part[0].to(factor.dtype)
+        summed = parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True)
+        dtype = next(each.dtype for each in (given.up_b, given.gate_b, given.down_a) if each is not None)
+        factor_grads = [None if part is None else part[0].to(dtype) for part in _factors(given, summed)]
     return grad_up, grad_gate, *grad_inners, *factor_grads, total[:, 2 * M :], *(None,) * 6
 
 
-_hidden.register_autograd(_backward, setup_context=_keep)
+_forward.register_autograd(_backward, setup_context=_keep)
 
 OPERATORS = (
     torch.ops.moelora.mixture_hidden,

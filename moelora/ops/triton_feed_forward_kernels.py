@@ -6,7 +6,7 @@ A program has a tile of tokens and a block of inner features, and goes through e
 the ranks of the chosen expert are what a mask leaves of all experts' ranks, so that one product with all factors serves
 tokens of any experts. The outputs of the frozen linears are read once, however many experts a token has, and nothing
 of an expert is written. Sums are fp32; what the frozen block would round (its activation, and the product with up) is
-rounded. Tensors are contiguous but for the rows of up and gate, and for the experts of their B.
+rounded. Tensors are contiguous but for the rows of up, gate and their gradients, and for the experts of their B.
 
 Shape suffixes: T tokens, F inner features, E experts, R rank of one expert, K choices of a token, M = E * R, X a block
 of F. Sizes of blocks are BT, BM, BX, BK, powers of two.
@@ -25,7 +25,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     elif ACTIVATION == "relu":
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x <= 0.0, 0.0, x)  # lets NaN pass, as torch does
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
@@ -41,7 +41,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == "relu":
-        y = tl.where(x > 0.0, 1.0, 0.0)
+        y = tl.where(x <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
@@ -132,7 +132,7 @@ def _to_factor(sum_MX, inner_TM, is_own_TM, grad_TX):
 
 
 @triton.jit
-def hidden(
+def forward(
     up,
     gate,
     up_inner,
@@ -150,8 +150,8 @@ def hidden(
     E,
     R,
     K,
-    row,
-    expert,
+    row_stride,
+    expert_stride,
     up_scale,
     gate_scale,
     down_scale,
@@ -162,7 +162,7 @@ def hidden(
     BM: tl.constexpr,
     BX: tl.constexpr,
 ):
-    """`sum_k w_k a_k`, and for each part of `features` inner features `scale * w_k A_k dropout(a_k)`.
+    """`sum_k w_k a_k`, and for each part of `features` inner features, by expert, `scale * w_k A_k dropout(a_k)`.
 
     Grid: tiles of tokens, parts.
     """
@@ -181,16 +181,16 @@ def hidden(
     sum_TM = tl.zeros([BT, BM], tl.float32)
     for first in range(part * features, last, BX):
         f = first + tl.arange(0, BX)
-        base_up_TX = _block(up, row, t, f, T, last).to(tl.float32)
+        base_up_TX = _block(up, row_stride, t, f, T, last).to(tl.float32)
         base_gate_TX = None
         if gate is not None:
-            base_gate_TX = _block(gate, row, t, f, T, last).to(tl.float32)
+            base_gate_TX = _block(gate, row_stride, t, f, T, last).to(tl.float32)
         up_b_MX = None
         if up_b is not None:
-            up_b_MX = _factors_MX(up_b, m, f, expert, last, E, R)
+            up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
         gate_b_MX = None
         if gate_b is not None:
-            gate_b_MX = _factors_MX(gate_b, m, f, expert, last, E, R)
+            gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
         a_MX = None
         if down_a is not None:
             a_MX = _block(down_a, F, m, f, M, last)
@@ -217,7 +217,7 @@ def hidden(
 
 
 @triton.jit
-def hidden_token_grads(
+def token_grads(
     grad,
     grad_inner,
     up,
@@ -238,14 +238,14 @@ def hidden_token_grads(
     E,
     R,
     K,
-    row,
-    expert,
+    row_stride,
+    expert_stride,
     up_scale,
     gate_scale,
     down_scale,
     p,
     features,
-    grad_row,
+    grad_row_stride,
     ACTIVATION: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
@@ -278,16 +278,16 @@ def hidden_token_grads(
     for first in range(part * features, last, BX):
         f = first + tl.arange(0, BX)
         grad_TX = _block(grad, F, t, f, T, last).to(tl.float32)
-        base_up_TX = _block(up, row, t, f, T, last).to(tl.float32)
+        base_up_TX = _block(up, row_stride, t, f, T, last).to(tl.float32)
         base_gate_TX = None
         if gate is not None:
-            base_gate_TX = _block(gate, row, t, f, T, last).to(tl.float32)
+            base_gate_TX = _block(gate, row_stride, t, f, T, last).to(tl.float32)
         up_b_MX = None
         if up_b is not None:
-            up_b_MX = _factors_MX(up_b, m, f, expert, last, E, R)
+            up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
         gate_b_MX = None
         if gate_b is not None:
-            gate_b_MX = _factors_MX(gate_b, m, f, expert, last, E, R)
+            gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
         a_MX = None
         if down_a is not None:
             a_MX = _block(down_a, F, m, f, M, last)
@@ -309,7 +309,7 @@ def hidden_token_grads(
             if gate_b is not None:
                 sum_gate_TM = _to_inner(sum_gate_TM, new_gate_TX, gate_b_MX, is_own_TM)
             sum_TK += tl.where((k == j)[None, :], tl.sum(grad_a_TX * a_TX, 1)[:, None], 0.0)
-        at = t.to(tl.int64)[:, None] * grad_row + f[None, :]
+        at = t.to(tl.int64)[:, None] * grad_row_stride + f[None, :]
         mask = (t < T)[:, None] & (f < last)[None, :]
         tl.store(grad_up + at, grad_up_TX.to(dtype), mask=mask)
         if gate is not None:
@@ -322,7 +322,7 @@ def hidden_token_grads(
 
 
 @triton.jit
-def hidden_factor_grads(
+def factor_grads(
     grad,
     grad_inner,
     up,
@@ -343,14 +343,14 @@ def hidden_factor_grads(
     E,
     R,
     K,
-    row,
-    expert,
+    row_stride,
+    expert_stride,
     up_scale,
     gate_scale,
     down_scale,
     p,
     tokens,
-    numbers,
+    part_stride,
     ACTIVATION: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
@@ -358,7 +358,7 @@ def hidden_factor_grads(
 ):
     """The gradients of up's and gate's B and of down's A. Grid: blocks of inner features, parts of `tokens` tokens.
 
-    Each part has sums of its own, `numbers` apart: no atomic addition, whose order would be another in each run.
+    Each part has sums of its own, `part_stride` apart: no atomic addition, whose order would be another in each run.
     """
     f = tl.program_id(0) * BX + tl.arange(0, BX)
     part = tl.program_id(1)
@@ -368,10 +368,10 @@ def hidden_factor_grads(
     dtype = up.dtype.element_ty
     up_b_MX = None
     if up_b is not None:
-        up_b_MX = _factors_MX(up_b, m, f, expert, F, E, R)
+        up_b_MX = _factors_MX(up_b, m, f, expert_stride, F, E, R)
     gate_b_MX = None
     if gate_b is not None:
-        gate_b_MX = _factors_MX(gate_b, m, f, expert, F, E, R)
+        gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, F, E, R)
     a_MX = None
     if down_a is not None:
         a_MX = _block(down_a, F, m, f, M, F)
@@ -381,10 +381,10 @@ def hidden_factor_grads(
     for first in range(part * tokens, last, BT):
         t = first + tl.arange(0, BT)
         grad_TX = _block(grad, F, t, f, last, F).to(tl.float32)
-        base_up_TX = _block(up, row, t, f, last, F).to(tl.float32)
+        base_up_TX = _block(up, row_stride, t, f, last, F).to(tl.float32)
         base_gate_TX = None
         if gate is not None:
-            base_gate_TX = _block(gate, row, t, f, last, F).to(tl.float32)
+            base_gate_TX = _block(gate, row_stride, t, f, last, F).to(tl.float32)
         up_inner_TM = None
         if up_b is not None:
             up_inner_TM = _block(up_inner, M, t, m, last, M)
@@ -412,9 +412,9 @@ def hidden_factor_grads(
                 if seed is not None:
                     seen_TX = _dropped(a_TX, seed, t * K + j, f, F, p)
                 sum_a_MX = _to_factor(sum_a_MX, grad_inner_TM, is_own_TM, w_T1 * seen_TX)
-    start = part.to(tl.int64) * numbers
+    start = part.to(tl.int64) * part_stride
     mask = (m < M)[:, None] & (f < F)[None, :]
-    at_b = start + (m // R * expert + m % R)[:, None] + (f * R)[None, :]
+    at_b = start + (m // R * expert_stride + m % R)[:, None] + (f * R)[None, :]
     if up_b is not None:
         tl.store(up_sums + at_b, (up_scale * sum_up_MX).to(up_sums.dtype.element_ty), mask=mask)
     if gate_b is not None:

@@ -41,7 +41,7 @@ def covers(x_TD: Tensor, factors: Factors) -> bool:
     E, R, _ = factors.a_ERD.shape
     device = x_TD.device.type
     fits = factors.num_experts == E and E * R <= MOST_RANKS and dtype in DTYPES
-    return device in DEVICES and fits and kernels_work(device)
+    return device in DEVICES and fits and kernels_work(device, dtype)
 
 
 def is_exported() -> bool:
@@ -85,8 +85,8 @@ def _blocks(M: int) -> dict[str, int]:
     }
 
 
-def parts(numerator: int, denominator: int) -> int:
-    """How many parts of at most `denominator` make up `numerator`."""
+def ceil_div(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up."""
     return -(-numerator // denominator)
 
 
@@ -113,7 +113,7 @@ def _forward(
     (T, D), (E, O, R) = x.shape, b.shape
     blocks = _blocks(E * R)
     with torch.cuda.device_of(x):
-        forward[(parts(T, blocks["BT"]),)](x, a, b, gates, base, seed, y, inner, T, D, O, E, R, scale, p, **blocks)
+        forward[(ceil_div(T, blocks["BT"]),)](x, a, b, gates, base, seed, y, inner, T, D, O, E, R, scale, p, **blocks)
     return y, inner
 
 
@@ -123,7 +123,7 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor]:
     E, O, R = b.shape
     dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
-    return x.new_empty(len(x), O, dtype=dtype), x.new_empty(len(x), E * R)
+    return x.new_empty(x.shape[0], O, dtype=dtype), x.new_empty(x.shape[0], E * R)
 
 
 @torch.library.custom_op(
@@ -152,7 +152,7 @@ def _token_grads(
     (E, R, D), (T, O) = a.shape, grad.shape
     blocks = _blocks(E * R)
     with torch.cuda.device_of(grad):
-        token_grads[(parts(T, blocks["BT"]),)](
+        token_grads[(ceil_div(T, blocks["BT"]),)](
             grad,
             a,
             b,
@@ -187,7 +187,7 @@ def _token_grads_shapes(
     needs_x: bool,
     needs_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = inner.new_empty(len(inner), a.shape[2]) if needs_x else inner.new_empty(0)
+    grad_x = inner.new_empty(inner.shape[0], a.shape[2]) if needs_x else inner.new_empty(0)
     grad_gates = torch.empty_like(gates) if needs_gates and gates is not None else inner.new_empty(0)
     return torch.empty_like(inner), grad_x, grad_gates
 
@@ -215,8 +215,8 @@ def _factor_grads(
     sums = _factor_grads_shape(grad, x, gates, inner, grad_inner, seed, num_experts, scale, p)
     (T, D), O, M = x.shape, grad.shape[1], inner.shape[1]
     blocks = _blocks(M)
-    tokens = parts(T, len(sums) * blocks["BT"]) * blocks["BT"]
-    grid = (parts(D, blocks["BX"]) + parts(O, blocks["BX"]), len(sums))
+    tokens = ceil_div(T, len(sums) * blocks["BT"]) * blocks["BT"]
+    grid = (ceil_div(D, blocks["BX"]) + ceil_div(O, blocks["BX"]), len(sums))
     R = M // num_experts
     with torch.cuda.device_of(grad):
         factor_grads[grid](
@@ -230,8 +230,8 @@ def _factor_grads_shape(grad: Tensor, x: Tensor, gates: Tensor | None, inner: Te
     (T, D), O, M = x.shape, grad.shape[1], inner.shape[1]
     blocks = _blocks(M)
     # by the sizes alone: the same sums in the same order on every device
-    wanted = PROGRAMS // (parts(D, blocks["BX"]) + parts(O, blocks["BX"]))
-    S = torch.sym_max(torch.sym_min(wanted, parts(T, blocks["BT"])), 1)
+    wanted = PROGRAMS // (ceil_div(D, blocks["BX"]) + ceil_div(O, blocks["BX"]))
+    S = torch.sym_max(torch.sym_min(wanted, ceil_div(T, blocks["BT"])), 1)
     return x.new_empty(S, M * (D + O), dtype=x.dtype if S == 1 else torch.float32)
 
 
@@ -254,7 +254,7 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         sums = torch.ops.moelora.mixture_linear_factor_grads(
             grad, x, gates, inner, grad_inner, seed, len(b), ctx.scale, ctx.p
         )
-        total = (sums[0] if len(sums) == 1 else sums.sum(0)).to(x.dtype)
+        total = (sums[0] if sums.shape[0] == 1 else sums.sum(0)).to(x.dtype)
         grad_a, grad_b = total[: a.numel()].view_as(a), total[a.numel() :].view_as(b)
     return (
         grad_x if needs_x else None,

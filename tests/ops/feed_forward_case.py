@@ -15,7 +15,7 @@ from moelora.ops import reference
 from moelora.ops.activation_vjp import activation_vjp
 from moelora.ops.factors import Factors
 from moelora.ops.feed_forward_parts import FeedForwardExperts, FrozenFeedForward
-from moelora.ops.mixture_feed_forward import Form, mixture_feed_forward
+from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_forward
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, gradients
 
@@ -101,6 +101,10 @@ class Case:
 
     def fast(self, form: Form | None = None) -> Tensor:
         return mixture_feed_forward(self.leaves["x"], self.routing(), self.block(), self.experts(), form)
+
+    def chosen(self, compiled: bool = False) -> Form:
+        """The form that is chosen for this case."""
+        return choose_form(self.leaves["x"], self.routing(), self.block(), self.experts(), compiled)
 
     def frozen(self) -> Tensor:
         """The block's own forward, without experts."""

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from moelora.ops import compiled_kernels
-from moelora.ops.mixture_feed_forward import choose_form
 from tests.ops.compare import assert_close, gradients
 from tests.ops.feed_forward_case import Case
 
@@ -42,14 +41,14 @@ def test_a_broken_compiler_is_said_and_the_result_is_right(monkeypatch: pytest.M
         actual = case.fast("compiled")
     assert_close("y", actual, case.naive(), rtol=1e-5, atol=1e-5)
     assert not compiled_kernels.compiler_works()
-    chosen = choose_form(63, case.routing(), case.block(), case.experts(), torch.device("cpu"), compiled=True)
+    chosen = case.chosen(compiled=True)
     assert chosen == "segments"
 
 
 def test_compiled_operations_are_chosen_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_kernels._Compiled, "failure", None)
-    case, cpu = Case("gated", T=63, E=3), torch.device("cpu")
-    assert choose_form(63, case.routing(), case.block(), case.experts(), cpu) == "segments"
-    assert choose_form(63, case.routing(), case.block(), case.experts(), cpu, compiled=True) == "compiled"
+    case = Case("gated", T=63, E=3)
+    assert case.chosen() == "segments"
+    assert case.chosen(compiled=True) == "compiled"
     unknown = Case("gated", T=63, E=3, activation=nn.Tanh())
-    assert choose_form(63, unknown.routing(), unknown.block(), unknown.experts(), cpu, compiled=True) == "segments"
+    assert unknown.chosen(compiled=True) == "segments"

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moelora.ops import triton_check, triton_feed_forward, triton_linear
-from moelora.ops.mixture_feed_forward import Form, choose_form
+from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_forward
 from tests.ops.compare import assert_near, gradients
 from tests.ops.feed_forward_case import ROLES, Case
 
@@ -38,15 +40,11 @@ def _is_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def form_of(case: Case, tokens: int = 63) -> Form:
-    return choose_form(tokens, case.routing(), case.block(), case.experts(), torch.device(DEVICE))
-
-
 class TritonCase(Case):
     """A case that the kernels compute."""
 
     def forms(self) -> tuple[Form, ...]:
-        assert form_of(self) == "triton"
+        assert self.chosen() == "triton"
         return ("triton",)
 
 
@@ -56,11 +54,11 @@ class TritonCase(Case):
     [
         pytest.param(*sizes, id="T{}-F{}-E{}-R{}-K{}".format(*sizes))
         for sizes in [
-            (1, 3, 1, 1, 1),
+            (17, 3, 1, 1, 1),
             (33, 20, 3, 3, 3),
             (71, 70, 5, 3, 2),  # several tiles of tokens, and parts of the sums
             (7, 130, 8, 2, 5),  # several blocks of inner features
-            (5, 36, 16, 16, 2),  # as many ranks as are covered
+            (9, 36, 16, 4, 2),  # as many ranks as are covered in fp32
             (9, 20, 3, 3, None),  # all experts
         ]
     ],
@@ -109,22 +107,30 @@ def test_dropped_choices(kind: str) -> None:
 
 
 def test_what_is_not_covered_is_computed_without_them() -> None:
-    assert form_of(TritonCase("gated")) == "triton"
-    for words in ({"E": 17, "R": 16}, {"activation": nn.Tanh()}, {"dtype": torch.float64}, {"roles": ()}):
-        assert form_of(Case("gated", **words)) != "triton", words
-    two_ranks = Case("gated")
+    assert Case("gated", T=9).chosen() == "triton"
+    fp64: dict[str, Any] = {"dtype": torch.float64}
+    for words in (
+        {"E": 13, "R": 5},
+        {"E": 17, "R": 16, "dtype": HALF},
+        {"activation": nn.Tanh()},
+        {"roles": ()},
+        fp64,
+        {**fp64, "expert_dtype": torch.float32},
+    ):
+        assert Case("gated", T=9, **words).chosen() != "triton", words
+    two_ranks = Case("gated", T=9)
     two_ranks.factors["up"] = Case("gated", R=2).factors["up"]
-    assert form_of(two_ranks) != "triton"
-    assert form_of(Case("gated", T=1), 1) == "gathered"
-    case = Case("gated")
+    assert two_ranks.chosen() != "triton"
+    assert Case("gated", T=1).chosen() == "gathered"
+    case = Case("gated", T=9)
     own = replace(case.block(), hidden_dropout=nn.Dropout(0.1))
-    assert choose_form(63, case.routing(), own, case.experts(), torch.device(DEVICE)) == "masked"
+    assert choose_form(case.leaves["x"], case.routing(), own, case.experts()) == "masked"
 
 
 @pytest.mark.parametrize("kind", ROLES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
 def test_half_precision(kind: str, autocast: bool) -> None:
-    case = TritonCase(kind, T=35, F=52, E=8, dtype=torch.float32 if autocast else HALF)
+    case = TritonCase(kind, T=35, F=52, E=8, R=8 if autocast else 32, dtype=torch.float32 if autocast else HALF)
 
     def run() -> Tensor:
         with torch.autocast(DEVICE, dtype=HALF, enabled=autocast):
@@ -244,7 +250,47 @@ def test_compiled_it_is_in_the_graph_and_gives_the_same(monkeypatch: pytest.Monk
     compiled = torch.compile(case.fast, fullgraph=True, backend="aot_eager")
     for name, found in gradients(compiled, case.leaves).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)
-    assert triton_check._WORKS == {DEVICE: True}
+    assert dict(triton_check._WORKS) == {(DEVICE, torch.float32): True}
+
+
+def test_compiled_it_takes_any_number_of_tokens_in_one_graph() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case = TritonCase("gated", T=20)
+    experts, block = case.experts(), case.block()
+    compiled = torch.compile(mixture_feed_forward, dynamic=True, fullgraph=True, backend="aot_eager")
+    for tokens in (37, 71, 100):
+        other = TritonCase("gated", T=tokens)
+        found = compiled(other.leaves["x"], other.routing(), block, experts)
+        torch.testing.assert_close(
+            found, mixture_feed_forward(other.leaves["x"], other.routing(), block, experts), rtol=1e-5, atol=1e-5
+        )
+        found.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("state", ["inference mode", "no grad", "autocast", "checkpointing"])
+def test_the_check_does_not_depend_on_where_the_first_call_is(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setattr(triton_check, "_WORKS", {})
+    case = TritonCase("gated", T=9, dtype=HALF if state == "autocast" else torch.float32)
+    if state == "checkpointing":
+        expected = gradients(case.naive, case.leaves)
+        found = gradients(lambda: checkpoint(case.fast, use_reentrant=False), case.leaves)
+        for name, value in expected.items():
+            assert_near(name, found[name], value, 1e-5)
+    else:
+        states = {"inference mode": torch.inference_mode(), "no grad": torch.no_grad()}
+        with states.get(state, torch.autocast(DEVICE, dtype=HALF)):
+            case.fast()
+    assert list(triton_check._WORKS.values()) == [True]
+
+
+def test_relu_lets_nan_pass() -> None:
+    case = TritonCase("plain", T=9, activation=nn.ReLU())
+    case.leaves["x"].data[3] = float("nan")
+    found = case.fast("triton")
+    assert found[3].isnan().all()
+    assert not found[:3].isnan().any()
 
 
 def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +298,8 @@ def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton_feed_forward, "_blocks", lambda M: {**right(M), "BM": 8})  # other ranks are lost
     monkeypatch.setattr(triton_check, "_WORKS", {})
     with pytest.warns(RuntimeWarning, match="Triton's kernels do not work on .* continuing without them"):
-        assert form_of(Case("gated")) != "triton"
-    assert form_of(Case("gated")) != "triton"
+        assert Case("gated", T=9).chosen() != "triton"
+    assert Case("gated", T=9).chosen() != "triton"
 
 
 # As in `test_triton_linear`. "plain" has one linear before the activation, and no experts on it.
@@ -267,14 +313,15 @@ from moelora.ops.triton_feed_forward import _blocks
 
 types = {"seed": "*i64", "ids": "*i64", "weights": "*fp32", "sums": "*fp32", "p": "fp32"}
 types |= {each: "fp32" for each in ("up_scale", "gate_scale", "down_scale")}
-numbers = {"T", "F", "E", "R", "K", "row", "expert", "features", "tokens", "numbers", "grad_row"}
+numbers = {"T", "F", "E", "R", "K", "features", "tokens"}
+numbers |= {"row_stride", "expert_stride", "grad_row_stride", "part_stride"}
 absent = ("gate", "gate_b", "gate_inner", "grad_gate", "gate_sums", "up_b", "up_inner", "up_sums", "seed")
 plain = {"ACTIVATION": "gelu", **dict.fromkeys(absent)}
-cases = ((80, "fp32", 256, {}), (90, "bf16", 256, {}), (90, "bf16", 64, {}), (90, "bf16", 8, plain))
+cases = ((80, "fp32", 64, {}), (90, "bf16", 256, {}), (90, "bf16", 64, {}), (90, "bf16", 8, plain))
 for arch, dtype, M, given in cases:
     blocks = _blocks(M)
     options = {each: blocks.pop(each) for each in ("num_warps", "num_stages")}
-    for name in ("hidden", "hidden_token_grads", "hidden_factor_grads"):
+    for name in ("forward", "token_grads", "factor_grads"):
         kernel = getattr(kernels, name)
         constants = {**blocks, "BK": 2, "ACTIVATION": "silu", **given}
         constants = {each: value for each, value in constants.items() if each in kernel.arg_names}

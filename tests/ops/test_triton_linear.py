@@ -126,7 +126,11 @@ def test_an_expert_without_tokens_has_a_zero_gradient_and_no_tokens_give_zeros()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit(dtype: torch.dtype) -> None:
+def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":  # where the check fails in bf16, but products with zeros are right
+        monkeypatch.setitem(triton_check._WORKS, (DEVICE, torch.bfloat16), True)
     leaves = leaves_of(35, 12, 20, 8, 4, 2, dtype)
     assert torch.equal(fast({**leaves, "b": torch.zeros_like(leaves["b"])}), leaves["base"])
 
@@ -156,7 +160,7 @@ def test_compiled_it_is_in_the_graph_and_gives_the_same(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton_check, "_WORKS", {})  # the check of the kernels is no part of the graph
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert_equal(gradients(lambda: compiled(leaves), leaves), expected)
-    assert triton_check._WORKS == {DEVICE: True}
+    assert dict(triton_check._WORKS) == {(DEVICE, torch.float32): True}
 
 
 def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
