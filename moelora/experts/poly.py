@@ -1,6 +1,7 @@
 """LoRAs that are mixed in weight space: A and B each by themselves (Polytropon, MHR).
 
-Shape suffixes: T tokens, Q splits, S skills, E = Q * S, R rank, D input features, O output features.
+Shape suffixes: T tokens, Q splits, S skills, E = Q * S, R rank, D input features, O output features, M = E * R, X and Z
+anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moelora.choices import Init, Param, Site, register
 from moelora.errors import TargetError
@@ -90,17 +92,20 @@ class PolyExperts(Experts):
         ]
 
     def apply(self, given: ExpertInput) -> Tensor:
-        """See `Experts.apply`."""
+        """See `Experts.apply`.
+
+        Each split's slices are blocks on the diagonal of one A [ER, D] and one B [O, ER]: two plain products, which are
+        faster than products of strided slices, though Q times as many FLOPs. No token's own A or B is made: the weights
+        go to the inner activations.
+        """
         a_QSRD, b_QSOR = (given.tensor(name).unflatten(0, (self.num_splits, -1)) for name in ("A.weight", "B.weight"))
         y = given.base(given.x)
-        gates_TQS = given.route(given.x).gates_TE().to(a_QSRD.dtype).unflatten(-1, (self.num_splits, -1))
-        x_TQD = given.x.reshape(-1, given.x.shape[-1]).to(a_QSRD.dtype).unflatten(-1, (self.num_splits, -1))
-        inner_TQSR = torch.einsum("tqd,qsrd->tqsr", x_TQD, a_QSRD)
-        inner_TR = torch.einsum("tqsr,tqs->tr", inner_TQSR, gates_TQS.to(inner_TQSR.dtype)) * given.scaling
-        # each token's B is never made: the weights go to the inner activation
-        spread_TQSR = torch.einsum("tr,tqs->tqsr", inner_TR, gates_TQS.to(inner_TR.dtype))
-        delta_TQO = torch.einsum("tqsr,qsor->tqo", spread_TQSR, b_QSOR)
-        return (y + delta_TQO.reshape(y.shape)).to(y.dtype)
+        a_MD, b_OM = _block_diagonal(a_QSRD.flatten(1, 2)), _block_diagonal(b_QSOR.transpose(1, 2).flatten(2))
+        inner_TER = F.linear(given.x.to(a_MD.dtype), a_MD).reshape(-1, self.num_experts, self.r)
+        gates_TE1 = given.route(given.x).gates_TE().to(inner_TER.dtype).unsqueeze(-1)
+        inner_T1R = (inner_TER * gates_TE1).sum(1, keepdim=True)
+        delta_TO = F.linear((inner_T1R * (gates_TE1 * given.scaling)).flatten(1), b_OM)
+        return (y + delta_TO.view(y.shape)).to(y.dtype)
 
     def lora_at(self, parts: Mapping[str, AdapterTensors], gates_E: Tensor) -> tuple[Tensor, Tensor]:
         """A [R, D] and B [O, R] of the LoRA that fixed weights make.
@@ -113,3 +118,12 @@ class PolyExperts(Experts):
         gates_QS = gates_E.to(a_QSRD.dtype).unflatten(0, (self.num_splits, -1))
         a_RD = torch.einsum("qs,qsrd->rqd", gates_QS, a_QSRD).flatten(1)
         return a_RD, torch.einsum("qs,qsor->qor", gates_QS, b_QSOR).flatten(0, 1)
+
+
+def _block_diagonal(blocks_QXZ: Tensor) -> Tensor:
+    """The blocks on the diagonal of one matrix [Q * X, Q * Z]; a view of a single one."""
+    Q = len(blocks_QXZ)
+    if Q == 1:
+        return blocks_QXZ[0]
+    eye_QQ = torch.eye(Q, dtype=blocks_QXZ.dtype, device=blocks_QXZ.device)
+    return (blocks_QXZ.unsqueeze(2) * eye_QQ[:, None, :, None]).flatten(0, 1).flatten(1)
