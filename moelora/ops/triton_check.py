@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_WORKS: dict[tuple[str, torch.dtype], bool] = {}
-"""Whether they work, by type of device and dtype of the experts, once it is known."""
+Kind = Literal["linear", "feed_forward"]
+
+_WORKS: dict[tuple[Kind, str, torch.dtype], bool] = {}
+"""Whether they work, by what they compute, type of device and dtype of the experts, once it is known."""
 
 _TOLERANCE = 3e-2
 """Relative, also in bf16: a wrong index or a lost block is an error of order one."""
@@ -24,44 +27,46 @@ _Results = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.compiler.assume_constant_result
-def kernels_work(device: str, dtype: torch.dtype) -> bool:
-    """Compare all kernels with plain products on a small case; where one fails, a warning says why.
+def kernels_work(kind: Kind, ranks: int, device: str, dtype: torch.dtype) -> bool:
+    """Compare kernels with plain products on a small case; where one fails, a warning says why.
 
     Once in a process for each dtype. It runs in a thread of its own: the first call may be made in inference mode,
     under autocast or inside a checkpointed layer, all of which hold for one thread.
 
     Args:
+        kind: What they compute.
+        ranks: E * R of the case, a multiple of 16.
         device: Type of device; "meta" has shapes alone.
         dtype: Of the experts.
     """
     if device == "meta":
         return True
-    if (device, dtype) not in _WORKS:
+    if (kind, device, dtype) not in _WORKS:
         place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         try:
             with ThreadPoolExecutor(1) as thread:
-                failure = thread.submit(_difference, place, dtype).result()
+                failure = thread.submit(_difference, kind, ranks, place, dtype).result()
         except Exception as error:  # whatever a compiler, a driver or a launch can do wrong
             failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        _WORKS[device, dtype] = failure is None
+        _WORKS[kind, device, dtype] = failure is None
         if failure is not None:
             warnings.warn(
-                f"Triton's kernels do not work on {device!r} in {dtype} ({failure}); continuing without them: the "
-                "same results in more launches. Triton needs a C compiler (gcc or clang); MOELORA_TRITON=0 skips this "
-                "check.",
+                f"Triton's {kind} kernels do not work on {device!r} in {dtype} ({failure}); continuing without them: "
+                "the same results in more launches. Triton needs a C compiler (gcc or clang); MOELORA_TRITON=0 skips "
+                "this check.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return _WORKS[device, dtype]
+    return _WORKS[kind, device, dtype]
 
 
-def _difference(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Which result differs, on sizes that fill no block and with as many ranks as are covered; draws no numbers."""
-    for results in (_linear(device, dtype), _feed_forward(device, dtype)):
-        for name, (found, right) in results.items():
-            error = float((found.float() - right).norm() / right.norm())
-            if not error < _TOLERANCE:
-                return f"the {name} is off by {error:.1e}"
+def _difference(kind: Kind, ranks: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Which result differs, on sizes that fill no block; draws no numbers."""
+    results = (_linear if kind == "linear" else _feed_forward)(ranks, device, dtype)
+    for name, (found, right) in results.items():
+        error = float((found.float() - right).norm() / right.norm())
+        if not error < _TOLERANCE:
+            return f"the {name} is off by {error:.1e}"
     return None
 
 
@@ -72,12 +77,9 @@ def _values(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @torch.no_grad()
-def _linear(device: torch.device, dtype: torch.dtype) -> _Results:
+def _linear(ranks: int, device: torch.device, dtype: torch.dtype) -> _Results:
     """The kernels of a mixture on one linear."""
-    from moelora.ops.triton_linear import MOST_RANKS
-
-    T, D, O, E, scale = 37, 70, 45, 16, 2.0
-    R = MOST_RANKS // E
+    T, D, O, E, R, scale = 37, 70, 45, 16, ranks // 16, 2.0
     shapes = (T, D), (E, R, D), (E, O, R), (T, O), (T, E)
     x, a, b, base, gates = (_values(device, dtype, *shape) for shape in shapes)
     gates, grad = gates.float(), base / 2
@@ -102,13 +104,9 @@ def _linear(device: torch.device, dtype: torch.dtype) -> _Results:
     }
 
 
-def _feed_forward(device: torch.device, dtype: torch.dtype) -> _Results:
+def _feed_forward(ranks: int, device: torch.device, dtype: torch.dtype) -> _Results:
     """The kernels of a mixture on a gated block, whose gradients autograd gives for the right result."""
-    from moelora.ops.triton_feed_forward import MOST_RANKS, OPERATORS
-
-    T, W, E, K, scales = 37, 70, 16, 2, [0.3, 0.2, 2.0]
-    R = MOST_RANKS[dtype] // E
-    M = E * R
+    T, W, E, R, M, K, scales = 37, 70, 16, ranks // 16, ranks, 2, [0.3, 0.2, 2.0]
     shapes = (T, W), (T, W + 1), (T, M), (T, M + 1), (E, W, R), (E + 1, W, R), (E, R, W), (T, K)
     up, gate, up_inner, gate_inner, up_b, gate_b, down_a, weights = (_values(device, dtype, *shape) for shape in shapes)
     given = (
@@ -126,7 +124,7 @@ def _feed_forward(device: torch.device, dtype: torch.dtype) -> _Results:
     seed = torch.zeros(1, dtype=torch.long, device=device)
     mine = [tensor.clone().requires_grad_() for tensor in given]
     right = [tensor.float().requires_grad_() for tensor in given]
-    y, parts = OPERATORS[0](*mine, ids, seed, scales, 0.0, "silu", False)
+    y, parts = torch.ops.moelora.mixture_hidden(*mine, ids, seed, scales, 0.0, "silu", False)
     inner = parts.float().sum(0)
     expected = _right_hidden(right, ids, scales)
     outputs = {"hidden units": (y, expected[0]), "inner activations on down": (inner, expected[1])}

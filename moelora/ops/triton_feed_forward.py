@@ -45,7 +45,8 @@ def covers(x_TD: Tensor, block: FrozenFeedForward, experts: FeedForwardExperts) 
     if len(kinds) != 1 or x_TD.dtype not in MOST_RANKS or activation_vjp(block.activation).name not in ACTIVATIONS:
         return False
     ((num_experts, rank, dtype),) = kinds
-    return num_experts * rank <= MOST_RANKS.get(dtype, 0) and kernels_work(device, dtype)
+    most = MOST_RANKS.get(dtype, 0)
+    return num_experts * rank <= most and kernels_work("feed_forward", most, device, dtype)
 
 
 def _present(experts: FeedForwardExperts) -> list[Factors]:

@@ -41,7 +41,7 @@ def covers(x_TD: Tensor, factors: Factors) -> bool:
     E, R, _ = factors.a_ERD.shape
     device = x_TD.device.type
     fits = factors.num_experts == E and E * R <= MOST_RANKS and dtype in DTYPES
-    return device in DEVICES and fits and kernels_work(device, dtype)
+    return device in DEVICES and fits and kernels_work("linear", MOST_RANKS, device, dtype)
 
 
 def is_exported() -> bool:

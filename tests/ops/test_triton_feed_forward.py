@@ -250,7 +250,7 @@ def test_compiled_it_is_in_the_graph_and_gives_the_same(monkeypatch: pytest.Monk
     compiled = torch.compile(case.fast, fullgraph=True, backend="aot_eager")
     for name, found in gradients(compiled, case.leaves).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)
-    assert dict(triton_check._WORKS) == {(DEVICE, torch.float32): True}
+    assert dict(triton_check._WORKS) == {("feed_forward", DEVICE, torch.float32): True}
 
 
 def test_compiled_it_takes_any_number_of_tokens_in_one_graph() -> None:
@@ -297,7 +297,7 @@ def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.Monk
     right = triton_feed_forward._blocks
     monkeypatch.setattr(triton_feed_forward, "_blocks", lambda M: {**right(M), "BM": 8})  # other ranks are lost
     monkeypatch.setattr(triton_check, "_WORKS", {})
-    with pytest.warns(RuntimeWarning, match="Triton's kernels do not work on .* continuing without them"):
+    with pytest.warns(RuntimeWarning, match="Triton's feed_forward kernels do not work on .* continuing without them"):
         assert Case("gated", T=9).chosen() != "triton"
     assert Case("gated", T=9).chosen() != "triton"
 

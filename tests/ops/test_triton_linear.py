@@ -130,7 +130,7 @@ def test_with_b_of_zero_it_is_the_frozen_linear_bit_for_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if DEVICE == "cpu":  # where the check fails in bf16, but products with zeros are right
-        monkeypatch.setitem(triton_check._WORKS, (DEVICE, torch.bfloat16), True)
+        monkeypatch.setitem(triton_check._WORKS, ("linear", DEVICE, torch.bfloat16), True)
     leaves = leaves_of(35, 12, 20, 8, 4, 2, dtype)
     assert torch.equal(fast({**leaves, "b": torch.zeros_like(leaves["b"])}), leaves["base"])
 
@@ -160,7 +160,7 @@ def test_compiled_it_is_in_the_graph_and_gives_the_same(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton_check, "_WORKS", {})  # the check of the kernels is no part of the graph
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert_equal(gradients(lambda: compiled(leaves), leaves), expected)
-    assert dict(triton_check._WORKS) == {(DEVICE, torch.float32): True}
+    assert dict(triton_check._WORKS) == {("linear", DEVICE, torch.float32): True}
 
 
 def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_kernels_that_give_something_else_are_not_taken(monkeypatch: pytest.Monk
     right = triton_linear._blocks
     monkeypatch.setattr(triton_linear, "_blocks", lambda M: {**right(M), "BM": 8})  # ranks that do not fit are lost
     monkeypatch.setattr(triton_check, "_WORKS", {})
-    with pytest.warns(RuntimeWarning, match="Triton's kernels do not work on .* continuing without them"):
+    with pytest.warns(RuntimeWarning, match="Triton's linear kernels do not work on .* continuing without them"):
         assert not triton_linear.covers(leaves["x"], experts)
     assert not triton_linear.covers(leaves["x"], experts)
 
