@@ -168,9 +168,8 @@ def test_a_composition_of_loras_that_sends_the_unknown_to_the_base_takes_one_mor
         name: [{"input_ids": row.tolist()} for row in texts(3, seed=seed)] for seed, name in enumerate(("a", "b"), 20)
     }
     loras = {name: trained_lora(tmp_path / name) for name in rows}
-    from_loras(tiny_model(), loras, {"kind": "centroids", "embedding": "input"}, examples=rows).save_pretrained(
-        tmp_path / "old"
-    )
+    router = {"kind": "centroids", "embedding": "input", "least": -1.0}
+    from_loras(tiny_model(), loras, router, examples=rows).save_pretrained(tmp_path / "old")
     centroid = fit_centroid(tiny_model(), [{"input_ids": texts(3, seed=22)}], "input")
     added = add_experts(tmp_path / "old", tmp_path / "new", names=["c"], rows={"centroids": centroid})
     assert added.before.num_trainable == 0 < added.after.num_trainable

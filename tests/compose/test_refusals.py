@@ -61,7 +61,8 @@ def test_rows_that_are_good_in_another_form(tmp_path: Path) -> None:
     tensors: dict[str, Any] = {
         name: [{"input_ids": torch.tensor(row["input_ids"])} for row in rows] for name, rows in lists.items()
     }
-    one, other = (from_loras(tiny_model(), loras, "centroids", examples=each) for each in (lists, tensors))
+    router = {"kind": "centroids", "unknown": False}
+    one, other = (from_loras(tiny_model(), loras, router, examples=each) for each in (lists, tensors))
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     no_mapping: Any = [GOOD]

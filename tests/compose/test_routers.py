@@ -51,6 +51,21 @@ def composed(tmp_path: Path) -> Any:
     )
 
 
+def test_an_expert_whose_rows_are_of_several_kinds_is_refused_with_a_threshold(tmp_path: Path) -> None:
+    """None of them is near the mean of all, so that every prompt would go to the base model; each kind by itself is."""
+    loras, rows = three_loras(tmp_path), examples()
+    names = list(loras)
+    mixed = {names[0]: [*rows[names[0]], *rows[names[1]]], names[2]: rows[names[2]]}
+    some = {name: loras[name] for name in mixed}
+    router = {"kind": "centroids", "embedding": "input"}
+    with pytest.raises(ComposeError, match=rf"rows of expert '{names[0]}' are further .* unknown=False"):
+        from_loras(tiny_model(), some, router, examples=mixed)
+    from_loras(tiny_model(), some, {**router, "unknown": False}, examples=mixed)
+    twice = {"one": loras[names[0]], "two": loras[names[0]], names[2]: loras[names[2]]}
+    kinds = {"one": rows[names[0]], "two": rows[names[1]], names[2]: rows[names[2]]}
+    from_loras(tiny_model(), twice, router, examples=kinds)
+
+
 def test_prompts_go_to_their_own_expert(composed: Any) -> None:
     """Of fresh prompts; and one that is none of them stays with the base."""
     fresh = prompts(examples(seed=1))

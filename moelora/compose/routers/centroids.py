@@ -106,7 +106,8 @@ class Centroids(ComparesPrompts):
         """Write centroids, centre and thresholds.
 
         Raises:
-            ComposeError: If an expert has one row only, and thresholds are asked for.
+            ComposeError: If thresholds are asked for, and an expert has one row only, or rows so unlike one another
+                that its threshold would send most of them to the base model.
         """
         embeddings, center_1D = write_centroids(composition)
         if self.unknown:
@@ -126,7 +127,17 @@ class Centroids(ComparesPrompts):
         others_ND = (h_ND.sum(0, keepdim=True) - h_ND) / (count - 1)
         own_N = torch.stack([cosines(h_ND[i : i + 1], others_ND[i : i + 1], center_1D)[0, 0] for i in range(count)])
         low = float(own_N.min())
-        return max(self.least, low - self.slack * (1 - low))
+        threshold = max(self.least, low - self.slack * (1 - low))
+        refused = int((own_N < threshold).sum())
+        if refused > count / 2:
+            raise ComposeError(
+                f"{refused} of the {count} rows of expert {name!r} are further from its centroid than the threshold "
+                f"({threshold:.2f}; their median is {float(own_N.median()):.2f}), so that such prompts would stay with "
+                "the base model; allowed: rows of one kind (give a LoRA of several tasks once for each of them, under "
+                "several names), a lower `least`, or unknown=False, which sends every prompt to the nearest expert.",
+                anchor="mixed-rows",
+            )
+        return threshold
 
 
 def write_centroids(composition: Composition) -> tuple[list[Tensor], Tensor]:
