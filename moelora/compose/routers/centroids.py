@@ -6,6 +6,7 @@ Shape suffixes: N prompts, D features of an embedding, E experts.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -103,11 +104,10 @@ class Centroids(ComparesPrompts):
         }
 
     def fit(self, composition: Composition) -> None:
-        """Write centroids, centre and thresholds.
+        """Write centroids, centre and thresholds; a warning says where a threshold refuses most of an expert's rows.
 
         Raises:
-            ComposeError: If thresholds are asked for, and an expert has one row only, or rows so unlike one another
-                that its threshold would send most of them to the base model.
+            ComposeError: If thresholds are asked for, and an expert has one row only.
         """
         embeddings, center_1D = write_centroids(composition)
         if self.unknown:
@@ -130,12 +130,12 @@ class Centroids(ComparesPrompts):
         threshold = max(self.least, low - self.slack * (1 - low))
         refused = int((own_N < threshold).sum())
         if refused > count / 2:
-            raise ComposeError(
+            warnings.warn(
                 f"{refused} of the {count} rows of expert {name!r} are further from its centroid than the threshold "
-                f"({threshold:.2f}; their median is {float(own_N.median()):.2f}), so that such prompts would stay with "
-                "the base model; allowed: rows of one kind (give a LoRA of several tasks once for each of them, under "
-                "several names), a lower `least`, or unknown=False, which sends every prompt to the nearest expert.",
-                anchor="mixed-rows",
+                f"({threshold:.2f}; their median is {float(own_N.median()):.2f}), so that such prompts stay with the "
+                "base model. An expert takes rows of one kind: give a LoRA of several tasks once for each, under "
+                "several names, lower `least`, or set unknown=False, which sends every prompt to the nearest expert.",
+                stacklevel=2,
             )
         return threshold
 
