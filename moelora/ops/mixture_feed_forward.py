@@ -58,13 +58,14 @@ def choose_form(
     if is_exported():
         return "masked"
     num_tokens = x_TD.shape[0]
-    if num_tokens != 0 and not _is_few(num_tokens, routing) and covers(x_TD, block, experts):
+    if block.hidden_dropout is not None or num_tokens == 0:
+        return "masked"
+    is_few = routing.ids_TK is not None and num_tokens * routing.num_choices <= GATHER_AT_MOST
+    if not is_few and covers(x_TD, block, experts):
         return "triton"
     if torch.compiler.is_compiling():
         return "masked"
-    if block.hidden_dropout is not None or num_tokens == 0:
-        return "masked"
-    if _is_few(num_tokens, routing):
+    if is_few:
         return "gathered"
     if x_TD.device.type != "cpu":
         return "grouped"
@@ -73,10 +74,6 @@ def choose_form(
     if compiled and activation_vjp(block.activation).vjp is not None and compiler_works():
         return "compiled"
     return "segments"
-
-
-def _is_few(num_tokens: int, routing: Routing) -> bool:
-    return routing.ids_TK is not None and num_tokens * routing.num_choices <= GATHER_AT_MOST
 
 
 def mixture_feed_forward(

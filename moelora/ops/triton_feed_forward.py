@@ -3,8 +3,8 @@
 See `triton_feed_forward_kernels` for how. With few tokens the inner features are split among more programs, and with
 many the tokens in the sums of the factors' gradients; each is a launch more. Beside the outputs of the frozen linears
 and the inner activations of up and gate nothing is kept for the backward pass, and no shape depends on the routing. The
-operators are torch's own kind, so
-that `torch.compile` takes them into its graph, and they have shapes without Triton too.
+operators are torch's own kind, so that `torch.compile` takes them into its graph, and they have shapes without Triton
+too.
 
 Shape suffixes: T tokens, F inner features, E experts, R rank of one expert, K choices of a token, M = E * R, S parts of
 the inner features or of the tokens.
@@ -28,7 +28,6 @@ from moelora.routing.decision import Routing
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 """Those that the kernels know, by `ActivationVjp.name`."""
 
-
 MOST_RANKS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
 """E * R up to which each choice meets the factors of all experts, by their dtype; fp32 has no fast products."""
 
@@ -39,7 +38,7 @@ def covers(x_TD: Tensor, block: FrozenFeedForward, experts: FeedForwardExperts) 
     At the first such call of a process for a dtype they are checked.
     """
     device = x_TD.device.type
-    if device not in triton_linear.DEVICES or block.hidden_dropout is not None:
+    if device not in triton_linear.DEVICES:
         return False
     kinds = {(*_sizes(factors), factors.b_EOR.dtype) for factors in _present(experts)}
     if len(kinds) != 1 or x_TD.dtype not in MOST_RANKS or activation_vjp(block.activation).name not in ACTIVATIONS:

@@ -61,9 +61,21 @@ def _choice(ids, weights, t, m, j, T, R, K):
 
 @triton.jit
 def _factors_MX(b, m, f, stride, F, E, R):
-    """B of all experts as one matrix, from rows of R each, experts `stride` apart."""
-    at = b + (m // R * stride + m % R)[:, None] + (f * R)[None, :]
-    return tl.load(at, mask=(m < E * R)[:, None] & (f < F)[None, :], other=0.0)
+    """B of all experts as one matrix, from rows of R each, experts `stride` apart; None of a linear without experts."""
+    tile_MX = None
+    if b is not None:
+        at = b + (m // R * stride + m % R)[:, None] + (f * R)[None, :]
+        tile_MX = tl.load(at, mask=(m < E * R)[:, None] & (f < F)[None, :], other=0.0)
+    return tile_MX
+
+
+@triton.jit
+def _wide(start, stride, row, column, num_rows, num_columns):
+    """`_block` in fp32; None where there is none."""
+    tile_TX = _block(start, stride, row, column, num_rows, num_columns)
+    if tile_TX is not None:
+        tile_TX = tile_TX.to(tl.float32)
+    return tile_TX
 
 
 @triton.jit
@@ -74,7 +86,7 @@ def _own(inner_TM, is_own_TM):
 
 @triton.jit
 def _plus(base_TX, inner_TM, b_MX, is_own_TM, scale):
-    """A pre-activation: the frozen linear's output, and what the chosen expert adds where the linear has any."""
+    """A pre-activation, if there is such a linear: the frozen output, and what the chosen expert adds, if any."""
     y_TX = base_TX
     if b_MX is not None:
         y_TX += scale * tl.dot(_own(inner_TM, is_own_TM), b_MX, input_precision="ieee")
@@ -99,9 +111,7 @@ def _grad_of_hidden(grad_TX, grad_inner_TM, a_MX, is_own_TM, scale, seed, row_T,
     y_TX = grad_TX
     if a_MX is not None:
         through_TX = scale * tl.dot(_own(grad_inner_TM, is_own_TM), a_MX, input_precision="ieee")
-        if seed is not None:
-            through_TX = _dropped(through_TX, seed, row_T, f, F, p)
-        y_TX += through_TX
+        y_TX += _dropped(through_TX, seed, row_T, f, F, p)
     return y_TX
 
 
@@ -172,41 +182,25 @@ def forward(
     M = E * R
     last = tl.minimum(F, (part + 1) * features)
     dtype = y.dtype.element_ty
-    up_inner_TM = None
-    if up_b is not None:
-        up_inner_TM = _block(up_inner, M, t, m, T, M)
-    gate_inner_TM = None
-    if gate_b is not None:
-        gate_inner_TM = _block(gate_inner, M, t, m, T, M)
+    up_inner_TM = _block(up_inner, M, t, m, T, M)
+    gate_inner_TM = _block(gate_inner, M, t, m, T, M)
     sum_TM = tl.zeros([BT, BM], tl.float32)
     for first in range(part * features, last, BX):
         f = first + tl.arange(0, BX)
-        base_up_TX = _block(up, row_stride, t, f, T, last).to(tl.float32)
-        base_gate_TX = None
-        if gate is not None:
-            base_gate_TX = _block(gate, row_stride, t, f, T, last).to(tl.float32)
-        up_b_MX = None
-        if up_b is not None:
-            up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
-        gate_b_MX = None
-        if gate_b is not None:
-            gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
-        a_MX = None
-        if down_a is not None:
-            a_MX = _block(down_a, F, m, f, M, last)
+        base_up_TX = _wide(up, row_stride, t, f, T, last)
+        base_gate_TX = _wide(gate, row_stride, t, f, T, last)
+        up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
+        gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
+        a_MX = _block(down_a, F, m, f, M, last)
         y_TX = tl.zeros([BT, BX], tl.float32)
         for j in range(K):
             is_own_TM, w_T1 = _choice(ids, weights, t, m, j, T, R, K)
             up_TX = _plus(base_up_TX, up_inner_TM, up_b_MX, is_own_TM, up_scale)
-            gate_TX = None
-            if gate is not None:
-                gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
+            gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
             a_TX, _ = _hidden(up_TX, gate_TX, ACTIVATION, dtype)
             y_TX += w_T1 * a_TX
             if down_a is not None:
-                seen_TX = a_TX
-                if seed is not None:
-                    seen_TX = _dropped(a_TX, seed, t * K + j, f, F, p)
+                seen_TX = _dropped(a_TX, seed, t * K + j, f, F, p)
                 sum_TM = _to_inner(sum_TM, w_T1 * seen_TX, a_MX, is_own_TM)
         at = t.to(tl.int64)[:, None] * F + f[None, :]
         tl.store(y + at, y_TX.to(dtype), mask=(t < T)[:, None] & (f < last)[None, :])
@@ -263,42 +257,26 @@ def token_grads(
     M = E * R
     last = tl.minimum(F, (part + 1) * features)
     dtype = up.dtype.element_ty
-    up_inner_TM = None
-    if up_b is not None:
-        up_inner_TM = _block(up_inner, M, t, m, T, M)
-    gate_inner_TM = None
-    if gate_b is not None:
-        gate_inner_TM = _block(gate_inner, M, t, m, T, M)
-    grad_inner_TM = None
-    if down_a is not None:
-        grad_inner_TM = _block(grad_inner, M, t, m, T, M)
+    up_inner_TM = _block(up_inner, M, t, m, T, M)
+    gate_inner_TM = _block(gate_inner, M, t, m, T, M)
+    grad_inner_TM = _block(grad_inner, M, t, m, T, M)
     sum_up_TM = tl.zeros([BT, BM], tl.float32)
     sum_gate_TM = tl.zeros([BT, BM], tl.float32)
     sum_TK = tl.zeros([BT, BK], tl.float32)
     for first in range(part * features, last, BX):
         f = first + tl.arange(0, BX)
-        grad_TX = _block(grad, F, t, f, T, last).to(tl.float32)
-        base_up_TX = _block(up, row_stride, t, f, T, last).to(tl.float32)
-        base_gate_TX = None
-        if gate is not None:
-            base_gate_TX = _block(gate, row_stride, t, f, T, last).to(tl.float32)
-        up_b_MX = None
-        if up_b is not None:
-            up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
-        gate_b_MX = None
-        if gate_b is not None:
-            gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
-        a_MX = None
-        if down_a is not None:
-            a_MX = _block(down_a, F, m, f, M, last)
+        grad_TX = _wide(grad, F, t, f, T, last)
+        base_up_TX = _wide(up, row_stride, t, f, T, last)
+        base_gate_TX = _wide(gate, row_stride, t, f, T, last)
+        up_b_MX = _factors_MX(up_b, m, f, expert_stride, last, E, R)
+        gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, last, E, R)
+        a_MX = _block(down_a, F, m, f, M, last)
         grad_up_TX = tl.zeros([BT, BX], tl.float32)
         grad_gate_TX = tl.zeros([BT, BX], tl.float32)
         for j in range(K):
             is_own_TM, w_T1 = _choice(ids, weights, t, m, j, T, R, K)
             up_TX = _plus(base_up_TX, up_inner_TM, up_b_MX, is_own_TM, up_scale)
-            gate_TX = None
-            if gate is not None:
-                gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
+            gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
             a_TX, active_TX = _hidden(up_TX, gate_TX, ACTIVATION, dtype)
             grad_a_TX = _grad_of_hidden(grad_TX, grad_inner_TM, a_MX, is_own_TM, down_scale, seed, t * K + j, f, F, p)
             new_up_TX, new_gate_TX = _grads_before(w_T1 * grad_a_TX, up_TX, gate_TX, active_TX, ACTIVATION)
@@ -366,40 +344,24 @@ def factor_grads(
     M = E * R
     last = tl.minimum(T, (part + 1) * tokens)
     dtype = up.dtype.element_ty
-    up_b_MX = None
-    if up_b is not None:
-        up_b_MX = _factors_MX(up_b, m, f, expert_stride, F, E, R)
-    gate_b_MX = None
-    if gate_b is not None:
-        gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, F, E, R)
-    a_MX = None
-    if down_a is not None:
-        a_MX = _block(down_a, F, m, f, M, F)
+    up_b_MX = _factors_MX(up_b, m, f, expert_stride, F, E, R)
+    gate_b_MX = _factors_MX(gate_b, m, f, expert_stride, F, E, R)
+    a_MX = _block(down_a, F, m, f, M, F)
     sum_up_MX = tl.zeros([BM, BX], tl.float32)
     sum_gate_MX = tl.zeros([BM, BX], tl.float32)
     sum_a_MX = tl.zeros([BM, BX], tl.float32)
     for first in range(part * tokens, last, BT):
         t = first + tl.arange(0, BT)
-        grad_TX = _block(grad, F, t, f, last, F).to(tl.float32)
-        base_up_TX = _block(up, row_stride, t, f, last, F).to(tl.float32)
-        base_gate_TX = None
-        if gate is not None:
-            base_gate_TX = _block(gate, row_stride, t, f, last, F).to(tl.float32)
-        up_inner_TM = None
-        if up_b is not None:
-            up_inner_TM = _block(up_inner, M, t, m, last, M)
-        gate_inner_TM = None
-        if gate_b is not None:
-            gate_inner_TM = _block(gate_inner, M, t, m, last, M)
-        grad_inner_TM = None
-        if down_a is not None:
-            grad_inner_TM = _block(grad_inner, M, t, m, last, M)
+        grad_TX = _wide(grad, F, t, f, last, F)
+        base_up_TX = _wide(up, row_stride, t, f, last, F)
+        base_gate_TX = _wide(gate, row_stride, t, f, last, F)
+        up_inner_TM = _block(up_inner, M, t, m, last, M)
+        gate_inner_TM = _block(gate_inner, M, t, m, last, M)
+        grad_inner_TM = _block(grad_inner, M, t, m, last, M)
         for j in range(K):
             is_own_TM, w_T1 = _choice(ids, weights, t, m, j, last, R, K)
             up_TX = _plus(base_up_TX, up_inner_TM, up_b_MX, is_own_TM, up_scale)
-            gate_TX = None
-            if gate is not None:
-                gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
+            gate_TX = _plus(base_gate_TX, gate_inner_TM, gate_b_MX, is_own_TM, gate_scale)
             a_TX, active_TX = _hidden(up_TX, gate_TX, ACTIVATION, dtype)
             grad_a_TX = _grad_of_hidden(grad_TX, grad_inner_TM, a_MX, is_own_TM, down_scale, seed, t * K + j, f, F, p)
             new_up_TX, new_gate_TX = _grads_before(w_T1 * grad_a_TX, up_TX, gate_TX, active_TX, ACTIVATION)
@@ -408,9 +370,7 @@ def factor_grads(
             if gate_b is not None:
                 sum_gate_MX = _to_factor(sum_gate_MX, gate_inner_TM, is_own_TM, new_gate_TX)
             if down_a is not None:
-                seen_TX = a_TX
-                if seed is not None:
-                    seen_TX = _dropped(a_TX, seed, t * K + j, f, F, p)
+                seen_TX = _dropped(a_TX, seed, t * K + j, f, F, p)
                 sum_a_MX = _to_factor(sum_a_MX, grad_inner_TM, is_own_TM, w_T1 * seen_TX)
     start = part.to(tl.int64) * part_stride
     mask = (m < M)[:, None] & (f < F)[None, :]

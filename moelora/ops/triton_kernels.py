@@ -18,9 +18,14 @@ import triton.language as tl
 
 @triton.jit
 def _dropped(values_TX, seed, t, d, D, p):
-    """Zeros with probability p, the same ones at each call: a number of Philox's for each element's place."""
-    uniform = tl.rand(tl.load(seed), t[:, None] * D + d[None, :])
-    return tl.where(uniform < p, 0.0, values_TX).to(values_TX.dtype)
+    """Zeros with probability p, the same ones at each call: a number of Philox's for each element's place.
+
+    Without a seed there are none.
+    """
+    if seed is not None:
+        uniform = tl.rand(tl.load(seed), t[:, None] * D + d[None, :])
+        values_TX = tl.where(uniform < p, 0.0, values_TX).to(values_TX.dtype)
+    return values_TX
 
 
 @triton.jit
@@ -32,9 +37,12 @@ def _gate_TM(gates, t, m, T, E, R):
 
 @triton.jit
 def _block(start, stride, row, column, num_rows, num_columns):
-    """Rows and columns of a matrix of stored rows, 0 outside it."""
-    at = start + row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(at, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :], other=0.0)
+    """Rows and columns of a matrix of stored rows, 0 outside it; None of no matrix."""
+    tile = None
+    if start is not None:
+        at = start + row.to(tl.int64)[:, None] * stride + column[None, :]
+        tile = tl.load(at, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -73,8 +81,7 @@ def forward(
     for first in range(0, D, BX):
         d = first + tl.arange(0, BX)
         x_TX = _block(x, D, t, d, T, D)
-        if seed is not None:
-            x_TX = _dropped(x_TX, seed, t, d, D, p)
+        x_TX = _dropped(x_TX, seed, t, d, D, p)
         sum_TM = tl.dot(x_TX, tl.trans(_block(a, D, m, d, M, D)), sum_TM, input_precision="ieee")
     inner_TM = sum_TM.to(inner.dtype.element_ty)
     row = t.to(tl.int64)[:, None]
@@ -139,8 +146,7 @@ def token_grads(
         for first in range(0, D, BX):
             d = first + tl.arange(0, BX)
             x_TX = tl.dot(grad_inner_TM, _block(a, D, m, d, M, D), input_precision="ieee")
-            if seed is not None:
-                x_TX = _dropped(x_TX, seed, t, d, D, p)
+            x_TX = _dropped(x_TX, seed, t, d, D, p)
             tl.store(grad_x + row * D + d[None, :], x_TX.to(dtype), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
@@ -184,8 +190,7 @@ def factor_grads(
         for first in range(part * tokens, last, BT):
             t = first + tl.arange(0, BT)
             x_TX = _block(x, D, t, d, last, D)
-            if seed is not None:
-                x_TX = _dropped(x_TX, seed, t, d, D, p)
+            x_TX = _dropped(x_TX, seed, t, d, D, p)
             grad_inner_TM = _block(grad_inner, M, t, m, last, M)
             sum_MX = tl.dot(tl.trans(grad_inner_TM), x_TX, sum_MX, input_precision="ieee")
         at = m[:, None] * D + d[None, :]

@@ -23,6 +23,20 @@ SCALINGS = {"up": 1.3, "gate": 0.7, "down": 1.1}
 
 ROLES = {"gated": ("gate", "up", "down"), "plain": ("up", "down"), "fused": ("up", "down")}
 
+SOME_ROLES = [
+    ("gated", ("gate",)),
+    ("gated", ("up",)),
+    ("gated", ("down",)),
+    ("gated", ("gate", "up")),
+    ("gated", ("gate", "down")),
+    ("gated", ("up", "down")),
+    ("plain", ("up",)),
+    ("plain", ("down",)),
+    ("fused", ("up",)),
+    ("fused", ("down",)),
+]
+"""Kinds of blocks with experts on some of their linears alone."""
+
 
 class Case:
     """A frozen block, its experts, tokens and their routing, computable by the fast operation and by the reference."""
@@ -105,6 +119,22 @@ class Case:
     def chosen(self, compiled: bool = False) -> Form:
         """The form that is chosen for this case."""
         return choose_form(self.leaves["x"], self.routing(), self.block(), self.experts(), compiled)
+
+    def kept_wide(self, form: Form) -> tuple[Tensor, int]:
+        """The output, and how many tensors of at least [T, F] its backward pass keeps beside weights and leaves."""
+        saved: dict[int, Tensor] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y_TD = self.fast(form)
+        params = [*self.leaves.values(), *(linear.weight for linear in self.linears.values())]
+        known = {param.untyped_storage().data_ptr() for param in params}
+        size = len(self.leaves["x"]) * self.linears["down"].in_features
+        wide = [x for key, x in saved.items() if key not in known and x.is_floating_point() and x.numel() >= size]
+        return y_TD, len(wide)
 
     def frozen(self) -> Tensor:
         """The block's own forward, without experts."""

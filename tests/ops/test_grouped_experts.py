@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tests.ops.feed_forward_case import ROLES, Case
@@ -21,18 +20,8 @@ def test_it_keeps_the_shared_products_alone(kind: str, K: int | None) -> None:
     """What the experts make of them, and the masks, are made again: no tensor of [T * K, F] is kept."""
     case = Case(kind, T=63, F=52, E=8, K=K)
     case.dropout = nn.Dropout(0.4)
-    saved: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y_TD = case.fast("grouped")
-    params = [*case.leaves.values(), *(linear.weight for linear in case.linears.values())]
-    known = {param.untyped_storage().data_ptr() for param in params}
-    wide = [x for key, x in saved.items() if key not in known and x.is_floating_point() and x.numel() >= 63 * 52]
-    assert len(wide) == (2 if kind == "gated" else 1)
+    y_TD, num_wide = case.kept_wide("grouped")
+    assert num_wide == (2 if kind == "gated" else 1)
     nodes: list[Any] = [y_TD.grad_fn]
     while nodes:
         node = nodes.pop()

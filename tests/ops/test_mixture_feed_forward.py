@@ -20,7 +20,7 @@ from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_for
 from moelora.ops.segment_kernels import EagerKernels
 from moelora.routing.decision import Routing
 from tests.ops.compare import assert_close, assert_near, gradients
-from tests.ops.feed_forward_case import ROLES, Case
+from tests.ops.feed_forward_case import ROLES, SOME_ROLES, Case
 
 
 @pytest.fixture(autouse=True)
@@ -67,21 +67,7 @@ def test_segments_longer_than_a_tile(kind: str, monkeypatch: pytest.MonkeyPatch)
     Case(kind, T=63, E=3, K=2).check()
 
 
-@pytest.mark.parametrize(
-    ("kind", "roles"),
-    [
-        ("gated", ("gate",)),
-        ("gated", ("up",)),
-        ("gated", ("down",)),
-        ("gated", ("gate", "up")),
-        ("gated", ("gate", "down")),
-        ("gated", ("up", "down")),
-        ("plain", ("up",)),
-        ("plain", ("down",)),
-        ("fused", ("up",)),
-        ("fused", ("down",)),
-    ],
-)
+@pytest.mark.parametrize(("kind", "roles"), SOME_ROLES)
 @pytest.mark.parametrize("K", [2, None])
 def test_experts_on_some_linears_only(kind: str, roles: tuple[str, ...], K: int | None) -> None:
     Case(kind, K=K, roles=roles).check()

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from moelora.ops import triton_check, triton_feed_forward, triton_linear
 from moelora.ops.mixture_feed_forward import Form, choose_form, mixture_feed_forward
 from tests.ops.compare import assert_near, gradients
-from tests.ops.feed_forward_case import ROLES, Case
+from tests.ops.feed_forward_case import ROLES, SOME_ROLES, Case
 
 triton = pytest.importorskip("triton", reason="no Triton; make test-triton installs it")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,21 +67,7 @@ def test_it_equals_the_reference(kind: str, T: int, F: int, E: int, R: int, K: i
     TritonCase(kind, T=T, F=F, E=E, R=R, K=K).check()
 
 
-@pytest.mark.parametrize(
-    ("kind", "roles"),
-    [
-        ("gated", ("gate",)),
-        ("gated", ("up",)),
-        ("gated", ("down",)),
-        ("gated", ("gate", "up")),
-        ("gated", ("gate", "down")),
-        ("gated", ("up", "down")),
-        ("plain", ("up",)),
-        ("plain", ("down",)),
-        ("fused", ("up",)),
-        ("fused", ("down",)),
-    ],
-)
+@pytest.mark.parametrize(("kind", "roles"), SOME_ROLES)
 def test_experts_on_some_linears_only(kind: str, roles: tuple[str, ...]) -> None:
     TritonCase(kind, T=9, roles=roles).check()
 
@@ -229,18 +215,8 @@ def test_dropout_gradients_of_the_factors(kind: str) -> None:
 def test_nothing_wide_is_kept_but_the_frozen_products() -> None:
     case = TritonCase("gated", T=63, F=52, E=8)
     case.dropout = nn.Dropout(0.4)
-    saved: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        case.fast("triton")
-    params = [*case.leaves.values(), *(linear.weight for linear in case.linears.values())]
-    known = {param.untyped_storage().data_ptr() for param in params}
-    wide = [x for key, x in saved.items() if key not in known and x.is_floating_point() and x.numel() >= 63 * 52]
-    assert len(wide) == 2
+    _, num_wide = case.kept_wide("triton")
+    assert num_wide == 2
 
 
 def test_compiled_it_is_in_the_graph_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
