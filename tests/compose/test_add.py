@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelora import record_routing
-from moelora.compose import add_experts, fit_centroid, from_loras
+from moelora.compose import add_experts, fit_centroid, fit_rows, from_loras
 from moelora.errors import ComposeError
 from moelora.scores.base import RouterInput, Scored
 from moelora.selection.top_k import TopK
@@ -162,24 +162,75 @@ def _expert(model: Any, row: Tensor) -> int:
     return int(ids[0, 0])
 
 
+def _composed_by_centroids(folder: Path, **words: Any) -> Path:
+    """Two LoRAs composed by the centroids of three rows each, which differ in one token."""
+    rows = {
+        name: [{"input_ids": [*texts(1, seed=seed)[0].tolist(), last]} for last in (1, 2, 3)]
+        for seed, name in enumerate(("a", "b"), 20)
+    }
+    loras = {name: trained_lora(folder / name) for name in rows}
+    router = {"kind": "centroids", "embedding": "input", "least": -1.0, **words}
+    from_loras(tiny_model(), loras, router, examples=rows).save_pretrained(folder / "old")
+    return folder / "old"
+
+
+def _tensor(folder: Path, name: str) -> Tensor:
+    return next(tensor for key, tensor in weights(folder).items() if key.endswith(name))
+
+
 def test_a_composition_of_loras_that_sends_the_unknown_to_the_base_takes_one_more(tmp_path: Path) -> None:
     """Its new expert is trained, its old ones are not, and takes what is as near as the least strict of them asks."""
-    rows = {
-        name: [{"input_ids": row.tolist()} for row in texts(3, seed=seed)] for seed, name in enumerate(("a", "b"), 20)
-    }
-    loras = {name: trained_lora(tmp_path / name) for name in rows}
-    router = {"kind": "centroids", "embedding": "input", "least": -1.0}
-    from_loras(tiny_model(), loras, router, examples=rows).save_pretrained(tmp_path / "old")
+    old = _composed_by_centroids(tmp_path)
     centroid = fit_centroid(tiny_model(), [{"input_ids": texts(3, seed=22)}], "input")
-    added = add_experts(tmp_path / "old", tmp_path / "new", names=["c"], rows={"centroids": centroid})
+    added = add_experts(old, tmp_path / "new", names=["c"], rows={"centroids": centroid})
     assert added.before.num_trainable == 0 < added.after.num_trainable
-    before, after = (
-        next(t for name, t in weights(tmp_path / folder).items() if name.endswith("threshold"))
-        for folder in ("old", "new")
-    )
-    assert after.equal(torch.cat([before, before.min().view(1, 1)]))
+    before = _tensor(old, "threshold")
+    assert _tensor(tmp_path / "new", "threshold").equal(torch.cat([before, before.min().view(1, 1)]))
     model = loaded(tmp_path / "new")
     assert _expert(model, texts(3, seed=22)[0]) == 2
+
+
+def test_rows_of_the_new_expert_give_it_a_threshold_of_its_own(tmp_path: Path) -> None:
+    """Its own rows are far apart, so that the least of the others' thresholds would leave them all with the base."""
+    old = _composed_by_centroids(tmp_path, slack=0.5)
+    ids = texts(3, seed=22)
+    rows = fit_rows(tiny_model(), [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], old, "c")
+    h_ND = tiny_model().get_input_embeddings()(ids).mean(1).detach()
+    torch.testing.assert_close(rows["centroids"], h_ND.mean(0, keepdim=True))
+    center_1D = _tensor(old, "center")
+    lowest = min(
+        float(torch.cosine_similarity(h_ND[i] - center_1D, (h_ND.sum(0) - h_ND[i]) / 2 - center_1D)) for i in range(3)
+    )
+    assert float(rows["threshold"]) == pytest.approx(lowest - 0.5 * (1 - lowest), abs=1e-5)
+    assert float(rows["threshold"]) < float(_tensor(old, "threshold").min())
+    add_experts(old, tmp_path / "new", names=["c"], rows=rows)
+    assert _tensor(tmp_path / "new", "threshold")[2].equal(rows["threshold"][0])
+    model = loaded(tmp_path / "new")
+    assert [_expert(model, row) for row in ids] == [2, 2, 2]
+
+
+def test_rows_of_a_new_expert_are_looked_at_as_the_router_does(tmp_path: Path) -> None:
+    """Without the earlier turns of a conversation, where the router leaves them out; no threshold where it has none."""
+    ids = torch.tensor([[5, 9, 20, 21, 5, 9, 30, 31]])
+    old = _composed_by_centroids(tmp_path, turn_start=[5, 9], unknown=False)
+    rows = fit_rows(tiny_model(), [{"input_ids": ids}], old)
+    assert list(rows) == ["centroids"]
+    torch.testing.assert_close(
+        rows["centroids"], tiny_model().get_input_embeddings()(ids[0, 4:]).detach().mean(0, keepdim=True)
+    )
+
+
+def test_rows_that_say_nothing_of_a_new_expert_are_refused(tmp_path: Path) -> None:
+    old = _composed_by_centroids(tmp_path)
+    one = [{"input_ids": texts(1, seed=22)}]
+    with pytest.raises(ComposeError, match=r"expert 'c' has one row.*at least two rows"):
+        fit_rows(tiny_model(), one, old, "c")
+    with pytest.raises(ComposeError, match="no row to fit a centroid on"):
+        fit_rows(tiny_model(), [], old)
+    with pytest.raises(ComposeError, match=r"'linear' scores.*allowed: a mixture routed by centroids"):
+        fit_rows(tiny_model(), one, saved(tmp_path / "linear", "mixlora"))
+    with pytest.raises(ComposeError, match=r"36 features, and the base's embeddings 24"):
+        fit_rows(tiny_model(hidden_size=24), one, old)
 
 
 def test_a_bias_of_all_experts_is_not_moved_any_more(tmp_path: Path) -> None:

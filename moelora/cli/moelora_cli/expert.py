@@ -52,8 +52,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add.add_argument(
         "--rows",
         metavar="FILE",
-        help="rows of the new expert: the mean of their prompts is its centroid, where it needs one; of rows with a "
-        "column task, those of --name",
+        help="rows of the new expert: its centroid and threshold, where it needs them, come from their prompts; of "
+        "rows with a column task, those of --name",
     )
     drop = verb("drop", "drop experts")
     which = drop.add_mutually_exclusive_group(required=True)
@@ -125,7 +125,7 @@ def _edit(options: argparse.Namespace, data: Any, routing: Any) -> Any:
 
     adapter, output = options.adapter, options.output
     if options.verb == "add":
-        rows = None if options.rows is None else {"centroids": data.centroid(options.adapter, options.rows)}
+        rows = None if options.rows is None else data.rows_of_router(options.adapter, options.rows)
         return editing.add_experts(
             adapter, output, count=options.count, start=options.start, names=options.name, rows=rows
         )

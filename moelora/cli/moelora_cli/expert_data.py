@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moelora.compose.editing import SiteRouting, fit_centroid, mean_loss, measure_routing, read_stacked
+from moelora.compose.editing import SiteRouting, fit_rows, mean_loss, measure_routing, read_stacked
 from moelora.compose.editing.stacked import read_words
 from moelora.compose.tokens import batches, tokenize
 from moelora.errors import ComposeError, MoeLoraError
@@ -85,17 +85,17 @@ class ScoredData:
         model.unload()
         return found
 
-    def centroid(self, adapter: str, file: str) -> Tensor:
-        """The centroid [1, D] of the expert that a file's rows are for.
+    def rows_of_router(self, adapter: str, file: str) -> dict[str, Tensor]:
+        """What the expert that a file's rows are for needs in a router by centroids.
 
         Raises:
             ComposeError: If the adapter is not routed by centroids, several experts are added, or no row is of the new
                 expert's task.
         """
-        scores = read_stacked(adapter).config.scores
-        if scores.kind != "centroids":
+        kind = read_stacked(adapter).config.scores.kind
+        if kind != "centroids":
             raise ComposeError(
-                f"--rows are for a mixture routed by centroids, and this one has {scores.kind!r} scores; leave it out."
+                f"--rows are for a mixture routed by centroids, and this one has {kind!r} scores; leave it out."
             )
         if self.options.count != 1:
             raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
@@ -103,15 +103,8 @@ class ScoredData:
         if "task" in rows.column_names:
             rows = self._of_task(rows, file)
         limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
-        batches = self._batches(rows.select(range(limit)))
-        found = fit_centroid(self.base, batches, scores.embedding, scores.turn_start)
-        if found.shape[1] != scores.features:
-            raise ComposeError(
-                f"{adapter!r} does not fit the base model {self.base.config._name_or_path!r}: its centroids have "
-                f"{scores.features} features, and the base's embeddings {found.shape[1]}. Allowed: --base with the "
-                "model it was trained on."
-            )
-        return found
+        (name,) = self.options.name or ("new",)
+        return fit_rows(self.base, self._batches(rows.select(range(limit))), adapter, name)
 
     def _of_task(self, rows: Any, file: str) -> Any:
         """The rows whose column `task` has the name of the new expert; all, if they are of one task and it has none.

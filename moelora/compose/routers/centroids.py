@@ -111,13 +111,21 @@ class Centroids(ComparesPrompts):
         """
         embeddings, center_1D = write_centroids(composition)
         if self.unknown:
-            lowest = [
-                self._threshold(name, h, center_1D) for name, h in zip(composition.names, embeddings, strict=True)
-            ]
+            lowest = [self.threshold(name, h, center_1D) for name, h in zip(composition.names, embeddings, strict=True)]
             router = next(iter(composition.layers())).routers[composition.adapter]
             router.get_parameter("threshold").data.copy_(torch.tensor(lowest).unsqueeze(1))
 
-    def _threshold(self, name: str, h_ND: Tensor, center_1D: Tensor) -> float:
+    def threshold(self, name: str, h_ND: Tensor, center_1D: Tensor) -> float:
+        """The least cosine at which an expert takes a prompt; a warning says where it refuses most of its own rows.
+
+        Args:
+            name: Of the expert.
+            h_ND: The embeddings of its rows' prompts.
+            center_1D: The centre that cosines are relative to.
+
+        Raises:
+            ComposeError: If there is one row only.
+        """
         count = len(h_ND)
         if count < 2:
             raise ComposeError(
