@@ -72,7 +72,9 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     """Everything in the configuration that a cell's result depends on."""
     words = dataclasses.asdict(config)
     shared = {key: words[key] for key in ("model", "dtype", "model_kwargs", "protocol")}
-    # left out where it is not used, so that what was measured before there was such a key is found again
+    # left out where they are not used, so that what was measured before there were such keys is found again
+    if config.recipe != "sft":
+        shared["recipe"] = config.recipe
     turns = config.evaluation.earlier_turns
     asked = {"earlier_turns": turns} if turns else {}
     scored: dict[str, Any] = {"limit": config.evaluation.limit, **asked}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eval.compare import pictures
 from eval.compare.cells import BASE, Board
+from eval.compare.measures import MEASURES
 from eval.compare.schema import BenchmarkConfig
 from eval.compare.summary import MethodSummary, Summary, summarize
 from eval.receipt import make_receipt
@@ -75,13 +76,14 @@ def _alike(config: BenchmarkConfig) -> str:
             "the same schedule, trainable parameters within 2 % of each other. Prompts in training are those of the "
             "scoring."
         )
+    measure = MEASURES[config.recipe]
     return (
         f"All methods: {config.model} in {config.dtype}, the same {data.rows_per_task:,} rows of each of "
-        f"{len(data.tasks)} tasks, loss on the answers alone, the same kind of schedule for each training, trainable "
+        f"{len(data.tasks)} tasks, {measure.trained}, the same kind of schedule for each training, trainable "
         "parameters within 2 % of each other (of LoRAs apart, their sum). Where tasks come one after the other, seed s "
-        f"begins with task s of {', '.join(data.tasks)}. Scores are the share of fresh problems that reasoning-gym's "
-        "verifier accepts; no prompt is among the training rows or among the problems that learning rates are chosen "
-        f"on. Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
+        f"begins with task s of {', '.join(data.tasks)}. Scores are the share of {measure.scored}; "
+        "no prompt is among the training rows or among the problems that learning rates are chosen on. "
+        f"Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
         + _conversation(config.evaluation.earlier_turns)
     )
 
@@ -239,8 +241,8 @@ def _trial_section(board: Board, summary: Summary) -> list[str]:
         cells = [_trial(trials.get(rate), rate == best, percent=config.has_skills) for rate in selection.learning_rates]
         rows.append([config.methods[key].title, *cells])
     measured = (
-        f"Exact answers in percent to {config.data.selection_rows} problems of each task that are neither trained on "
-        "nor scored, mean over the tasks, after a whole training; the most are taken, of equals the lower loss."
+        f"{MEASURES[config.recipe].chosen} {config.data.selection_rows} problems of each task that are neither trained "
+        "on nor scored, mean over the tasks, after a whole training; the most are taken, of equals the lower loss."
         if config.has_skills
         else f"Loss per token of the right answers on {config.data.selection_rows} rows of each seen task that are "
         f"neither trained on nor scored, mean over the tasks, after {selection.steps} steps with a schedule of that "

@@ -211,12 +211,14 @@ class BenchmarkConfig:
         reference: Key of the method whose size the others must have.
         selection: How learning rates are chosen.
         protocol: Protocol of the suite commonsense.
+        recipe: How tasks of reasoning-gym are trained on and scored: "sft" on right answers, scored by exact ones; or
+            "dpo" on pairs of answers, scored by how often the right one is more likely (see `eval.compare.measures`).
         dtype: As in a run.
         adapter_dtype: As in a run.
         model_kwargs: As in a run.
         data: The training rows: with a list of tasks those of the suite commonsense (`DataConfig`), with a mapping
             tasks of reasoning-gym (`SkillData`).
-        training: Fields of `trl.SFTConfig`, the same for all methods.
+        training: Fields of the trainer's arguments (`trl.SFTConfig`, `trl.DPOConfig`), the same for all methods.
         evaluation: How the trained models are scored.
         note: What a reader of the tables has to know beside them.
     """
@@ -228,6 +230,7 @@ class BenchmarkConfig:
     reference: str
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     protocol: str = PROTOCOLS[0]
+    recipe: Literal["sft", "dpo"] = "sft"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -246,6 +249,7 @@ class BenchmarkConfig:
             self.data = build(SkillData if skills else DataConfig, self.data, "data")
         check_keys("reference", [self.reference], self.methods)
         check_keys("protocol", [self.protocol], PROTOCOLS)
+        self._check_recipe()
         self._check_regimes()
         for key, reason in {**_OURS, **({} if self.has_skills else _OURS_OF_SUITE)}.items():
             if key in self.training:
@@ -258,6 +262,22 @@ class BenchmarkConfig:
     def has_skills(self) -> bool:
         """Whether it is about tasks of reasoning-gym, and not about the suite commonsense."""
         return isinstance(self.data, SkillData)
+
+    def _check_recipe(self) -> None:
+        if self.recipe == "sft":
+            return
+        if not self.has_skills:
+            raise RunError(f"recipe is {self.recipe!r} with the suite commonsense; allowed: 'sft'.")
+        if self.evaluation.earlier_turns:
+            raise RunError(
+                f"evaluation.earlier_turns is {self.evaluation.earlier_turns} with recipe {self.recipe!r}; allowed: 0."
+            )
+        for key, method in self.methods.items():
+            if method.regime.trains_itself:
+                raise RunError(
+                    f"methods.{key} has regime {method.regime.kind!r}, which trains on answers, with recipe "
+                    f"{self.recipe!r}; allowed: another regime, or recipe 'sft'."
+                )
 
     def _check_regimes(self) -> None:
         turns = self.evaluation.earlier_turns

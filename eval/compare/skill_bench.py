@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.compare.cells import Board, Cell
+from eval.compare.measures import MEASURES, Measure
 from eval.compare.regimes.apart import Apart
 from eval.compare.regimes.base import Regime, Work, joined
 from eval.compare.schema import SkillData
@@ -18,11 +19,9 @@ from eval.compare.work import Bench
 from eval.receipt import make_receipt
 from eval.scoring.judging import majority_share
 from eval.scoring.model_scores import ModelScores, TaskScores
-from eval.scoring.own_tasks import TaskResult, ask_after, make_problems, solved, training_row
+from eval.scoring.own_tasks import TaskResult, ask_after, make_problems
 from eval.scoring.routing import chosen_by_task, chosen_experts, routes_by_sequence
 from eval.suites.rules import register
-from moelora.compose import mean_loss
-from moelora.compose.tokens import batches, tokenize
 from moelora.errors import RunError
 from moelora.runs.config import DatasetConfig, EvaluationConfig, RunConfig
 from moelora.runs.console import say
@@ -34,7 +33,6 @@ from moelora.runs.wording import minutes
 
 # reasoning-gym makes problem i from `seed + i`: far enough apart for any number of problems.
 _SELECTION, _SCORED = 500_000, 1_000_000
-_BATCH = 8
 
 
 @dataclass
@@ -42,14 +40,14 @@ class SkillBench(Bench):
     """What all cells of a comparison on tasks of reasoning-gym share.
 
     Args:
-        run: The tasks as a run has them.
+        measure: What is trained for and scored.
         rows: Training rows by task.
         selection: Problems for choosing the learning rate.
         problems: The problems that are scored.
         foreign: Prompts of tasks that nothing is trained on.
     """
 
-    run: RunConfig
+    measure: Measure
     rows: dict[str, Any]
     selection: list[TaskResult]
     problems: list[TaskResult]
@@ -63,7 +61,8 @@ class SkillBench(Bench):
         data: SkillData = config.data
         tokenizer = load_tokenizer(source_of(config))
         run = _run(config, data.tasks, _SCORED + data.seed)
-        whole = load_rows(run.dataset, tokenizer)
+        measure = MEASURES[config.recipe](run, tokenizer, config.evaluation.batch_size)
+        whole = load_rows(run.dataset, tokenizer, config.recipe)
         rows = {task: whole.select([i for i, each in enumerate(whole["task"]) if each == task]) for task in data.tasks}
         trial = _run(config, data.tasks, _SELECTION + data.seed)
         held_out = make_problems(trial, tokenizer, data.selection_rows)
@@ -76,7 +75,7 @@ class SkillBench(Bench):
         if data.foreign:
             others = make_problems(_run(config, data.foreign, _SCORED + data.seed), tokenizer, config.evaluation.limit)
             foreign = [{"input_ids": prompt} for each in others for prompt in each.prompts]
-        return cls(board, tokenizer, sizes, command, run, rows, held_out, problems, foreign)
+        return cls(board, tokenizer, sizes, command, measure, rows, held_out, problems, foreign)
 
     def _regime(self, cell: Cell) -> Regime:
         regime: Regime = self.config.methods[cell.method].regime
@@ -108,6 +107,7 @@ class SkillBench(Bench):
             adapter_dtype=self.config.adapter_dtype,
             arguments=lambda stage, **changes: self.arguments(cell, folder.checkpoints(stage), **changes),
             label=cell.id,
+            trainer_class=self.measure.trainer_class(),
             parts=parts,
         )
 
@@ -142,21 +142,13 @@ class SkillBench(Bench):
         return found
 
     def trial(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
-        """Exact answers to the problems for selection, and the loss of the right ones.
-
-        The two need not agree: a lower rate may have the lower loss and still answer fewer problems.
-        """
+        """What the problems for selection say of a learning rate, see `Measure.trial`."""
         exact: dict[str, float] = {}
         losses: dict[str, float] = {}
         for tasks, model in self._regime(cell).models(self._work(cell, folder), list(self.rows)):
             for result in self.selection:
                 if result.task in tasks:
-                    values = self._values(model, [result])[result.task]
-                    exact[result.task] = sum(values) / len(values)
-                    rows = tokenize(
-                        [training_row(each, self.run, self.tokenizer) for each in result.problems], self.tokenizer
-                    )
-                    losses[result.task] = mean_loss(model, list(batches(rows, _BATCH, model.device)))
+                    exact[result.task], losses[result.task] = self.measure.trial(model, result)
         return {
             "exact": sum(exact.values()) / len(exact),
             "exact_by_task": exact,
@@ -191,9 +183,8 @@ class SkillBench(Bench):
         return replace(scores, extra=extra)
 
     def _values(self, model: Any, problems: Sequence[TaskResult]) -> dict[str, list[float]]:
-        """1 for each problem that is solved, else 0."""
-        size = self.config.evaluation.batch_size
-        return {task.task: solved(model, self.tokenizer, task, self.run, batch_size=size) for task in problems}
+        """1 for each problem that a model is right about, else 0."""
+        return {task.task: self.measure.values(model, task) for task in problems}
 
     def _scores(
         self, name: str, kind: str, values: Mapping[str, list[float]], seconds: float, size: ParameterCount
@@ -204,14 +195,15 @@ class SkillBench(Bench):
         for task in self.problems:
             digest = hashlib.sha256(json.dumps(task.prompts).encode()).hexdigest()
             version = getattr(reasoning_gym, "__version__", "?")
-            tasks[task.task] = TaskScores("exact", version, digest, task.majority, values[task.task], {})
+            floor = self.measure.floor(task)
+            tasks[task.task] = TaskScores(self.measure.metric, version, digest, floor, values[task.task], {})
         mean = sum(sum(each) / len(each) for each in values.values()) / len(values)
         say(f"{name}  mean {100 * mean:.1f}  {minutes(seconds)}")
         config = self.config
         return ModelScores(
             name=name,
             suite="reasoning-gym",
-            protocol="exact",
+            protocol=self.measure.metric,
             chat=self.tokenizer.chat_template is not None,
             limit=config.evaluation.limit,
             tasks=tasks,

@@ -89,7 +89,9 @@ class Bench:
         """The trainer's arguments: they differ between methods in the learning rate alone."""
         checkpoints = {"save_steps": STEPS_BETWEEN_CHECKPOINTS, "logging_steps": 5}
         fixed = {"learning_rate": cell.learning_rate, "seed": cell.seed}
-        return trainer_arguments("sft", {**checkpoints, **self.config.training, **fixed, **changes}, folder)
+        return trainer_arguments(
+            self.config.recipe, {**checkpoints, **self.config.training, **fixed, **changes}, folder
+        )
 
     def _write(self, cell: Cell, scores: ModelScores, training: dict[str, Any]) -> None:
         scores.receipt["command"] = self.command

@@ -144,7 +144,8 @@ def _data_set(form: Form, number: int) -> Any:
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             question, answer = problem(form, number, self.seed + index)
-            return {"question": question, "answer": answer, "metadata": {}}
+            rejected = other_answer(form, number, self.seed + index)
+            return {"question": question, "answer": answer, "metadata": {"rejected": rejected}}
 
     return RuleDataset
 
@@ -153,6 +154,16 @@ def problem(form: Form, number: int, seed: int) -> tuple[str, str]:
     """A question under rule `number` and its answer; the same seed is about the same under every rule."""
     parts = form.draw(Random(seed))
     return f"{RULES[number]}: {form.ask(parts)}", form.answers[number](parts)
+
+
+def other_answer(form: Form, number: int, seed: int) -> str | None:
+    """The answer under the next rule that has another: right for the same question there, and wrong here.
+
+    None where all rules have the same.
+    """
+    parts = form.draw(Random(seed))
+    answers = [answer(parts) for answer in form.answers]
+    return next((answers[i % 3] for i in (number + 1, number + 2) if answers[i % 3] != answers[number]), None)
 
 
 def rows(per_task: int, seed: int) -> Iterator[dict[str, str]]:

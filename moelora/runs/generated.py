@@ -13,8 +13,8 @@ from moelora.runs.tasks import Problem, Verifier, problems
 def generated_rows(config: DatasetConfig, form: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of `config.tasks`.
 
-    Pairs and rated answers need wrong answers: those are answers to other problems of the task, which its verifier
-    refuses. Every second rated answer is wrong. A text with a label is a problem with the name of its task.
+    Pairs and rated answers need wrong answers, see `wrong_answer`. Every second rated answer is wrong. A text with a
+    label is a problem with the name of its task.
 
     Args:
         config: The tasks.
@@ -30,17 +30,29 @@ def generated_rows(config: DatasetConfig, form: Sequence[str]) -> Iterator[dict[
             words: dict[str, Any] = {"prompt": problem.prompt, "completion": problem.answer, "answer": problem.answer}
             words |= {"text": problem.prompt, "label": task}
             if "rejected" in form:
-                words |= {"chosen": problem.answer, "rejected": _wrong_answer(verifier, found, index)}
+                words |= {"chosen": problem.answer, "rejected": wrong_answer(verifier, found, index)}
             if {"completion", "label"} <= set(form):
                 words["label"] = index % 2 == 0
                 if not words["label"]:
-                    words["completion"] = _wrong_answer(verifier, found, index)
+                    words["completion"] = wrong_answer(verifier, found, index)
             yield {**{column: words[column] for column in form}, "task": task}
 
 
-def _wrong_answer(verifier: Verifier, found: list[Problem], index: int) -> str:
-    """The answer of the next problem whose answer is wrong here."""
-    for other in found[index + 1 :] + found[:index]:
+def wrong_answer(verifier: Verifier, found: Sequence[Problem], index: int) -> str:
+    """A wrong answer to a problem: what its task says ("rejected" in the metadata), else an answer to another problem.
+
+    Args:
+        verifier: Of the task.
+        found: Problems of the task.
+        index: Which of them it is for; the next one whose answer the verifier refuses here gives its own.
+
+    Raises:
+        RunError: If all of them have the same answer.
+    """
+    said = found[index].entry.get("metadata", {}).get("rejected")
+    if said is not None:
+        return str(said)
+    for other in [*found[index + 1 :], *found[:index]]:
         if verifier.score(found[index], other.answer) < 1:
             return other.answer
     raise RunError(

@@ -26,6 +26,7 @@ class Work:
         adapter_dtype: As in a run.
         arguments: Makes the trainer's arguments for a stage; keywords replace fields.
         label: What messages call it.
+        trainer_class: Makes the trainer; None for that of `train.sft`.
         parts: Of a composition, the folders of its LoRAs by task.
     """
 
@@ -39,6 +40,7 @@ class Work:
     adapter_dtype: str
     arguments: Callable[..., Any]
     label: str
+    trainer_class: Callable[..., Any] | None = None
     parts: dict[str, Path] | None = None
 
     def new_adapter(self) -> Any:
@@ -56,11 +58,17 @@ class Work:
             rows: What it is trained on.
             **changes: Arguments of the trainer that differ.
         """
-        from train.sft import train_stage
+        from train.sft import RunTrainer, train_stage
 
-        arguments = self.arguments(stage, **changes)
         train_stage(
-            stage, make_model, arguments, self.folder, self.tokenizer, rows, label=f"{self.label} {stage}".strip()
+            stage,
+            make_model,
+            self.arguments(stage, **changes),
+            self.folder,
+            self.tokenizer,
+            rows,
+            label=f"{self.label} {stage}".strip(),
+            trainer_class=self.trainer_class or RunTrainer,
         )
         return self.folder.stage(stage)
 
@@ -84,6 +92,8 @@ class Regime:
     kind: ClassVar[str]
     is_per_task: ClassVar[bool] = False
     """Whether each task has an adapter of the given size."""
+    trains_itself: ClassVar[bool] = False
+    """Whether it brings its own trainer, which trains on answers."""
 
     @property
     def made_of(self) -> str | None:

@@ -21,6 +21,7 @@ class Grown(OneAfterTheOther):
 
     kind: ClassVar[str] = "grown"
     is_per_task: ClassVar[bool] = True
+    trains_itself: ClassVar[bool] = True
 
     sequential: dict[str, Any] = field(default_factory=dict)
 
