@@ -13,7 +13,7 @@ from moelora.compose import (
     add_experts,
     cut_ranks,
     drop_experts,
-    fit_rows,
+    fit_router_rows,
     freeze_experts,
     measure_routing,
     merge_experts,
@@ -100,7 +100,7 @@ def by_centroid(bench: Bench) -> Iterator[Row]:
         logits = bench.logits(model, old)
 
     def add() -> Edit:
-        rows = fit_rows(bench.base, batches(bench.fit[new], 8, bench.base.device), before, new)
+        rows = fit_router_rows(bench.base, batches(bench.fit[new], 8, bench.base.device), before, new)
         return add_experts(before, added, names=[new], rows=rows)
 
     edit, seconds = timed(add)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.compare.measures import MEASURES
 from eval.compare.schema import BenchmarkConfig
 from eval.scoring.model_scores import ModelScores
 from moelora.errors import RunError
@@ -97,7 +98,7 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if method.regime.made_of is not None:
         trained["made_of"] = config.methods[method.regime.made_of].adapter
     if config.has_skills and cell.kind == "select":
-        return {**trained, **asked, "chosen_by": "exact answers"}
+        return {**trained, **asked, "chosen_by": MEASURES[config.recipe].chosen_by}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
         return {**trained, "data": data, "steps": config.selection.steps}
@@ -192,10 +193,10 @@ class Board:
         return ModelScores.read(self.file(cell))
 
     def chosen_rate(self, method: str) -> float | None:
-        """The best learning rate, once all of the grid are tried: with the most exact answers, or the lowest loss.
+        """The best learning rate, once all of the grid are tried: with the most right answers, or the lowest loss.
 
-        Tasks of reasoning-gym are scored by exact answers, the suite by likelihoods, and trials likewise. Of two rates
-        with as many exact answers the one with the lower loss is taken.
+        Tasks of reasoning-gym are scored by right answers (see `eval.compare.measures`), the suite by likelihoods, and
+        trials likewise. Of two rates with as many right answers the one with the lower loss is taken.
         """
         trained = self.config.methods[method].regime.made_of or method
         trials = [cell for cell in selection_cells(self.config) if cell.method == trained]

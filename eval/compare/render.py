@@ -55,7 +55,8 @@ def _sections(board: Board, summary: Summary, command: str, drawn: Sequence[Path
         _state(summary),
         _alike(config),
         config.note or "",
-        f"Scores in percent ± standard error, of several seeds their mean. {_seed_note(summary)} " + FLOOR_NOTE,
+        f"Scores in percent ± standard error, of several seeds their mean. {_seed_note(summary)}"
+        + (f" {FLOOR_NOTE}" if _has_floors(summary) else ""),
         markdown(*score_table(summary)),
         *means,
         *(f"![{picture.stem}]({picture.name})" for picture in drawn),
@@ -157,12 +158,18 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     header = ["method", "seeds", *(f"{label} {tasks[label].metric}" for label in summary.labels)]
     rows = [
         ["n", "", *(str(len(tasks[label].values)) for label in summary.labels)],
-        ["majority", "", *(floor_cell(tasks[label].majority) for label in summary.labels)],
     ]
+    if _has_floors(summary):
+        rows.append(["majority", "", *(floor_cell(tasks[label].majority) for label in summary.labels)])
     for method in summary.methods:
         cells = [score_cell(summary.score(method, [label]), method.at_floor(label)) for label in summary.labels]
         rows.append([_title(method), "" if method.key == BASE else str(len(method.seeds)), *cells])
     return header, rows
+
+
+def _has_floors(summary: Summary) -> bool:
+    """Whether there is a most frequent answer that could be given to some task."""
+    return any(task.majority is not None for task in summary.methods[0].first.tasks.values())
 
 
 def mean_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -241,8 +248,7 @@ def _trial_section(board: Board, summary: Summary) -> list[str]:
         cells = [_trial(trials.get(rate), rate == best, percent=config.has_skills) for rate in selection.learning_rates]
         rows.append([config.methods[key].title, *cells])
     measured = (
-        f"{MEASURES[config.recipe].chosen} {config.data.selection_rows} problems of each task that are neither trained "
-        "on nor scored, mean over the tasks, after a whole training; the most are taken, of equals the lower loss."
+        MEASURES[config.recipe].chosen.format(n=config.data.selection_rows)
         if config.has_skills
         else f"Loss per token of the right answers on {config.data.selection_rows} rows of each seen task that are "
         f"neither trained on nor scored, mean over the tasks, after {selection.steps} steps with a schedule of that "

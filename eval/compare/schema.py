@@ -100,7 +100,7 @@ class SkillData:
 @dataclass(kw_only=True)
 class SelectionConfig:
     """How each method's learning rate is chosen on `data.selection_rows`: by the lowest loss of the right answers, on
-    tasks of reasoning-gym by the most exact answers.
+    tasks of reasoning-gym by the most right answers (see `eval.compare.measures`).
 
     Args:
         learning_rates: The grid, the same for every method that has no learning rate of its own.

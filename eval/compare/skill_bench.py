@@ -68,6 +68,9 @@ class SkillBench(Bench):
         held_out = make_problems(trial, tokenizer, data.selection_rows)
         problems = make_problems(run, tokenizer, config.evaluation.limit)
         _check_apart(held_out, problems)
+        for key, found in (("data.selection_rows", held_out), ("evaluation.limit", problems)):
+            for task in found:
+                measure.prepare(task, key)
         if turns := config.evaluation.earlier_turns:
             ask_after(held_out, turns, trial, tokenizer)
             ask_after(problems, turns, run, tokenizer)
@@ -157,7 +160,7 @@ class SkillBench(Bench):
         }
 
     def score_base(self, cell: Cell) -> ModelScores:
-        """Let the base model answer."""
+        """See `Bench.score_base`."""
         started = time.monotonic()
         values = self._values(load_model(source_of(self.config)).eval(), self.problems)
         return self._scores("base", "base", values, time.monotonic() - started, ParameterCount(0, 0, self._base_size))
@@ -167,7 +170,7 @@ class SkillBench(Bench):
         return next(iter(self.sizes.values())).base
 
     def score(self, cell: Cell, folder: RunDir) -> ModelScores:
-        """Let what was trained answer."""
+        """See `Bench.score`."""
         started = time.monotonic()
         values: dict[str, list[float]] = {}
         extra: dict[str, Any] = {}
@@ -193,7 +196,7 @@ class SkillBench(Bench):
 
         tasks = {}
         for task in self.problems:
-            digest = hashlib.sha256(json.dumps(task.prompts).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps(self.measure.asked(task)).encode()).hexdigest()
             version = getattr(reasoning_gym, "__version__", "?")
             floor = self.measure.floor(task)
             tasks[task.task] = TaskScores(self.measure.metric, version, digest, floor, values[task.task], {})

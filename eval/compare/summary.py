@@ -84,7 +84,7 @@ class Summary:
         labels: Of all tasks.
         seen: Labels of the tasks that were trained on.
         reference: Key of the LoRA of equal trainable parameters, which the others are compared with; None without one.
-        trials: Method to learning rate to the loss of the right answers, or the share of exact ones on reasoning-gym.
+        trials: Method to learning rate to the loss of the right answers, or the share of right ones on reasoning-gym.
         trial_seconds: What the trials took.
         done: Number of finished cells.
         total: Number of cells.

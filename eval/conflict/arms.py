@@ -151,6 +151,8 @@ class Arms:
         return list(train.values()) if arm == OWN else at_random(train, self.config.dataset.seed)
 
     def _work(self, arm: str) -> Work:
+        from train.sft import RunTrainer
+
         config = self.config
 
         def arguments(stage: str, **changes: Any) -> Any:
@@ -170,6 +172,7 @@ class Arms:
             adapter_dtype=config.adapter_dtype,
             arguments=arguments,
             label=arm,
+            trainer_class=RunTrainer,
         )
 
     def _base(self) -> Any:

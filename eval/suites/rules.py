@@ -157,13 +157,16 @@ def problem(form: Form, number: int, seed: int) -> tuple[str, str]:
 
 
 def other_answer(form: Form, number: int, seed: int) -> str | None:
-    """The answer under the next rule that has another: right for the same question there, and wrong here.
+    """The answer under another rule: right for the same question there, and wrong here.
 
-    None where all rules have the same.
+    It is that of the next rule where the seed is even and of the one before where it is odd, so that of any two rules
+    each is preferred to the other alike often, and who does not look at the rule is right about half of the pairs. None
+    where all rules have the same answer.
     """
     parts = form.draw(Random(seed))
     answers = [answer(parts) for answer in form.answers]
-    return next((answers[i % 3] for i in (number + 1, number + 2) if answers[i % 3] != answers[number]), None)
+    others = [answers[(number + step) % len(RULES)] for step in ((1, 2) if seed % 2 == 0 else (2, 1))]
+    return next((other for other in others if other != answers[number]), None)
 
 
 def rows(per_task: int, seed: int) -> Iterator[dict[str, str]]:

@@ -47,9 +47,9 @@ def wrong_answer(verifier: Verifier, found: Sequence[Problem], index: int) -> st
         index: Which of them it is for; the next one whose answer the verifier refuses here gives its own.
 
     Raises:
-        RunError: If all of them have the same answer.
+        RunError: If the task says none, and all of the problems have the same answer.
     """
-    said = found[index].entry.get("metadata", {}).get("rejected")
+    said = (found[index].entry.get("metadata") or {}).get("rejected")
     if said is not None:
         return str(said)
     for other in [*found[index + 1 :], *found[:index]]:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelora import record_routing
-from moelora.compose import add_experts, fit_centroid, fit_rows, from_loras
-from moelora.errors import ComposeError
+from moelora.compose import add_experts, fit_centroid, fit_router_rows, from_loras
+from moelora.errors import ComposeError, TargetError
 from moelora.scores.base import RouterInput, Scored
 from moelora.selection.top_k import TopK
 from tests.compose.mixtures import loaded, logits, saved, saved_by_sequence, texts, train, weights
@@ -194,7 +194,7 @@ def test_rows_of_the_new_expert_give_it_a_threshold_of_its_own(tmp_path: Path) -
     """Its own rows are far apart, so that the least of the others' thresholds would leave them all with the base."""
     old = _composed_by_centroids(tmp_path, slack=0.5)
     ids = texts(3, seed=22)
-    rows = fit_rows(tiny_model(), [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], old, "c")
+    rows = fit_router_rows(tiny_model(), [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], old, "c")
     h_ND = tiny_model().get_input_embeddings()(ids).mean(1).detach()
     torch.testing.assert_close(rows["centroids"], h_ND.mean(0, keepdim=True))
     center_1D = _tensor(old, "center")
@@ -213,7 +213,7 @@ def test_rows_of_a_new_expert_are_looked_at_as_the_router_does(tmp_path: Path) -
     """Without the earlier turns of a conversation, where the router leaves them out; no threshold where it has none."""
     ids = torch.tensor([[5, 9, 20, 21, 5, 9, 30, 31]])
     old = _composed_by_centroids(tmp_path, turn_start=[5, 9], unknown=False)
-    rows = fit_rows(tiny_model(), [{"input_ids": ids}], old)
+    rows = fit_router_rows(tiny_model(), [{"input_ids": ids}], old)
     assert list(rows) == ["centroids"]
     torch.testing.assert_close(
         rows["centroids"], tiny_model().get_input_embeddings()(ids[0, 4:]).detach().mean(0, keepdim=True)
@@ -224,13 +224,48 @@ def test_rows_that_say_nothing_of_a_new_expert_are_refused(tmp_path: Path) -> No
     old = _composed_by_centroids(tmp_path)
     one = [{"input_ids": texts(1, seed=22)}]
     with pytest.raises(ComposeError, match=r"expert 'c' has one row.*at least two rows"):
-        fit_rows(tiny_model(), one, old, "c")
+        fit_router_rows(tiny_model(), one, old, "c")
     with pytest.raises(ComposeError, match="no row to fit a centroid on"):
-        fit_rows(tiny_model(), [], old)
+        fit_router_rows(tiny_model(), [], old)
     with pytest.raises(ComposeError, match=r"'linear' scores.*allowed: a mixture routed by centroids"):
-        fit_rows(tiny_model(), one, saved(tmp_path / "linear", "mixlora"))
+        fit_router_rows(tiny_model(), one, saved(tmp_path / "linear", "mixlora"))
+    same = torch.cat([texts(1, seed=20).repeat(3, 1), torch.tensor([[1], [2], [3]])], 1)
+    with pytest.raises(ComposeError, match="experts 'a' and 'c' have the same centroid"):
+        fit_router_rows(tiny_model(), [{"input_ids": same}], old, "c")
+    with pytest.raises(TargetError, match="the base model is not the one"):
+        fit_router_rows(tiny_model(seed=5), one, old)
+    _without_fingerprint(old)
     with pytest.raises(ComposeError, match=r"36 features, and the base's embeddings 24"):
-        fit_rows(tiny_model(hidden_size=24), one, old)
+        fit_router_rows(tiny_model(hidden_size=24), one, old)
+    broken = tiny_model()
+    broken.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(ComposeError, match=r"embeddings of the prompts hold NaN or infinity in torch\.float32"):
+        fit_router_rows(broken, one, old)
+
+
+def _without_fingerprint(folder: Path) -> None:
+    """As adapters of early versions are."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_fingerprint": None}))
+
+
+def test_centroids_with_another_selection_have_no_threshold(tmp_path: Path) -> None:
+    old = _composed_by_centroids(tmp_path, unknown=False)
+    file = old / "adapter_config.json"
+    words = json.loads(file.read_text())
+    file.write_text(json.dumps({**words, "selection": {"kind": "top_k", "k": 2}}))
+    assert list(fit_router_rows(tiny_model(), [{"input_ids": texts(3, seed=22)}], old)) == ["centroids"]
+
+
+def test_an_expert_whose_prompts_are_all_alike_takes_them(tmp_path: Path) -> None:
+    """Rounding leaves their cosine a little below 1 now and then, and the threshold lies below that."""
+    old = _composed_by_centroids(tmp_path)
+    for seed in range(40, 60):
+        same = texts(1, seed=seed).repeat(3, 1)
+        rows = fit_router_rows(tiny_model(), [{"input_ids": same}], old, "c")
+        assert float(rows["threshold"]) <= 0.9999
+    add_experts(old, tmp_path / "new", names=["c"], rows=rows)
+    assert _expert(loaded(tmp_path / "new"), same[0]) == 2
 
 
 def test_a_bias_of_all_experts_is_not_moved_any_more(tmp_path: Path) -> None:

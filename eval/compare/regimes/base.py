@@ -26,7 +26,7 @@ class Work:
         adapter_dtype: As in a run.
         arguments: Makes the trainer's arguments for a stage; keywords replace fields.
         label: What messages call it.
-        trainer_class: Makes the trainer; None for that of `train.sft`.
+        trainer_class: The class of the trainer.
         parts: Of a composition, the folders of its LoRAs by task.
     """
 
@@ -40,7 +40,7 @@ class Work:
     adapter_dtype: str
     arguments: Callable[..., Any]
     label: str
-    trainer_class: Callable[..., Any] | None = None
+    trainer_class: Callable[..., Any]
     parts: dict[str, Path] | None = None
 
     def new_adapter(self) -> Any:
@@ -58,7 +58,7 @@ class Work:
             rows: What it is trained on.
             **changes: Arguments of the trainer that differ.
         """
-        from train.sft import RunTrainer, train_stage
+        from train.sft import train_stage
 
         train_stage(
             stage,
@@ -68,7 +68,7 @@ class Work:
             self.tokenizer,
             rows,
             label=f"{self.label} {stage}".strip(),
-            trainer_class=self.trainer_class or RunTrainer,
+            trainer_class=self.trainer_class,
         )
         return self.folder.stage(stage)
 

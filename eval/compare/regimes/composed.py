@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,7 +69,7 @@ class Composed(Regime):
         loras = {task: str(path) for task, path in (work.parts or {}).items()}
         base = load_model(work.source)
         if self.router:
-            examples = {task: tokenize(work.fit_rows[task], work.tokenizer) for task in loras}
+            examples = {task: tokenize(map(_answered, work.fit_rows[task]), work.tokenizer) for task in loras}
             model = from_loras(base, loras, self.router, examples=examples, tokenizer=work.tokenizer)
             with new_folder(folder) as ready:
                 model.save_pretrained(str(ready))
@@ -90,6 +90,11 @@ class Composed(Regime):
 
         paths = [str(path) for path in (work.parts or {}).values()]
         yield list(tasks), create_arrow_model(load_model(work.source), paths, ArrowConfig(**self.arrow)).eval()
+
+
+def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with an answer; of a pair it is the one that is preferred."""
+    return {**row, "completion": row["chosen"]} if "chosen" in row else dict(row)
 
 
 def _with_all(base: Any, loras: dict[str, str]) -> Any:

@@ -125,7 +125,7 @@ def _edit(options: argparse.Namespace, data: Any, routing: Any) -> Any:
 
     adapter, output = options.adapter, options.output
     if options.verb == "add":
-        rows = None if options.rows is None else data.rows_of_router(options.adapter, options.rows)
+        rows = None if options.rows is None else data.router_rows(options.adapter, options.rows)
         return editing.add_experts(
             adapter, output, count=options.count, start=options.start, names=options.name, rows=rows
         )

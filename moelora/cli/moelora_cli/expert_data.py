@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moelora.compose.editing import SiteRouting, fit_rows, mean_loss, measure_routing, read_stacked
+from moelora.compose.editing import SiteRouting, fit_router_rows, mean_loss, measure_routing, read_stacked
 from moelora.compose.editing.stacked import read_words
 from moelora.compose.tokens import batches, tokenize
 from moelora.errors import ComposeError, MoeLoraError
@@ -85,7 +85,7 @@ class ScoredData:
         model.unload()
         return found
 
-    def rows_of_router(self, adapter: str, file: str) -> dict[str, Tensor]:
+    def router_rows(self, adapter: str, file: str) -> dict[str, Tensor]:
         """What the expert that a file's rows are for needs in a router by centroids.
 
         Raises:
@@ -99,12 +99,14 @@ class ScoredData:
             )
         if self.options.count != 1:
             raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
+        names = self.options.name or ["new"]
+        if len(names) > 1:
+            raise ComposeError(f"--rows are the rows of one expert; allowed: one --name, not {', '.join(names)}.")
         rows = load_rows(DatasetConfig(files=file), self.tokenizer)
         if "task" in rows.column_names:
             rows = self._of_task(rows, file)
         limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
-        (name,) = self.options.name or ("new",)
-        return fit_rows(self.base, self._batches(rows.select(range(limit))), adapter, name)
+        return fit_router_rows(self.base, self._batches(rows.select(range(limit))), adapter, names[0])
 
     def _of_task(self, rows: Any, file: str) -> Any:
         """The rows whose column `task` has the name of the new expert; all, if they are of one task and it has none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora.compose.editing.add import add_experts
-from moelora.compose.editing.centroid import fit_centroid, fit_rows
+from moelora.compose.editing.centroid import fit_centroid, fit_router_rows
 from moelora.compose.editing.edit import Edit, Size
 from moelora.compose.editing.measure import SiteRouting, mean_loss, measure_routing
 from moelora.compose.editing.merge import cut_ranks, merge_experts
@@ -20,7 +20,7 @@ __all__ = [
     "cut_ranks",
     "drop_experts",
     "fit_centroid",
-    "fit_rows",
+    "fit_router_rows",
     "freeze_experts",
     "mean_loss",
     "measure_routing",

@@ -46,7 +46,7 @@ def add_experts(
     rows; see `LinearScores.new_rows`. A mixture routed by centroids (the KV-anchor keys of LEMoE, arXiv 2406.20030, as
     one fixed key for each expert; its equations were not at hand) needs the new centroid in `rows`, the mean embedding
     of the new expert's prompts, and where it has thresholds the new one, without which the lowest of the old ones
-    holds: `fit_rows` finds both.
+    holds: `fit_router_rows` finds both.
 
     Args:
         adapter: Folder of the mixture.
@@ -56,7 +56,7 @@ def add_experts(
             expert to copy.
         names: What the new ones are called, where the experts have names.
         rows: What the new experts have in the router's tensors, by name: [N, ...]. Needed where the choices do not
-            know better: `{"centroids": ...}`, see `fit_rows`.
+            know better: `{"centroids": ...}`, see `fit_router_rows`.
         seed: Seed of what starts at random.
 
     Raises:
@@ -169,7 +169,7 @@ def _router_rows(
         if rows is None or list(rows.shape) != shape:
             what = "not given" if rows is None else f"of shape {list(rows.shape)}"
             if tensor == "centroids":
-                fix = "`--rows FILE`, or `fit_rows`, finds them on rows of the new expert."
+                fix = "`--rows FILE`, or `fit_router_rows`, finds them on rows of the new expert."
             else:
                 fix = (
                     "They are found from trained LoRAs or by training, not from rows: train the new expert as a LoRA, "

@@ -22,7 +22,7 @@ from moelora.runs.folder import ADAPTER, RunDir
 from moelora.runs.models import load_adapter, load_model
 from tests.eval.compare.test_skills import CHANGES, LORA, PART, SEED, board_of, folder_of, read, write
 
-TASKS = {f"sums_{rule}": {} for rule in ("red", "green", "blue")}
+TASKS: dict[str, Any] = {f"sums_{rule}": {} for rule in ("red", "green", "blue")}
 METHODS: dict[str, Any] = {
     "joint": {"title": "joint", "adapter": LORA, "seeds": [SEED]},
     "loras": {"title": "apart", "adapter": PART, "regime": {"kind": "apart"}, "seeds": [SEED]},
@@ -54,14 +54,13 @@ def bench_of(folder: Path) -> SkillBench:
     return SkillBench.open(Board(config), check_sizes(config), "")
 
 
-def answers_to(question: str) -> tuple[str, str]:
-    """The right answer to a question about two numbers, and that of the next rule that has another."""
+def answers_to(question: str) -> tuple[str, set[str]]:
+    """The right answer to a question about two numbers, and those of the two other rules."""
     rule, words = question.split(": ")
     a, b = map(int, words.split(" and "))
-    answers = [str(a + b), str(abs(a - b)), str(max(a, b))]
-    first = RULES.index(rule)
-    right = answers[first]
-    return right, next(each for each in (answers[first - 2], answers[first - 1]) if each != right)
+    answers = dict(zip(RULES, (str(a + b), str(abs(a - b)), str(max(a, b))), strict=True))
+    right = answers.pop(rule)
+    return right, set(answers.values()) - {right}
 
 
 def log_likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
@@ -86,7 +85,9 @@ def test_a_problem_is_right_where_the_right_answer_is_more_likely(finished: Path
         margins = bench.measure.margins(model, task)
         for index, margin in enumerate(margins):
             question = task.problems[index].prompt
-            right, wrong = answers_to(question)
+            right, others = answers_to(question)
+            wrong = task.problems[index].entry["metadata"]["rejected"]
+            assert wrong in others
             naive = log_likelihood(model, bench.tokenizer, question, right) - log_likelihood(
                 model, bench.tokenizer, question, wrong
             )
@@ -103,8 +104,9 @@ def test_it_is_trained_by_dpo_on_the_answers_of_two_rules(finished: Path) -> Non
     for rows in bench.rows.values():
         assert len(rows) == 8
         for row in rows:
-            pair = (row["chosen"][0]["content"], row["rejected"][0]["content"])
-            assert pair == answers_to(row["prompt"][-1]["content"])
+            right, others = answers_to(row["prompt"][-1]["content"])
+            assert row["chosen"][0]["content"] == right
+            assert row["rejected"][0]["content"] in others
     arguments = bench.arguments(Cell("final", "joint", SEED, 0.01), finished / "x")
     assert type(arguments).__name__ == "DPOConfig"
 
@@ -112,11 +114,11 @@ def test_it_is_trained_by_dpo_on_the_answers_of_two_rules(finished: Path) -> Non
 def test_the_page_says_how_it_is_scored(finished: Path) -> None:
     text = (finished / "results" / "README.md").read_text()
     assert "sums_red preferred" in text
-    assert "DPO against the base model" in text
-    assert "whose right answer is more likely than the wrong one (50 is chance)" in text
-    assert "Right answers that are preferred, in percent of 3 problems" in text
+    assert "against the model as it was when the training began" in text
+    assert "whose right answer is more likely than the wrong one (a coin has 50)" in text
+    assert "Preferred right answers in percent of 3 problems" in text
     assert "exact" not in text.lower()
-    assert "| majority |  | - | - | - |" in text
+    assert "majority" not in text
     assert read(finished, "centroids").extra["chosen"]["own"].keys() == TASKS.keys()
 
 
@@ -127,6 +129,31 @@ def test_training_moves_the_model_to_the_right_answers(finished: Path) -> None:
     before = sum(bench.measure.trial(base, task)[1] for task in bench.selection) / len(TASKS)
     trial = board_of(finished).read_json(Cell("select", "joint", 1000, 0.01))
     assert trial["loss"] < before
+
+
+def test_two_models_are_asked_alike_only_with_the_same_wrong_answers(finished: Path) -> None:
+    bench = bench_of(finished)
+    task = bench.problems[0]
+    before = bench.measure.asked(task)
+    task.problems[0].entry["wrong_answer"] = "other"
+    assert bench.measure.asked(task) != before
+
+
+def test_routers_that_learn_from_answers_get_the_right_ones(tmp_path: Path) -> None:
+    router = {"kind": "phatgoose"}
+    methods = {**METHODS, "gates": {"title": "gates", "regime": {"kind": "composed", "of": "loras", "router": router}}}
+    methods = {key: {**words, "seeds": [SEED]} for key, words in methods.items() if key != "centroids"}
+    methods["joint"]["adapter"] = {**LORA, "r": 6, "lora_alpha": 12}
+    data = {**CHANGES["data"], "tasks": TASKS, "foreign": {}}
+    assert main([str(write(tmp_path, recipe="dpo", data=data, methods=methods))]) == 0
+    assert read(tmp_path, "gates").extra["training"]["rows"] == 24
+
+
+def test_a_task_without_a_wrong_answer_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    data = {**CHANGES["data"], "foreign": {}, "selection_rows": 1}
+    file = write_preferences(tmp_path, data=data, methods={"joint": METHODS["joint"]})
+    with pytest.raises(MoeLoraError, match=r"same right answer.*or raise data.selection_rows"):
+        bench_of(file.parent)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from moelora.errors import MoeLoraError
 from moelora.runs.folder import RunDir
 from moelora.runs.models import ModelSource
 from tests.eval.compare.tiny import write_benchmark
+from train.sft import RunTrainer
 
 SEED = 1
 LORA = {"peft": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -226,6 +227,7 @@ def test_replay_keeps_a_share_of_each_earlier_task(finished: Path) -> None:
         adapter_dtype="auto",
         arguments=lambda stage: None,
         label="",
+        trainer_class=RunTrainer,
     )
     InTurn(replay=0.25).train(work)
     first, second = ([row["prompt"][-1]["content"] for row in rows] for rows in bench.rows.values())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from eval.suites import rules
-from eval.suites.rules import FORMS, RULES, register
+from eval.suites.rules import FORMS, RULES, other_answer, register
 from moelora.runs.tasks import fresh_problems, task_data_set
 
 
@@ -43,6 +45,24 @@ def test_answers_by_hand() -> None:
     for name, (parts, question, answers) in expected.items():
         assert FORMS[name].ask(parts) == question
         assert tuple(answer(parts) for answer in FORMS[name].answers) == answers
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_who_does_not_look_at_the_rule_is_right_about_half_of_the_pairs(name: str) -> None:
+    """Whichever rule's answers are always preferred, and whichever come second."""
+    form = FORMS[name]
+    for ranking in permutations(range(3)):
+        right = []
+        for seed in range(400):
+            parts = form.draw(Random(seed))
+            ranks: dict[str, int] = {}
+            for place, number in enumerate(ranking):
+                ranks.setdefault(form.answers[number](parts), place)
+            for number in range(3):
+                other = other_answer(form, number, seed)
+                assert other is not None
+                right.append(ranks[form.answers[number](parts)] < ranks[other])
+        assert abs(sum(right) / len(right) - 0.5) < 0.04
 
 
 def test_the_verifier_wants_the_whole_answer() -> None:
