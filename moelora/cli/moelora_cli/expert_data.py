@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moelora.compose.editing import SiteRouting, fit_router_rows, mean_loss, measure_routing, read_stacked
+from moelora.compose.editing import SiteRouting, fit_router_rows, mean_loss, measure_routing
 from moelora.compose.editing.stacked import read_words
 from moelora.compose.tokens import batches, tokenize
 from moelora.errors import ComposeError, MoeLoraError
@@ -92,11 +92,6 @@ class ScoredData:
             ComposeError: If the adapter is not routed by centroids, several experts are added, or no row is of the new
                 expert's task.
         """
-        kind = read_stacked(adapter).config.scores.kind
-        if kind != "centroids":
-            raise ComposeError(
-                f"--rows are for a mixture routed by centroids, and this one has {kind!r} scores; leave it out."
-            )
         if self.options.count != 1:
             raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
         names = self.options.name or ["new"]

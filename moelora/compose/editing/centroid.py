@@ -51,7 +51,7 @@ def fit_router_rows(
     if scores.kind != "centroids":
         raise ComposeError(
             f"{str(adapter)!r} has {scores.kind!r} scores, which are not found from rows of a new expert; allowed: a "
-            "mixture routed by centroids."
+            "mixture routed by centroids. Leave such rows out for this one."
         )
     check_base(base, old.config.base_fingerprint, old.config.base_model_name_or_path)
     h_ND = _embed(base, batches, scores.embedding, scores.turn_start).cpu()

@@ -24,7 +24,7 @@ from tests.eval.compare.test_skills import CHANGES, LORA, PART, SEED, board_of, 
 
 TASKS: dict[str, Any] = {f"sums_{rule}": {} for rule in ("red", "green", "blue")}
 METHODS: dict[str, Any] = {
-    "joint": {"title": "joint", "adapter": LORA, "seeds": [SEED]},
+    "joint": {"title": "joint", "adapter": {**LORA, "r": 6, "lora_alpha": 12}, "seeds": [SEED]},
     "loras": {"title": "apart", "adapter": PART, "regime": {"kind": "apart"}, "seeds": [SEED]},
     "centroids": {
         "title": "centroids",
@@ -35,10 +35,9 @@ METHODS: dict[str, Any] = {
 
 
 def write_preferences(folder: Path, **changes: Any) -> Path:
-    methods = {**METHODS, "joint": {**METHODS["joint"], "adapter": {**LORA, "r": 6, "lora_alpha": 12}}}
     data = {**CHANGES["data"], "tasks": TASKS, "foreign": {}}
     selection = {"learning_rates": [0.01, 0.001]}
-    return write(folder, **{"recipe": "dpo", "data": data, "methods": methods, "selection": selection, **changes})
+    return write(folder, **{"recipe": "dpo", "data": data, "methods": METHODS, "selection": selection, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +139,10 @@ def test_two_models_are_asked_alike_only_with_the_same_wrong_answers(finished: P
 
 
 def test_routers_that_learn_from_answers_get_the_right_ones(tmp_path: Path) -> None:
-    router = {"kind": "phatgoose"}
-    methods = {**METHODS, "gates": {"title": "gates", "regime": {"kind": "composed", "of": "loras", "router": router}}}
-    methods = {key: {**words, "seeds": [SEED]} for key, words in methods.items() if key != "centroids"}
-    methods["joint"]["adapter"] = {**LORA, "r": 6, "lora_alpha": 12}
-    data = {**CHANGES["data"], "tasks": TASKS, "foreign": {}}
-    assert main([str(write(tmp_path, recipe="dpo", data=data, methods=methods))]) == 0
+    gates = {"title": "gates", "regime": {"kind": "composed", "of": "loras", "router": "phatgoose"}, "seeds": [SEED]}
+    methods = {"joint": METHODS["joint"], "loras": METHODS["loras"], "gates": gates}
+    selection = {"learning_rates": [0.01]}
+    assert main([str(write_preferences(tmp_path, methods=methods, selection=selection))]) == 0
     assert read(tmp_path, "gates").extra["training"]["rows"] == 24
 
 
