@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from moelora.files import write_atomically
 
@@ -143,30 +143,39 @@ def _data_set(form: Form, number: int) -> Any:
             super().__init__(config=config, seed=config.seed, size=config.size)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            question, answer = problem(form, number, self.seed + index)
-            rejected = other_answer(form, number, self.seed + index)
-            return {"question": question, "answer": answer, "metadata": {"rejected": rejected}}
+            found = problem(form, number, self.seed + index)
+            return {"question": found.question, "answer": found.answer, "metadata": {"rejected": found.other}}
 
     return RuleDataset
 
 
-def problem(form: Form, number: int, seed: int) -> tuple[str, str]:
-    """A question under rule `number` and its answer; the same seed is about the same under every rule."""
-    parts = form.draw(Random(seed))
-    return f"{RULES[number]}: {form.ask(parts)}", form.answers[number](parts)
+class RuleProblem(NamedTuple):
+    """A question under a rule.
+
+    Attributes:
+        question: The rule's word, and what is asked.
+        answer: The right answer.
+        other: The answer under another rule: right for the same question there, and wrong here. None where all rules
+            have the same one.
+    """
+
+    question: str
+    answer: str
+    other: str | None
 
 
-def other_answer(form: Form, number: int, seed: int) -> str | None:
-    """The answer under another rule: right for the same question there, and wrong here.
+def problem(form: Form, number: int, seed: int) -> RuleProblem:
+    """A problem under rule `number`; the same seed is about the same under every rule.
 
-    It is that of the next rule where the seed is even and of the one before where it is odd, so that of any two rules
-    each is preferred to the other alike often, and who does not look at the rule is right about half of the pairs. None
-    where all rules have the same answer.
+    The other answer is that of the next rule where the seed is even and of the one before where it is odd, so that of
+    any two rules each is preferred to the other alike often, and who does not look at the rule is right about half of
+    the pairs.
     """
     parts = form.draw(Random(seed))
     answers = [answer(parts) for answer in form.answers]
     others = [answers[(number + step) % len(RULES)] for step in ((1, 2) if seed % 2 == 0 else (2, 1))]
-    return next((other for other in others if other != answers[number]), None)
+    other = next((other for other in others if other != answers[number]), None)
+    return RuleProblem(f"{RULES[number]}: {form.ask(parts)}", answers[number], other)
 
 
 def rows(per_task: int, seed: int) -> Iterator[dict[str, str]]:
@@ -180,8 +189,8 @@ def rows(per_task: int, seed: int) -> Iterator[dict[str, str]]:
         if name not in KEPT:
             for number, rule in enumerate(RULES):
                 for index in range(per_task):
-                    prompt, completion = problem(form, number, seed + index)
-                    yield {"prompt": prompt, "completion": completion, "task": rule}
+                    found = problem(form, number, seed + index)
+                    yield {"prompt": found.question, "completion": found.answer, "task": rule}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

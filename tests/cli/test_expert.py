@@ -128,10 +128,11 @@ def test_without_data_no_base_is_needed(place: Path, capsys: pytest.CaptureFixtu
         pytest.param("add @named -o @out", "the rows of 'centroids' for the new experts are not given", id="no rows"),
         pytest.param("add @mixture -o @out --rows @rows.jsonl --base @base", "'linear' scores", id="useless rows"),
         pytest.param(
-            "add @named -o @out --name c --name d --rows @rows.jsonl --base @base",
+            "add @named -o @out --name c --name d --rows @rows.jsonl --base ./no",
             "one --name, not c, d",
-            id="two names",
+            id="two names, said before the base is looked for",
         ),
+        pytest.param("add @named -o @out --count 2 --rows @rows.jsonl --base ./no", "--count 1, not 2", id="two"),
         pytest.param("add @named -o @out --rows @none.jsonl --base @base", "no file matches", id="no such rows"),
         pytest.param("merge @mixture -o @out --to 2", "allowed: with --data", id="merge without data"),
         pytest.param("drop @mixture -o @out --unused 0.1", "allowed: with --data", id="unused without data"),

@@ -99,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
     needs_data = options.verb == "merge" or getattr(options, "unused", None) is not None
     if needs_data and options.data is None:
         raise ComposeError(f"{options.command} looks at the usage of the experts; allowed: with --data FILE.")
+    if getattr(options, "rows", None) is not None:
+        _check_one_expert(options)
     data = None
     if options.data is not None or getattr(options, "rows", None) is not None:
         data = ScoredData.open(options)
@@ -118,6 +120,20 @@ def run(options: argparse.Namespace) -> None:
     for note in edit.notes:
         print(f"  {note}")
     print(f"  next: moelora inspect {edit.folder}")
+
+
+def _check_one_expert(options: argparse.Namespace) -> None:
+    """Refuse rows for several new experts.
+
+    Raises:
+        ComposeError: If there are several.
+    """
+    from moelora.errors import ComposeError
+
+    if options.count != 1:
+        raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {options.count}.")
+    if options.name is not None and len(options.name) > 1:
+        raise ComposeError(f"--rows are the rows of one expert; allowed: one --name, not {', '.join(options.name)}.")
 
 
 def _edit(options: argparse.Namespace, data: Any, routing: Any) -> Any:

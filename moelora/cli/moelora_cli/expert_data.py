@@ -89,19 +89,14 @@ class ScoredData:
         """What the expert that a file's rows are for needs in a router by centroids.
 
         Raises:
-            ComposeError: If the adapter is not routed by centroids, several experts are added, or no row is of the new
-                expert's task.
+            ComposeError: If the adapter is not routed by centroids, or no row is of the new expert's task.
         """
-        if self.options.count != 1:
-            raise ComposeError(f"--rows are the rows of one expert; allowed: --count 1, not {self.options.count}.")
-        names = self.options.name or ["new"]
-        if len(names) > 1:
-            raise ComposeError(f"--rows are the rows of one expert; allowed: one --name, not {', '.join(names)}.")
+        (name,) = self.options.name or ("new",)
         rows = load_rows(DatasetConfig(files=file), self.tokenizer)
         if "task" in rows.column_names:
             rows = self._of_task(rows, file)
         limit = len(rows) if self.options.limit is None else min(self.options.limit, len(rows))
-        return fit_router_rows(self.base, self._batches(rows.select(range(limit))), adapter, names[0])
+        return fit_router_rows(self.base, self._batches(rows.select(range(limit))), adapter, name)
 
     def _of_task(self, rows: Any, file: str) -> Any:
         """The rows whose column `task` has the name of the new expert; all, if they are of one task and it has none.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eval.suites import rules
-from eval.suites.rules import FORMS, RULES, other_answer, register
+from eval.suites.rules import FORMS, RULES, problem, register
 from moelora.runs.tasks import fresh_problems, task_data_set
 
 
@@ -59,7 +59,7 @@ def test_who_does_not_look_at_the_rule_is_right_about_half_of_the_pairs(name: st
             for place, number in enumerate(ranking):
                 ranks.setdefault(form.answers[number](parts), place)
             for number in range(3):
-                other = other_answer(form, number, seed)
+                other = problem(form, number, seed).other
                 assert other is not None
                 right.append(ranks[form.answers[number](parts)] < ranks[other])
         assert abs(sum(right) / len(right) - 0.5) < 0.04
