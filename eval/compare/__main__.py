@@ -18,6 +18,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+# Seconds between two looks at what another process is doing.
+_PAUSE = 5.0
 STOPPED = "Stopped. Run the same command again to resume it."
 EXAMPLES = """\
 Examples:
@@ -124,22 +126,33 @@ def _run(options: argparse.Namespace) -> Path | None:
     started = time.monotonic()
     wanted = options.only or ["*"]
     done: set[str] = set()
+    waited = False
     while True:
         left = [
             cell
             for cell in board.cells()
             if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
         ]
-        if done and left:
+        if done and left and not waited:
             time_left = plan.remaining(board, plan.Timing.of(board), left)
             say(f"Left      {len(left)} cell{'s' if len(left) > 1 else ''}, {time_left}")
         ready = [cell for cell in left if not board.waits_for(cell)]
         # one at a time: what is finished meanwhile may let others begin, and choose their learning rates
-        if not any(cell.id not in done and _do(bench, cell, done) for cell in ready):
+        if any(cell.id not in done and _do(bench, cell, done) for cell in ready):
+            waited = False
+            continue
+        # cells that another process is at may let more begin
+        blocking = {each for cell in left if cell not in ready for each in board.waits_for(cell)}
+        busy = sorted(each.id for each in blocking if board.is_claimed(each))
+        if not busy:
             break
+        if not waited:
+            say(f"Waiting   for {', '.join(busy)}, which another process is at")
+        waited = True
+        time.sleep(_PAUSE)
     if left and not ready:
         waiting = "; ".join(f"{cell.id} waits for {board.waits_for(cell)[0].id}" for cell in left)
-        raise RunError(f"{waiting}. Leave --only out, or add them to it; or another process is still at them.")
+        raise RunError(f"{waiting}. Leave --only out, or add them to it.")
     others = f", {', '.join(cell.id for cell in ready)} still under way in another process" if ready else ""
     table = render(board, command)
     say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {table or 'nothing is scored yet'}")

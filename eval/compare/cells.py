@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,6 +17,11 @@ from eval.scoring.model_scores import ModelScores
 from moelora.errors import RunError
 from moelora.files import write_atomically
 from moelora.runs.folder import HARMLESS, changes
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process does all cells
+    fcntl = None  # type: ignore[assignment]
 
 BASE = "base"
 
@@ -82,7 +86,9 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if config.has_skills:
         scored["tasks"] = {**words["data"]["tasks"], "seed": config.data.seed, "system": config.data.system}
     if cell.kind == "base":
-        return {**shared, "evaluation": scored}
+        # problems whose prompt is trained on or chosen by are not scored
+        kept_apart = {key: words["data"][key] for key in ("rows_per_task", "selection_rows") if config.has_skills}
+        return {**shared, "evaluation": scored, **({"data": kept_apart} if kept_apart else {})}
     method = config.methods[cell.method]
     trained = {
         **shared,
@@ -96,13 +102,31 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
     if method.regime.kind != "together":
         trained["regime"] = {"kind": method.regime.kind, **dataclasses.asdict(method.regime)}
     if method.regime.made_of is not None:
-        trained["made_of"] = config.methods[method.regime.made_of].adapter
+        parent = config.methods[method.regime.made_of]
+        trained["made_of"] = parent.adapter
+        if parent.regime.kind != "apart":
+            trained["made_by"] = {"kind": parent.regime.kind, **dataclasses.asdict(parent.regime)}
     if config.has_skills and cell.kind == "select":
         return {**trained, **asked, "chosen_by": MEASURES[config.recipe].chosen_by}
     if cell.kind == "select":
         data = {key: value for key, value in words["data"].items() if key != "steps"}
         return {**trained, "data": data, "steps": config.selection.steps}
     return {**trained, "evaluation": scored}
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the names of its tasks in their order.
+
+    Results depend on both, and dotted keys show neither: a task without options has none, and keys are sorted.
+    """
+    data, scored = identity.get("data", {}), identity.get("evaluation", {})
+    mappings = {
+        "data.tasks": data.get("tasks"),
+        "data.foreign": data.get("foreign"),
+        "scored tasks": scored.get("tasks"),
+    }
+    order = {f"{key} in order": list(words) for key, words in mappings.items() if isinstance(words, dict)}
+    return {**identity, **order}
 
 
 class Board:
@@ -130,6 +154,9 @@ class Board:
         """
         folder = self.work / "claims"
         folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield True
+            return
         with (folder / cell.id).open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,13 +165,18 @@ class Board:
                 return
             yield True
 
+    def is_claimed(self, cell: Cell) -> bool:
+        """Whether another process is at a cell."""
+        with self.claimed(cell) as ours:
+            return not ours
+
     def file(self, cell: Cell) -> Path:
         """The result of a cell."""
         return self.results / "cells" / f"{cell.id}.json"
 
     def folder(self, cell: Cell) -> Path:
         """Checkpoints and adapter of a cell; another configuration has another folder."""
-        words = json.dumps(identity(self.config, cell), sort_keys=True)
+        words = json.dumps(_comparable(identity(self.config, cell)), sort_keys=True)
         return self.work / "cells" / f"{cell.id}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     def is_finished(self, cell: Cell) -> bool:
@@ -161,7 +193,7 @@ class Board:
             wanted.pop("learning_rate")
             found.pop("learning_rate", None)
         # what is written to JSON and read again
-        changed = changes(found, json.loads(json.dumps(wanted)))
+        changed = changes(_comparable(found), _comparable(json.loads(json.dumps(wanted))))
         if changed:
             raise RunError(
                 f"{str(self.file(cell))!r} is the result of another configuration: {'; '.join(changed)}. Undo the "
@@ -196,7 +228,11 @@ class Board:
         """The best learning rate, once all of the grid are tried: with the most right answers, or the lowest loss.
 
         Tasks of reasoning-gym are scored by right answers (see `eval.compare.measures`), the suite by likelihoods, and
-        trials likewise. Of two rates with as many right answers the one with the lower loss is taken.
+        trials likewise. Of two rates with as many right answers the one with the lower loss is taken. A rate whose
+        training came to no number is never taken.
+
+        Raises:
+            RunError: If that happened at all of them.
         """
         trained = self.config.methods[method].regime.made_of or method
         trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
@@ -205,7 +241,13 @@ class Board:
         if not all(self.is_finished(cell) for cell in trials):
             return None
         found = {cell: self.read_json(cell) for cell in trials}
-        return min(trials, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
+        stable = [cell for cell in trials if "diverged" not in found[cell]]
+        if not stable:
+            raise RunError(
+                f"{trained} diverges at each of selection.learning_rates {self.config.selection.learning_rates}: "
+                f"{found[trials[0]]['diverged']} Give lower ones."
+            )
+        return min(stable, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""

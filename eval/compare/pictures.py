@@ -73,7 +73,8 @@ def _scores(summary: Summary) -> Any:
     lines = -(-len(panels) // columns)
     height = 0.9 + 0.28 * len(summary.methods)
     figure = Figure(figsize=(11.5, lines * height + 0.6), layout="constrained")
-    figure.suptitle(_heading(summary, "Scores, ± one standard error (rows and seeds)"), fontsize=11)
+    parts = "rows" if summary.seed_variance(summary.labels) is None else "rows and seeds"
+    figure.suptitle(_heading(summary, f"Scores, ± one standard error ({parts})"), fontsize=11)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis in list(grid.flat)[len(panels) :]:
         axis.set_visible(False)
@@ -85,7 +86,8 @@ def _scores(summary: Summary) -> Any:
         note = "" if len(labels) > 1 else " (seen)" if title in summary.seen else " (unseen)"
         axis.set_title(f"{title}{note}", fontsize=9)
     grid[0][0].invert_yaxis()  # shared: the base on top in every panel
-    figure.supxlabel("percent; dotted: always giving the most frequent answer; light: single seeds", fontsize=8)
+    dotted = "dotted: always giving the most frequent answer; " if summary.has_floors else ""
+    figure.supxlabel(f"percent; {dotted}light: single seeds", fontsize=8)
     return figure
 
 

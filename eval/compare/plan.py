@@ -25,6 +25,7 @@ _FORWARD_SHARE = 0.5
 _TOKENS_A_ROW = 135
 _TASKS = 8
 _LOADING = 15.0
+_EPOCHS = 3  # the trainer's default
 
 
 @dataclass
@@ -51,8 +52,8 @@ class Timing:
                 timing.scoring[cell.method or BASE] = board.read_scores(cell).seconds
             if cell.kind != "base":
                 content = board.read_json(cell)
-                training = content["training"] if cell.kind == "select" else content["extra"]["training"]
-                if training["timed_steps"] and training["seconds"]:
+                training = content.get("extra", content).get("training")  # a trial that diverged has none
+                if training and training["timed_steps"] and training["seconds"]:
                     timing.steps[cell.method] = training["seconds"] / training["timed_steps"]
         return timing
 
@@ -67,7 +68,8 @@ class Timing:
         if step is None:
             return None
         if config.has_skills:
-            steps = len(config.data.tasks) * config.data.rows_per_task / rows_a_step(config.training)
+            epochs = config.training.get("num_train_epochs", _EPOCHS)
+            steps = epochs * len(config.data.tasks) * config.data.rows_per_task / rows_a_step(config.training)
             return steps * step + self._scoring(board, cell) + 2 * _LOADING
         if cell.kind == "select":
             rows = len(config.data.tasks) * config.data.selection_rows
@@ -111,7 +113,9 @@ def probe(bench: Bench) -> None:
 def _seconds_a_step(bench: SuiteBench, method: str) -> float:
     from train.sft import make_trainer, new_adapter
 
-    cell = Cell("final", method, 0, bench.config.selection.learning_rates[0])
+    # the rate changes no time
+    rate = bench.config.methods[method].learning_rate or bench.config.selection.learning_rates[0]
+    cell = Cell("final", method, 0, rate)
     rows, size = bench.rows(cell), rows_a_step(bench.config.training)
     lengths = padded(rows, size)
     mean = sum(lengths) / len(lengths)

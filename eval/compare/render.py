@@ -10,6 +10,7 @@ from pathlib import Path
 from eval.compare import pictures
 from eval.compare.cells import BASE, Board
 from eval.compare.measures import MEASURES
+from eval.compare.regimes.base import OneAfterTheOther
 from eval.compare.schema import BenchmarkConfig
 from eval.compare.summary import MethodSummary, Summary, summarize
 from eval.receipt import make_receipt
@@ -56,7 +57,7 @@ def _sections(board: Board, summary: Summary, command: str, drawn: Sequence[Path
         _alike(config),
         config.note or "",
         f"Scores in percent ± standard error, of several seeds their mean. {_seed_note(summary)}"
-        + (f" {FLOOR_NOTE}" if _has_floors(summary) else ""),
+        + (f" {FLOOR_NOTE}" if summary.has_floors else ""),
         markdown(*score_table(summary)),
         *means,
         *(f"![{picture.stem}]({picture.name})" for picture in drawn),
@@ -74,18 +75,46 @@ def _alike(config: BenchmarkConfig) -> str:
         return (
             f"All methods: {config.model} in {config.dtype}, the same {data.steps} steps in the same order for each "
             f"seed, up to {data.rows_per_task:,} rows from each of {len(data.tasks)} tasks, loss on the answers alone, "
-            "the same schedule, trainable parameters within 2 % of each other. Prompts in training are those of the "
-            "scoring."
+            f"the same schedule, {_sizes(config)}. Prompts in training are those of the scoring."
         )
     measure = MEASURES[config.recipe]
     return (
         f"All methods: {config.model} in {config.dtype}, the same {data.rows_per_task:,} rows of each of "
-        f"{len(data.tasks)} tasks, {measure.trained}, the same kind of schedule for each training, trainable "
-        "parameters within 2 % of each other (of LoRAs apart, their sum). Where tasks come one after the other, seed s "
-        f"begins with task s of {', '.join(data.tasks)}. Scores are the share of {measure.scored}; "
+        f"{len(data.tasks)} tasks, {measure.trained}, the same kind of schedule for each training, {_sizes(config)}."
+        f"{_order(config)} Scores are the share of {measure.scored}; "
         "no prompt is among the training rows or among the problems that learning rates are chosen on. "
         f"Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
         + _conversation(config.evaluation.earlier_turns)
+    )
+
+
+def _sizes(config: BenchmarkConfig) -> str:
+    """What of the sizes is equal, and for which methods."""
+    methods = config.methods
+    apart = " (of LoRAs apart, their sum)" if any(each.regime.is_per_task for each in methods.values()) else ""
+    others = {
+        "active": "{} within 2 % of what of it is active per token",
+        "with_router": "{} with its frozen router counted",
+    }
+    listed = [
+        words.format(" and ".join(titles))
+        for equal, words in others.items()
+        if (titles := [each.title for each in methods.values() if each.equal == equal])
+    ]
+    return (
+        f"trainable parameters within 2 % of those of {methods[config.reference].title}{apart}"
+        f"{'; '.join(['', *listed])}"
+    )
+
+
+def _order(config: BenchmarkConfig) -> str:
+    """With which task a seed begins, where they come one after the other."""
+    if not any(isinstance(each.regime, OneAfterTheOther) for each in config.methods.values()):
+        return ""
+    tasks = list(config.data.tasks)
+    return (
+        f" Where tasks come one after the other, their order is {', '.join(tasks)}, and seed s begins with number "
+        f"s mod {len(tasks)} of it, counted from 0."
     )
 
 
@@ -104,8 +133,14 @@ def _conversation(turns: int) -> str:
     )
 
 
+_PAIRED = (
+    "Differences are over the seeds that both methods have, paired by problems and by seeds. A difference below two "
+    "standard errors is not shown to be one."
+)
+
+
 def _unseen_section(summary: Summary) -> list[str]:
-    return ["## Seen and unseen tasks", _comparison_note(summary), markdown(*mean_table(summary))]
+    return ["## Seen and unseen tasks", _PAIRED, markdown(*mean_table(summary))]
 
 
 def _skill_section(summary: Summary) -> list[str]:
@@ -132,8 +167,7 @@ def _skill_section(summary: Summary) -> list[str]:
         )
     note = (
         "Right after its task: the mean over tasks of the score that each had when it was the last one learnt; "
-        "forgotten: what of it is gone in the end. Differences are paired by problems. A difference below two standard "
-        "errors is not shown to be one."
+        f"forgotten: what of it is gone in the end. {_PAIRED}"
     )
     return ["## Means and differences", note, markdown(header, rows)]
 
@@ -159,7 +193,7 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     rows = [
         ["n", "", *(str(len(tasks[label].values)) for label in summary.labels)],
     ]
-    if _has_floors(summary):
+    if summary.has_floors:
         rows.append(["majority", "", *(floor_cell(tasks[label].majority) for label in summary.labels)])
     for method in summary.methods:
         cells = [score_cell(summary.score(method, [label]), method.at_floor(label)) for label in summary.labels]
@@ -167,38 +201,22 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _has_floors(summary: Summary) -> bool:
-    """Whether there is a most frequent answer that could be given to some task."""
-    return any(task.majority is not None for task in summary.methods[0].first.tasks.values())
-
-
 def mean_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: means over seen, unseen and all tasks, each seed's own mean, and differences from the LoRA."""
+    """Header and rows: means over seen, unseen and all tasks, each seed's own mean, and differences from another."""
     groups = {"seen": summary.seen, "unseen": summary.unseen, "all": summary.labels}
     header = ["method", *(f"{name} ({len(labels)})" for name, labels in groups.items())]
-    header += ["each seed (all)", "seen - LoRA", "unseen - LoRA", "all - LoRA"]
-    lora = summary.method(summary.reference) if summary.reference else None
+    header += ["each seed (all)", *(f"difference, {name}" for name in groups), "from"]
     rows = []
     for method in summary.methods:
-        compared = lora if method is not lora else None
+        compared = summary.compared_with(method)
         gaps = [
             percent(summary.difference(method, compared, labels), sign=True) if compared and labels else ""
             for labels in groups.values()
         ]
         means = [percent(summary.score(method, labels)) if labels else "-" for labels in groups.values()]
         seeds = "" if method.key == BASE else ", ".join(f"{100 * v:.1f}" for v in method.by_seed(summary.labels))
-        rows.append([_title(method), *means, seeds, *gaps])
+        rows.append([_title(method), *means, seeds, *gaps, compared.title if compared else ""])
     return header, rows
-
-
-def _comparison_note(summary: Summary) -> str:
-    lora = summary.method(summary.reference) if summary.reference else None
-    if lora is None:
-        return "The LoRA of equal trainable parameters is not finished, so there are no differences from it yet."
-    return (
-        f"Differences are from {lora.title}, paired by rows. A difference below two standard errors is not shown to be "
-        "one."
-    )
 
 
 def _seed_note(summary: Summary) -> str:
@@ -206,15 +224,17 @@ def _seed_note(summary: Summary) -> str:
     if variance is None:
         return "Errors are those of the rows alone; what another seed changes is not known before a method has two."
     return (
-        "Errors have two parts, rows and seeds; the second is pooled over the methods with several seeds, whose "
-        f"mean over all tasks moves by {100 * variance**0.5:.1f} points from seed to seed (standard deviation)."
+        "Errors have two parts, rows and seeds. The seeds' part is the larger of two: that pooled over the methods "
+        f"with several seeds, whose mean over all tasks moves by {100 * variance**0.5:.1f} points from seed to seed "
+        "(standard deviation), and from three seeds on the method's own."
     )
 
 
 def size_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: parameters, training and scoring speed."""
-    header = ["method", "trainable", "active per token", "of the base", "learning rate", "training", "tokens/s trained"]
-    header.append("tokens/s scored")
+    """Header and rows: parameters, learning rates and times; speeds where trainings were timed by tokens."""
+    header = ["method", "trainable", "active per token", "of the base", "learning rate", "training"]
+    timed = any(method.training("tokens_per_second") is not None for method in summary.methods)
+    header += ["tokens/s trained", "tokens/s scored"] if timed else []
     rows = []
     for method in summary.methods:
         sizes = method.first.parameters
@@ -226,12 +246,11 @@ def size_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
             [
                 method.title,
                 f"{sizes['trainable']:,}",
-                f"{sizes['active']:,}",
+                "" if method.active is None else f"{method.active:,}",
                 f"{sizes['trainable'] / sizes['base']:.1%}",
                 "" if rate is None else f"{rate:g}",
                 minutes(seconds) if seconds is not None and whole else "" if seconds is None else "resumed",
-                "" if speed is None else f"{speed:,.0f}",
-                f"{scored:,.0f}",
+                *(["" if speed is None else f"{speed:,.0f}", f"{scored:,.0f}"] if timed else []),
             ]
         )
     return header, rows
@@ -245,7 +264,10 @@ def _trial_section(board: Board, summary: Summary) -> list[str]:
     rows = []
     for key, trials in summary.trials.items():
         best = board.chosen_rate(key)
-        cells = [_trial(trials.get(rate), rate == best, percent=config.has_skills) for rate in selection.learning_rates]
+        cells = [
+            _trial(trials[rate], rate == best, percent=config.has_skills) if rate in trials else "-"
+            for rate in selection.learning_rates
+        ]
         rows.append([config.methods[key].title, *cells])
     measured = (
         MEASURES[config.recipe].chosen.format(n=config.data.selection_rows)
@@ -255,15 +277,15 @@ def _trial_section(board: Board, summary: Summary) -> list[str]:
         "length; the lowest is taken."
     )
     note = (
-        f"{measured} The grid is the same for all methods; it took {minutes(summary.trial_seconds)}. A rate at the "
-        "edge of the grid may not be the best there is."
+        f"{measured} The grid is the same for all methods of this table; it took {minutes(summary.trial_seconds)}. A "
+        "rate at the edge of the grid may not be the best there is."
     )
     return ["## Choice of learning rates", note, markdown(header, rows)]
 
 
 def _trial(value: float | None, best: bool, *, percent: bool) -> str:
     if value is None:
-        return "-"
+        return "diverged"
     shown = f"{100 * value:.1f}" if percent else f"{value:.4f}"
     return f"**{shown}**" if best else shown
 
@@ -304,11 +326,11 @@ def _json(summary: Summary) -> dict[str, object]:
     methods = {}
     for method in summary.methods:
         other = summary.compared_with(method)
-        gap = summary.difference(method, other, summary.labels) if other and method.key != BASE else None
+        gap = summary.difference(method, other, summary.labels) if other else None
         methods[method.key] = {
             "title": method.title,
             "seeds": list(method.seeds),
-            "parameters": method.first.parameters,
+            "parameters": {**method.first.parameters, "active": method.active},
             "learning_rate": method.training("learning_rate"),
             "scores": {label: _score(summary.score(method, [label])) for label in summary.labels},
             "mean": {
@@ -317,7 +339,7 @@ def _json(summary: Summary) -> dict[str, object]:
                 "all": _score(summary.score(method, summary.labels)),
             },
             "mean_by_seed": method.by_seed(summary.labels),
-            "compared_with": other.key if other and gap else None,
+            "compared_with": other.key if other else None,
             "difference": _score(gap) if gap else None,
             "learned": method.learned(),
             "chosen": method.chosen(),

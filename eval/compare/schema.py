@@ -89,6 +89,11 @@ class SkillData:
         if len(self.tasks) < 2:
             raise RunError(f"data.tasks has {len(self.tasks)} task; allowed: at least two.")
         check_at_least_one(self, "data", "rows_per_task", "selection_rows", "fit_rows")
+        if self.fit_rows > self.rows_per_task:
+            raise RunError(
+                f"data.fit_rows is {self.fit_rows} with rows_per_task {self.rows_per_task}; allowed: 1 to "
+                f"{self.rows_per_task}, they are the first of these rows."
+            )
 
     def order(self, seed: int) -> list[str]:
         """The tasks in the order in which they come for a seed."""
@@ -255,6 +260,8 @@ class BenchmarkConfig:
             if key in self.training:
                 raise RunError(f"training.{key} cannot be set: {reason}.")
         for key in self.methods:
+            if key == "base":
+                raise RunError("methods.base: that is the base model's name in files and tables; allowed: any other.")
             if not key.replace("_", "").isalnum():
                 raise RunError(f"methods.{key}: a key is a name of files; allowed: letters, figures and underscores.")
 

@@ -33,7 +33,8 @@ def check_sizes(config: BenchmarkConfig) -> dict[str, ParameterCount]:
         one = count_parameters(skeleton, method.peft_config())
         sizes[key] = replace(one, trainable=method.regime.size(one.trainable, len(config.data.tasks)))
         if method.equal == "with_router":
-            frozen[key] = sum(tensor.numel() for _, tensor in router_weights(skeleton) if not tensor.requires_grad)
+            still = sum(tensor.numel() for _, tensor in router_weights(skeleton) if not tensor.requires_grad)
+            frozen[key] = method.regime.size(still, len(config.data.tasks))
     reference = sizes[config.reference]
     wrong = []
     for key, method in config.methods.items():

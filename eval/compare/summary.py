@@ -26,6 +26,7 @@ class MethodSummary:
         wanted: Seeds that are asked for.
         seeds: Scores of the finished seeds, by seed.
         against: Key of the method that tables compare it with; None for the reference.
+        answers_with_one: See `Regime.answers_with_one`.
     """
 
     key: str
@@ -33,20 +34,32 @@ class MethodSummary:
     wanted: list[int] = field(default_factory=list)
     seeds: dict[int, ModelScores] = field(default_factory=dict)
     against: str | None = None
+    answers_with_one: bool = True
+
+    @property
+    def active(self) -> int | None:
+        """Its parameters that are active per token; None where they are not counted."""
+        found: int = self.first.parameters["active"]
+        return found if self.answers_with_one else None
 
     @property
     def first(self) -> ModelScores:
         """Any of its scores, for what all seeds have in common."""
         return next(iter(self.seeds.values()))
 
-    def rows(self, label: str) -> list[float]:
-        """The value of each row of a task, mean over the seeds."""
-        found = [scores.tasks[label].values for scores in self.seeds.values()]
+    def at(self, seed: int) -> ModelScores:
+        """Its scores of a seed; the base model has the same under every one."""
+        return self.first if self.key == BASE else self.seeds[seed]
+
+    def rows(self, label: str, seeds: Sequence[int] | None = None) -> list[float]:
+        """The value of each row of a task, mean over some seeds; None for all of them."""
+        found = [self.at(seed).tasks[label].values for seed in (self.seeds if seeds is None else seeds)]
         return [sum(values) / len(values) for values in zip(*found, strict=True)]
 
-    def by_seed(self, labels: Sequence[str]) -> list[float]:
-        """The mean over tasks of each seed."""
-        return [macro([each.tasks[label].score for label in labels]).value for each in self.seeds.values()]
+    def by_seed(self, labels: Sequence[str], seeds: Sequence[int] | None = None) -> list[float]:
+        """The mean over tasks of each of some seeds; None for all of them."""
+        chosen = [self.at(seed) for seed in (self.seeds if seeds is None else seeds)]
+        return [macro([each.tasks[label].score for label in labels]).value for each in chosen]
 
     def at_floor(self, label: str) -> bool:
         """Whether its mean is no better than always giving the most frequent answer."""
@@ -84,7 +97,8 @@ class Summary:
         labels: Of all tasks.
         seen: Labels of the tasks that were trained on.
         reference: Key of the LoRA of equal trainable parameters, which the others are compared with; None without one.
-        trials: Method to learning rate to the loss of the right answers, or the share of right ones on reasoning-gym.
+        trials: Method to learning rate to the loss of the right answers, or the share of right ones on reasoning-gym;
+            None where the training came to no number.
         trial_seconds: What the trials took.
         done: Number of finished cells.
         total: Number of cells.
@@ -95,7 +109,7 @@ class Summary:
     labels: list[str]
     seen: list[str]
     reference: str | None
-    trials: dict[str, dict[float, float]]
+    trials: dict[str, dict[float, float | None]]
     trial_seconds: float
     done: int
     total: int
@@ -106,14 +120,19 @@ class Summary:
         """Labels of the tasks that nothing was trained on."""
         return [label for label in self.labels if label not in self.seen]
 
+    @property
+    def has_floors(self) -> bool:
+        """Whether there is a most frequent answer that could be given to some task."""
+        return any(task.majority is not None for task in self.methods[0].first.tasks.values())
+
     def method(self, key: str) -> MethodSummary | None:
         """A method by its key, if any seed of it is finished."""
         return next((method for method in self.methods if method.key == key), None)
 
     def compared_with(self, method: MethodSummary) -> MethodSummary | None:
-        """The method that a table compares one with, if it is another and finished."""
+        """The method that a table compares one with: another, of which a seed of this one is finished, too."""
         other = self.method(method.against or self.reference or "")
-        return None if other is method or method.key == BASE else other
+        return other if other is not None and other is not method and _common_seeds(method, other) else None
 
     def seed_variance(self, labels: Sequence[str]) -> float | None:
         """Variance of a mean over tasks from seed to seed, pooled over the methods that have several seeds."""
@@ -126,20 +145,49 @@ class Summary:
     def score(self, method: MethodSummary, labels: Sequence[str]) -> Score:
         """The unweighted mean over tasks, each the mean over its rows and the method's seeds.
 
-        Its standard error has two parts: the rows that happened to be asked, and the seeds that happened to be drawn,
-        whose variance is pooled over all methods with several seeds.
+        Its standard error has two parts: the rows that happened to be asked, and the seeds that happened to be drawn;
+        see `_with_seeds`.
         """
-        return self._with_seeds(macro([mean(method.rows(label)) for label in labels]), [method], labels)
+        score = macro([mean(method.rows(label)) for label in labels])
+        if method.key == BASE:
+            return score
+        return self._with_seeds(score, method.by_seed(labels), self.seed_variance(labels))
 
     def difference(self, ours: MethodSummary, theirs: MethodSummary, labels: Sequence[str]) -> Score:
-        """Mean difference of two methods, paired by rows, with both parts of the standard error."""
-        gap = macro([difference(ours.rows(label), theirs.rows(label)) for label in labels])
-        return self._with_seeds(gap, [ours, theirs], labels)
+        """Mean difference of two methods over the seeds that both have, paired by rows and by seeds.
 
-    def _with_seeds(self, score: Score, methods: Sequence[MethodSummary], labels: Sequence[str]) -> Score:
-        variance = self.seed_variance(labels) or 0.0
-        seeds = sum(variance / len(each.seeds) for each in methods if each.key != BASE)
-        return Score(score.value, math.sqrt(score.stderr**2 + seeds), score.n)
+        Seeds that only one has would compare other orders of the tasks, or of the rows. The standard error has the two
+        parts of `score`; two methods that share nothing have twice the pooled variance, and the base model has none.
+        """
+        seeds = _common_seeds(ours, theirs)
+        gap = macro([difference(ours.rows(label, seeds), theirs.rows(label, seeds)) for label in labels])
+        pairs = zip(ours.by_seed(labels, seeds), theirs.by_seed(labels, seeds), strict=True)
+        pooled = self.seed_variance(labels)
+        drawn = sum(each.key != BASE for each in (ours, theirs))
+        return self._with_seeds(gap, [a - b for a, b in pairs], None if pooled is None else drawn * pooled)
+
+    @staticmethod
+    def _with_seeds(score: Score, by_seed: Sequence[float], pooled: float | None) -> Score:
+        """A score whose standard error counts the seeds, too.
+
+        The variance from seed to seed is the larger of two: the pooled one, since that of few seeds may be small by
+        chance, and from three seeds on its own, since methods do differ in it. What rows and seeds have together is in
+        both parts of the error. So it is on the safe side twice.
+
+        Args:
+            score: Of the mean over seeds, with the error of the rows.
+            by_seed: Its value for each seed.
+            pooled: The variance of methods on average; None if it is not known.
+        """
+        own = statistics.variance(by_seed) if len(by_seed) > 2 else 0.0
+        return Score(score.value, math.sqrt(score.stderr**2 + max(own, pooled or 0.0) / len(by_seed)), score.n)
+
+
+def _common_seeds(ours: MethodSummary, theirs: MethodSummary) -> list[int]:
+    """The seeds that both have; the base model has any."""
+    if theirs.key == BASE:
+        return list(ours.seeds)
+    return [seed for seed in theirs.seeds if ours.key == BASE or seed in ours.seeds]
 
 
 def summarize(board: Board) -> Summary | None:
@@ -154,7 +202,9 @@ def summarize(board: Board) -> Summary | None:
     finished = [cell for cell in cells if board.is_finished(cell)]
     methods = {BASE: MethodSummary(BASE, "base", [0])}
     for key, method in config.methods.items():
-        methods[key] = MethodSummary(key, method.title, method.seeds, against=method.against)
+        methods[key] = MethodSummary(
+            key, method.title, method.seeds, against=method.against, answers_with_one=method.regime.answers_with_one
+        )
     for cell in finished:
         if cell.kind != "select":
             methods[cell.method or BASE].seeds[cell.seed] = board.read_scores(cell)
@@ -211,10 +261,11 @@ def _plain_lora(board: Board) -> str | None:
     return None
 
 
-def _trials(board: Board, finished: Sequence[Cell]) -> dict[str, dict[float, float]]:
-    found: dict[str, dict[float, float]] = {}
+def _trials(board: Board, finished: Sequence[Cell]) -> dict[str, dict[float, float | None]]:
+    found: dict[str, dict[float, float | None]] = {}
     for cell in selection_cells(board.config):
         if cell in finished and cell.learning_rate is not None:
             content = board.read_json(cell)
-            found.setdefault(cell.method, {})[cell.learning_rate] = content.get("exact", content["loss"])
+            value = None if "diverged" in content else content.get("exact", content["loss"])
+            found.setdefault(cell.method, {})[cell.learning_rate] = value
     return found

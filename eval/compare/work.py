@@ -11,9 +11,13 @@ from typing import Any
 
 from eval.compare.cells import Board, Cell, identity
 from eval.compare.schema import BenchmarkConfig
+from eval.compare.sizes import source_of
+from eval.receipt import make_receipt
 from eval.scoring.model_scores import ModelScores
 from eval.scoring.suite_run import card_metrics
+from moelora.errors import TrainingError
 from moelora.files import write_atomically
+from moelora.runs.console import say
 from moelora.runs.folder import RunDir
 from moelora.runs.parameters import ParameterCount
 from moelora.runs.trainer_arguments import trainer_arguments
@@ -50,24 +54,31 @@ class Bench:
             return
         folder = RunDir(self.board.folder(cell))
         folder.root.mkdir(parents=True, exist_ok=True)
-        training = self.train(cell, folder)
         if cell.kind == "select":
-            started = time.monotonic()
-            found = self.trial(cell, folder)
-            self.board.write_selection(
-                cell,
-                {
-                    "learning_rate": cell.learning_rate,
-                    **found,
-                    "training": training,
-                    "seconds": round(training["seconds"] + time.monotonic() - started, 1),
-                },
-            )
+            self._try(cell, folder)
             # nothing of a trial is used again
             shutil.rmtree(folder.root)
             return
+        training = self.train(cell, folder)
         self._write(cell, self.score(cell, folder), training)
         shutil.rmtree(folder.root / "checkpoints", ignore_errors=True)
+
+    def _try(self, cell: Cell, folder: RunDir) -> None:
+        """Note what a learning rate is worth, or that it is too high to train at."""
+        trained, started = 0.0, time.monotonic()
+        try:
+            training = self.train(cell, folder)
+        except TrainingError as error:
+            say(f"Diverged  {cell.id}: {error}")
+            found: dict[str, Any] = {"diverged": str(error)}
+        else:
+            trained, started = training["seconds"], time.monotonic()
+            found = {**self.trial(cell, folder), "training": training}
+        seconds = round(trained + time.monotonic() - started, 1)
+        receipt = self._receipt(cell, seconds)
+        self.board.write_selection(
+            cell, {"learning_rate": cell.learning_rate, **found, "seconds": seconds, "receipt": receipt}
+        )
 
     def train(self, cell: Cell, folder: RunDir) -> dict[str, Any]:
         """Train a cell, or resume it; what the trainer noted, with what makes trainings comparable."""
@@ -94,12 +105,24 @@ class Bench:
         )
 
     def _write(self, cell: Cell, scores: ModelScores, training: dict[str, Any]) -> None:
-        scores.receipt["command"] = self.command
-        scores.receipt["seeds"] = {"training": cell.seed, "rows": self.config.data.seed} if training else {}
+        scores.receipt.update(command=self.command, seeds=self._seeds(cell) if training else {})
         scores.extra.update(identity=identity(self.config, cell), cell=cell.id, training=training)
         if training:
             self._write_metrics(cell, scores)
         scores.write(self.board.file(cell))
+
+    def _seeds(self, cell: Cell) -> dict[str, int]:
+        return {"training": cell.seed, "rows": self.config.data.seed}
+
+    def _receipt(self, cell: Cell, seconds: float) -> dict[str, Any]:
+        """The circumstances of a trial; those of scores come with them."""
+        source = source_of(self.config)
+        return make_receipt(
+            config={"model": source.model, "dtype": source.dtype, "model_kwargs": source.model_kwargs},
+            seeds=self._seeds(cell),
+            seconds=seconds,
+            command=self.command,
+        )
 
     def _write_metrics(self, cell: Cell, scores: ModelScores) -> None:
         """Leave the scores in the cell's folder too, beside the base's, for `moelora report` and `moelora push`."""

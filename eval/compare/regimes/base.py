@@ -92,6 +92,8 @@ class Regime:
     kind: ClassVar[str]
     is_per_task: ClassVar[bool] = False
     """Whether each task has an adapter of the given size."""
+    answers_with_one: ClassVar[bool] = True
+    """Whether one adapter of the given size answers a prompt; else what is active per token is not counted."""
     trains_itself: ClassVar[bool] = False
     """Whether it brings its own trainer, which trains on answers."""
 

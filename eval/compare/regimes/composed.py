@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ class Composed(Regime):
     """
 
     kind: ClassVar[str] = "composed"
-    is_per_task: ClassVar[bool] = True
+    answers_with_one: ClassVar[bool] = False
 
     of: str
     router: Any = None
@@ -66,19 +68,22 @@ class Composed(Regime):
         return {}
 
     def _make(self, work: Work, folder: Path) -> None:
+        started = time.monotonic()
         loras = {task: str(path) for task, path in (work.parts or {}).items()}
         base = load_model(work.source)
-        if self.router:
-            examples = {task: tokenize(map(_answered, work.fit_rows[task]), work.tokenizer) for task in loras}
-            model = from_loras(base, loras, self.router, examples=examples, tokenizer=work.tokenizer)
-            with new_folder(folder) as ready:
-                model.save_pretrained(str(ready))
-            return
-        model, words = _with_all(base, loras), dict(self.merge)
-        weight = float(words.pop("weight", 1.0))
-        model.add_weighted_adapter(list(loras), [weight] * len(loras), "merged", **words)
         with new_folder(folder) as ready:
-            save_only(model, "merged", ready)
+            if self.router:
+                examples = {task: tokenize(map(_answered, work.fit_rows[task]), work.tokenizer) for task in loras}
+                model = from_loras(base, loras, self.router, examples=examples, tokenizer=work.tokenizer)
+                model.save_pretrained(str(ready))
+            else:
+                model, words = _with_all(base, loras), dict(self.merge)
+                weight = float(words.pop("weight", 1.0))
+                model.add_weighted_adapter(list(loras), [weight] * len(loras), "merged", **words)
+                save_only(model, "merged", ready)
+            # as a training notes it, for a run that is stopped before it is scored
+            record = {"steps": 0, "timed_steps": 0, "seconds": round(time.monotonic() - started, 1)}
+            (ready / "training.json").write_text(json.dumps(record) + "\n")
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """One model answers everything."""

@@ -36,6 +36,7 @@ class Orthogonal(OneAfterTheOther):
 
     kind: ClassVar[str] = "orthogonal"
     is_per_task: ClassVar[bool] = True
+    answers_with_one: ClassVar[bool] = False
     trains_itself: ClassVar[bool] = True
 
     weight: float = 0.5

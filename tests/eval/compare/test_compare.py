@@ -81,6 +81,10 @@ def test_every_cell_leaves_a_result_with_its_receipt(finished: Path) -> None:
     trial = json.loads((cells / "lora-lr0.01.json").read_text())
     assert trial["losses"].keys() == {"arc_easy", "boolq", "winogrande"}
     assert trial["loss"] == pytest.approx(sum(trial["losses"].values()) / 3)
+    assert trial["receipt"]["command"]
+    assert trial["receipt"]["git"]["commit"]
+    assert trial["receipt"]["packages"]["torch"]
+    assert trial["receipt"]["seeds"]["training"] == trial["identity"]["seed"]
     chosen = {
         method: min(
             (0.01, 0.001), key=lambda rate: json.loads((cells / f"{method}-lr{rate:g}.json").read_text())["loss"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from eval.compare import __main__ as program
 from eval.compare.__main__ import main
 from eval.compare.cells import Board, Cell
 from eval.compare.regimes import orthogonal
@@ -22,7 +25,7 @@ from eval.compare.sizes import check_sizes
 from eval.compare.skill_bench import SkillBench
 from eval.compare.summary import summarize
 from eval.scoring.model_scores import ModelScores
-from moelora.errors import MoeLoraError
+from moelora.errors import MoeLoraError, TrainingError
 from moelora.runs.folder import RunDir
 from moelora.runs.models import ModelSource
 from tests.eval.compare.tiny import write_benchmark
@@ -305,6 +308,8 @@ def test_a_composition_waits_for_its_loras(tmp_path: Path, capsys: pytest.Captur
         ("methods.grown.against=nobody", "unknown key 'nobody'"),
         ("methods.grown.regime.sequential={start: anywhere}", "regime.sequential.start is 'anywhere'"),
         ("data.tasks={gcd: {}}", "data.tasks has 1 task"),
+        ("data.fit_rows=9", "data.fit_rows is 9 with rows_per_task 8; allowed: 1 to 8"),
+        ("methods.base={title: b, adapter: {peft: lora, r: 4}}", "methods.base: that is the base model's name"),
         ("data={tasks: [boolq]}", "with tasks of the suite commonsense; allowed: 'together'"),
         ("evaluation.earlier_turns=2", "evaluation.earlier_turns is 2; allowed: 0 to 1"),
     ],
@@ -312,6 +317,90 @@ def test_a_composition_waits_for_its_loras(tmp_path: Path, capsys: pytest.Captur
 def test_what_cannot_be_meant_is_refused(finished: Path, override: str, message: str) -> None:
     with pytest.raises(MoeLoraError, match=message):
         load_benchmark(finished / "benchmark.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "cell", "message"),
+    [
+        (
+            "data.tasks={letter_counting: {min_words: 2, max_words: 3}, gcd: {max_value: 90}}",
+            "in_turn",
+            r"data.tasks in order: \['gcd', 'letter_counting'\] -> \['letter_counting', 'gcd'\]",
+        ),
+        (
+            "data.foreign={leg_counting: {max_animals: 3}, caesar_cipher: {}}",
+            "in_turn",
+            r"data.foreign in order: \['leg_counting'\] -> \['leg_counting', 'caesar_cipher'\]",
+        ),
+        ("data.tasks.made_up={}", "base", "scored tasks in order: .* -> .*'made_up'"),
+        ("data.rows_per_task=9", "base", "data.rows_per_task: 8 -> 9"),
+        ("data.selection_rows=4", "base", "data.selection_rows: 3 -> 4"),
+    ],
+)
+def test_what_a_result_depends_on(finished: Path, override: str, cell: str, message: str) -> None:
+    """Names of tasks without options and their order, and of the base model what is not asked about."""
+    board = Board(load_benchmark(finished / "benchmark.yaml", [override]))
+    with pytest.raises(MoeLoraError, match=message):
+        board.is_finished(Cell("base") if cell == "base" else Cell("final", cell, SEED))
+
+
+def only_joint(folder: Path, *rates: float) -> Path:
+    return write(folder, methods={"joint": METHODS["joint"]}, selection={"learning_rates": list(rates)})
+
+
+def test_a_rate_that_diverges_is_noted_and_never_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = SkillBench.train
+    limit = 0.05
+
+    def diverging(self: SkillBench, cell: Cell, folder: RunDir) -> dict[str, Any]:
+        if (cell.learning_rate or 0) > limit:
+            raise TrainingError("the loss is nan in step 2.")
+        return train(self, cell, folder)
+
+    monkeypatch.setattr(SkillBench, "train", diverging)
+    file = only_joint(tmp_path, 0.01, 0.1)
+    assert main([str(file)]) == 0
+    assert read(tmp_path, "joint").extra["training"]["learning_rate"] == 0.01
+    cells = tmp_path / "results" / "cells"
+    trial = json.loads((cells / "joint-lr0.1.json").read_text())
+    assert trial["diverged"] == "the loss is nan in step 2."
+    assert "exact" not in trial
+    assert "| diverged |" in (tmp_path / "results" / "README.md").read_text()
+
+    for file_of_cell in cells.iterdir():
+        file_of_cell.unlink()
+    limit = 0.0
+    assert main([str(file)]) == 1
+    assert "joint diverges at each of selection.learning_rates [0.01, 0.1]" in capsys.readouterr().err
+
+
+def test_a_runner_waits_for_what_lets_more_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process is at the last trial: its end chooses the rate of the training, which is left to be done."""
+    monkeypatch.setattr(program, "_PAUSE", 0.02)
+    file = only_joint(tmp_path, 0.01, 0.02)
+    board = Board(load_benchmark(file))
+    trials = {cell.learning_rate: cell for cell in board.cells() if cell.kind == "select"}
+    claimed = threading.Event()
+
+    def other_process() -> None:
+        with board.claimed(trials[0.02]):
+            claimed.set()
+            while not board.file(trials[0.01]).is_file():
+                time.sleep(0.02)
+            time.sleep(0.3)
+            board.write_selection(trials[0.02], {"learning_rate": 0.02, "exact": 2.0, "loss": 0.0, "seconds": 1.0})
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    assert claimed.wait(10)
+    assert main([str(file)]) == 0
+    thread.join()
+    assert read(tmp_path, "joint").extra["training"]["learning_rate"] == 0.02
+    assert capsys.readouterr().out.count("Waiting   for joint-lr0.02, which another process is at") == 1
 
 
 def test_each_problem_is_asked_after_a_solved_one_of_another_task(finished: Path) -> None:
@@ -361,6 +450,11 @@ def test_groups_of_tasks_share_an_adapter(tmp_path: Path) -> None:
     assert set(read(tmp_path, "centroids").extra["chosen"]["own"]) == set(tasks)
     words = json.loads((folder_of(tmp_path, "centroids") / "adapter" / "adapter_config.json").read_text())
     assert words["experts"]["names"] == ["both", "last"]
+    regrouped = "methods.oracle.regime.groups={both: [gcd], last: [letter_counting, spell_backward]}"
+    board = Board(load_benchmark(tmp_path / "benchmark.yaml", [regrouped]))
+    for key, word in (("oracle", "regime.groups"), ("centroids", "made_by.groups")):
+        with pytest.raises(MoeLoraError, match=word):
+            board.is_finished(board.final(key, SEED))
 
 
 @pytest.mark.parametrize(
