@@ -169,6 +169,31 @@ def _unlock(descriptor: int | None) -> None:
 
 
 @contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Keep other processes off what a file stands for; the claim ends with the process, however it ends.
+
+    Where files cannot be locked (Windows) everything is claimed by whoever asks.
+
+    Args:
+        file: A file of no content, which is made with its folder.
+
+    Yields:
+        Whether it is this process's: False while another has it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield True
+        return
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
 def written_folder(folder: Path, error: type[MoeLoraError]) -> Iterator[Path]:
     """`new_folder` whose failures to write are errors of ours.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,8 @@ from eval.compare.measures import MEASURES
 from eval.compare.schema import BenchmarkConfig
 from eval.scoring.model_scores import ModelScores
 from moelora.errors import RunError
-from moelora.files import write_atomically
+from moelora.files import claimed, write_atomically
 from moelora.runs.folder import HARMLESS, changes
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process does all cells
-    fcntl = None  # type: ignore[assignment]
 
 BASE = "base"
 
@@ -145,25 +139,9 @@ class Board:
         self.results = Path(config.results_dir)
         self.work = Path(config.output_dir)
 
-    @contextmanager
-    def claimed(self, cell: Cell) -> Iterator[bool]:
-        """Keep other runners off a cell; the claim ends with the process, however it ends.
-
-        Yields:
-            Whether the cell is this process's: False if another is at it.
-        """
-        folder = self.work / "claims"
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            yield True
-            return
-        with (folder / cell.id).open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+    def claimed(self, cell: Cell) -> AbstractContextManager[bool]:
+        """Keep other runners off a cell; whether it is this process's, see `moelora.files.claimed`."""
+        return claimed(self.work / "claims" / cell.id)
 
     def is_claimed(self, cell: Cell) -> bool:
         """Whether another process is at a cell."""

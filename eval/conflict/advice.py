@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from eval.conflict.arms import Found
-from eval.conflict.plan import OWN, Plan
+from eval.conflict.plan import OWN, SHARED, Options, Plan
 from eval.conflict.split import SELECTION_SHARE
 from eval.conflict.verdict import Verdict
 from moelora.runs.config import RunConfig
@@ -49,7 +50,7 @@ def expert_names(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def next_steps(
-    verdict: Verdict, plan: Plan, found: Found, config: RunConfig, place: Place, held_out: float
+    verdict: Verdict, plan: Plan, found: Found, config: RunConfig, place: Place, options: Options
 ) -> list[dict[str, str]]:
     """Sentences, each with a command.
 
@@ -59,16 +60,18 @@ def next_steps(
         found: What was measured.
         config: The run whose tasks were looked at.
         place: Where things are.
-        held_out: Share of each task's prompts that was not trained on.
+        options: The choices.
     """
     # a configuration may train its tasks one after the other; what is advised first is to train them at once
     recipe = [] if config.recipe == "sft" else ["--recipe", "sft"]
     train = ["moelora", "train", *place.config, *recipe]
     if verdict.kind == "lora":
-        words = [_lora(plan, plan.rank), "baseline=null", f"output_dir={config.output_dir}-lora"]
+        words = [*_lora(plan, SHARED, found), "baseline=null", f"output_dir={config.output_dir}-lora"]
         return [_step("Train one LoRA on all tasks", [*train, *words])]
     if verdict.kind == "undecided":
-        return [_more_rows(verdict.more_rows or 0, found, config, place, held_out)]
+        if verdict.more_rows is None:
+            return [_more_rates(place, options)]
+        return [_more_rows(verdict.more_rows, found, config, place, options)]
     compose = _compose(plan, found, config, place.folder)
     if verdict.kind == "separate":
         # a task's name is the name of a folder there
@@ -76,20 +79,27 @@ def next_steps(
             return [compose]
         order = f"sequential={{order: {json.dumps(plan.tasks)}}}"
         in_turn = ["moelora", "train", *place.config, "--recipe", "sequential"]
-        in_turn += [_lora(plan, plan.part_rank), order, "baseline=null", f"output_dir={config.output_dir}-sequential"]
+        in_turn += [*_lora(plan, OWN, found), order, "baseline=null", f"output_dir={config.output_dir}-sequential"]
         return [compose, _step("Where tasks come one after the other, train an expert for each", in_turn)]
     preset = config.adapter["preset"]
     if preset in ("lora", "random_router"):
         preset, r = "mixlora", max(1, round(plan.rank / 8))
-        train.append(f"adapter={{preset: mixlora, num_experts: 8, top_k: 2, r: {r}, lora_alpha: {r * plan.scaling:g}}}")
+        train.append(f"adapter={{preset: mixlora, num_experts: 8, top_k: 2, {_size(plan, r)}}}")
         train.append(f"output_dir={config.output_dir}-mixlora")
     beside = "" if config.baseline is None else ", beside the LoRA of the configuration's section `baseline`"
     return [_step(f"Train a mixture ({preset}){beside}", train), compose]
 
 
-def _lora(plan: Plan, r: int) -> str:
-    words = f"preset: lora, r: {r}, lora_alpha: {r * plan.scaling:g}, target_modules: {json.dumps(plan.target_modules)}"
-    return f"adapter={{{words}}}"
+def _lora(plan: Plan, arm: str, found: Found) -> list[str]:
+    """A LoRA as the arm has trained it, at the learning rate that was the arm's best."""
+    r = plan.rank if arm == SHARED else plan.part_rank
+    words = f"preset: lora, {_size(plan, r)}, target_modules: {json.dumps(plan.target_modules)}"
+    return [f"adapter={{{words}}}", f"training.learning_rate={plan.rates[found.rates[arm]]:g}"]
+
+
+def _size(plan: Plan, r: int) -> str:
+    dropout = f", lora_dropout: {plan.dropout:g}" if plan.dropout else ""
+    return f"r: {r}, lora_alpha: {r * plan.scaling:g}{dropout}"
 
 
 def _step(why: str, command: Sequence[str]) -> dict[str, str]:
@@ -103,7 +113,8 @@ def _compose(plan: Plan, found: Found, config: RunConfig, folder: Path) -> dict[
     share = fmean(found.told_apart.values())
     if share >= APART:
         why = f"Compose the tasks' LoRAs, which are trained already; centroids send {share:.0%} of the prompts right"
-        router = ["--router", "centroids", "--data", str(folder / ROUTER_ROWS)]
+        # without `unknown: false` a threshold sends some prompts to the base, which `told_apart` does not
+        router = ["--router", "{kind: centroids, unknown: false}", "--data", str(folder / ROUTER_ROWS)]
     else:
         why = (
             "Compose the tasks' LoRAs, which are trained already, and say the task of each prompt yourself "
@@ -113,16 +124,25 @@ def _compose(plan: Plan, found: Found, config: RunConfig, folder: Path) -> dict[
     return _step(why, ["moelora", "compose", *loras, *router, "--base", config.model, "-o", str(folder / "composed")])
 
 
-def _more_rows(more: int, found: Found, config: RunConfig, place: Place, held_out: float) -> dict[str, str]:
+def _more_rates(place: Place, options: Options) -> dict[str, str]:
+    """The diagnosis again on a wider grid of learning rates."""
+    wider = dataclasses.replace(options, rates=(min(options.rates) / 2, *options.rates, 2 * max(options.rates)))
+    return _step(
+        "Look again at more learning rates; if own LoRAs are no better then either, train for more steps",
+        ["moelora", "diagnose", *place.config, "--out", f"{place.folder}-rates", *wider.words()],
+    )
+
+
+def _more_rows(more: int, found: Found, config: RunConfig, place: Place, options: Options) -> dict[str, str]:
     """The diagnosis again on more rows."""
     scored = sum(len(values) for values in found.base.values())
     factor = 1 + more / scored
     again = ["moelora", "diagnose", *place.config]
-    out = ["--out", f"{place.folder}-more"]
+    out = ["--out", f"{place.folder}-more", *options.words()]
     if config.dataset.tasks:
         rows = math.ceil(config.dataset.rows_per_task * factor)
         return _step("Look again with more rows", [*again, f"dataset.rows_per_task={rows}", *out])
-    of_data = math.ceil(more / (held_out * (1 - SELECTION_SHARE)))
+    of_data = math.ceil(more / (options.held_out * (1 - SELECTION_SHARE)))
     if config.dataset.limit is not None:
         limit = config.dataset.limit + of_data
         return _step("Look again with more rows", [*again, f"dataset.limit={limit}", *out])

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from eval.compare.regimes.base import Work
 from eval.conflict.measure import GRADIENT_BATCHES, conflict, told_apart
@@ -84,7 +85,7 @@ class Arms:
             selection[arm] = {rate: self._try(arm, rate) for rate in self.plan.rates}
             rates[arm] = min(selection[arm], key=lambda rate: selection[arm][rate])
             parts[arm] = self._score(arm, rates[arm])
-        start = self._once("conflict-start", lambda: self._conflict(self._work(SHARED).new_adapter()))
+        start = self._once("conflict-start", lambda: self._conflict(self._start()))
         end = self._once("conflict-end", lambda: self._conflict(self._trained(rates[SHARED])))
         apart = self._once("told-apart", self._told_apart)
         return Found(rates, selection, base, parts, {"start": start, "end": end}, apart)
@@ -180,6 +181,11 @@ class Arms:
 
     def _load(self, stage: str) -> Any:
         return _placed(self._work(SHARED).load(self.folder.stage(stage)))
+
+    def _start(self) -> Any:
+        """The fresh LoRA that the shared training starts from."""
+        set_seed(self.seed)  # as `train_stage` does before it makes one
+        return self._work(SHARED).new_adapter()
 
     def _trained(self, rate: str) -> Any:
         (stage,) = self.plan.stages(SHARED, rate)

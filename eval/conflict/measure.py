@@ -101,7 +101,10 @@ def conflict(model: nn.Module, examples: Mapping[str, Sequence[Example]]) -> dic
 def told_apart(
     base: nn.Module, fitted: Mapping[str, Sequence[Example]], asked: Mapping[str, Sequence[Example]]
 ) -> dict[str, float]:
-    """The share of each task's prompts whose nearest centroid is the task's own, as `--router centroids` decides.
+    """The share of each task's prompts whose nearest centroid is the task's own.
+
+    So `moelora compose --router '{kind: centroids, unknown: false}'` decides; without `unknown: false` it sends prompts
+    that are far from every centroid to the base.
 
     Args:
         base: The base model without an adapter.

@@ -51,6 +51,16 @@ class Options:
         if not self.margin > 0:
             raise RunError(f"--margin is {self.margin}; allowed: a positive number of nats, such as 0.02.")
 
+    def words(self) -> list[str]:
+        """What is not at its default, as words of a command line."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                numbers = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *(f"{number:g}" for number in numbers)]
+        return words
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

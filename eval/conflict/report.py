@@ -51,12 +51,17 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         f"{found['adapter_parameters']:,}) and {arms['shared']['steps']} steps in all. LoRAs: {sizes}.",
         f"What partitioning alone costs, random - shared: {with_error(found['mean']['partition'])} nats.",
     ]
-    edge = [arm for arm, each in arms.items() if len(each["selection"]) > 1 and each["factor"] == _largest(each)]
-    if edge:
-        lines.append(
-            f"The largest learning rate was the best for {', '.join(edge)}: a wider grid (--rates) may move the "
-            "numbers."
-        )
+    for end, choose in (("largest", max), ("smallest", min)):
+        edge = [
+            arm
+            for arm, each in arms.items()
+            if len(each["selection"]) > 1 and each["factor"] == choose(each["selection"], key=float)
+        ]
+        if edge:
+            lines.append(
+                f"The {end} learning rate was the best for {', '.join(edge)}: a wider grid (--rates) may move the "
+                "numbers."
+            )
     if found["mean"]["shared"] >= found["mean"]["base"]:
         lines.append(
             "The shared LoRA is no better than the base model: it was trained too little or at a wrong learning rate, "
@@ -65,10 +70,6 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     if found["rows_dropped"]:
         lines.append(f"{found['rows_dropped']} rows were left out because their prompt is held out.")
     return [*lines, "One training run each: the standard errors are those of rows, not of seeds."]
-
-
-def _largest(arm: Mapping[str, Any]) -> str:
-    return max(arm["selection"], key=float)
 
 
 def on_terminal(found: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from eval.conflict.split import Split, split_rows
 from eval.conflict.summary import DIAGNOSIS, summarize
 from eval.receipt import make_receipt
 from moelora.errors import RunError
-from moelora.files import write_atomically
+from moelora.files import claimed, write_atomically
 from moelora.runs.config import RunConfig, save_config
 from moelora.runs.console import say
 from moelora.runs.data import load_rows
@@ -28,6 +28,8 @@ from moelora.runs.models import load_tokenizer
 from moelora.runs.wording import minutes
 
 PLAN = "plan.json"
+# plan.json itself is replaced as it is written, and a lock would stay with the old file.
+LOCK = ".lock"
 # Of a configuration, what changes nothing here; the baseline's targets are in the plan.
 _IGNORED = (*HARMLESS, "baseline", "recipe", "sequential")
 
@@ -73,35 +75,41 @@ def diagnose(
         cost = planning.seconds_a_step(config, plan, shared_rows, tokenizer) if known is None else known
         _say_cost(plan, split, cost, folder)
         return None
-    _open(folder, config, plan, options, rows_digest(rows), restart=restart)
-    file = folder.root / DIAGNOSIS
-    if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text())
-        if found["margin"] == options.margin:
-            say(f"\nThe diagnosis is there already: {file} (--restart makes it again)")
-            return found
-    timing = Timing(folder.root)
-    step = timing.read()
-    if step is None:
-        step = planning.seconds_a_step(config, plan, shared_rows, tokenizer)
-        timing.write(step)
-    _say_cost(plan, split, step, folder)
-    started = time.monotonic()
-    arms = Arms(config, plan, split, folder, tokenizer)
-    measured = arms.measure()
-    found = summarize(measured, plan, split, options, config, place)
-    found["receipt"] = make_receipt(
-        config=dataclasses.asdict(config),
-        seeds={"training": arms.seed, "rows": config.dataset.seed},
-        seconds=time.monotonic() - started,
-        command=command,
-    )
-    _write_router_rows(split, folder.root)
-    pictures.draw(found, folder.root)
-    write_atomically(folder.root / "README.md", report.readme(found))
-    # the last thing: where this file is, everything is
-    write_atomically(file, json.dumps(found, indent=1) + "\n")
-    return found
+    with claimed(folder.root / LOCK) as ours:
+        if not ours:
+            raise RunError(
+                f"--out {str(folder.root)!r} is taken: another `moelora diagnose` is at it. Wait until it has ended, "
+                "or give another --out."
+            )
+        _open(folder, config, plan, options, rows_digest(rows), restart=restart)
+        file = folder.root / DIAGNOSIS
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text())
+            if found["margin"] == options.margin:
+                say(f"\nThe diagnosis is there already: {file} (--restart makes it again)")
+                return found
+        timing = Timing(folder.root)
+        step = timing.read()
+        if step is None:
+            step = planning.seconds_a_step(config, plan, shared_rows, tokenizer)
+            timing.write(step)
+        _say_cost(plan, split, step, folder)
+        started = time.monotonic()
+        arms = Arms(config, plan, split, folder, tokenizer)
+        measured = arms.measure()
+        found = summarize(measured, plan, split, options, config, place)
+        found["receipt"] = make_receipt(
+            config=dataclasses.asdict(config),
+            seeds={"training": arms.seed, "rows": config.dataset.seed},
+            seconds=time.monotonic() - started,
+            command=command,
+        )
+        _write_router_rows(split, folder.root)
+        pictures.draw(found, folder.root)
+        write_atomically(folder.root / "README.md", report.readme(found))
+        # the last thing: where this file is, everything is
+        write_atomically(file, json.dumps(found, indent=1) + "\n")
+        return found
 
 
 def _check_installed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from statistics import fmean
 from typing import Any
 
@@ -9,7 +10,8 @@ from eval.conflict.advice import Place, next_steps
 from eval.conflict.arms import Found, answered
 from eval.conflict.plan import ARMS, OWN, RANDOM, SHARED, Options, Plan
 from eval.conflict.split import Split
-from eval.conflict.verdict import TITLES, decide, mean_of, paired, transfer_share
+from eval.conflict.verdict import TITLES, decide, transfer_share
+from eval.scoring.scores import difference, macro
 from moelora.runs.config import RunConfig
 
 DIAGNOSIS = "diagnosis.json"
@@ -34,8 +36,8 @@ def summarize(
         place: Where its file and this diagnosis are, for commands to go on with.
     """
     losses = {"base": found.base} | {arm: answered(arm, found.parts[arm], plan.tasks) for arm in ARMS}
-    headroom = {task: paired(losses[SHARED][task], losses[OWN][task]) for task in plan.tasks}
-    partition = {task: paired(losses[RANDOM][task], losses[SHARED][task]) for task in plan.tasks}
+    headroom = {task: difference(losses[SHARED][task], losses[OWN][task]) for task in plan.tasks}
+    partition = {task: difference(losses[RANDOM][task], losses[SHARED][task]) for task in plan.tasks}
     means = {arm: {task: fmean(values[task]) for task in plan.tasks} for arm, values in losses.items()}
     of_own = {
         lora: {task: fmean(part[task]) for task in plan.tasks}
@@ -46,12 +48,12 @@ def summarize(
     return {
         "model": config.model,
         "verdict": {**verdict.to_json(), "title": TITLES[verdict.kind]},
-        "next": next_steps(verdict, plan, found, config, place, options.held_out),
+        "next": next_steps(verdict, plan, found, config, place, options),
         "tasks": {
             task: {
                 **{arm: means[arm][task] for arm in ("base", *ARMS)},
-                "headroom": headroom[task].to_json(),
-                "partition": partition[task].to_json(),
+                "headroom": dataclasses.asdict(headroom[task]),
+                "partition": dataclasses.asdict(partition[task]),
                 "told_apart": found.told_apart[task],
                 "rows": {use: len(getattr(split, use)[task]) for use in ("train", "selection", "scored")},
             }
@@ -59,8 +61,8 @@ def summarize(
         },
         "mean": {
             **{arm: fmean(means[arm].values()) for arm in ("base", *ARMS)},
-            "headroom": mean_of(list(headroom.values())).to_json(),
-            "partition": mean_of(list(partition.values())).to_json(),
+            "headroom": dataclasses.asdict(macro(list(headroom.values()))),
+            "partition": dataclasses.asdict(macro(list(partition.values()))),
             "told_apart": fmean(found.told_apart.values()),
         },
         "transfer": {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import Any, Literal
+
+from eval.scoring.scores import Score, macro
 
 # How many standard errors away a mean has to be to count as seen.
 ERRORS = 2.0
@@ -24,25 +26,6 @@ TITLES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error.
-
-    Args:
-        value: The mean, in nats.
-        stderr: Its standard error.
-        n: Rows that it is the mean of.
-    """
-
-    value: float
-    stderr: float
-    n: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As a mapping."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What the numbers say.
 
@@ -50,7 +33,7 @@ class Verdict:
         kind: Which verdict.
         text: One sentence.
         reasons: Sentences with the numbers behind it.
-        more_rows: If it is not decidable, about how many more rows have to be scored in all.
+        more_rows: If more rows can decide it, about how many more have to be scored in all.
     """
 
     kind: Kind
@@ -61,18 +44,6 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """As a mapping."""
         return dataclasses.asdict(self)
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """The mean of `first - second`, row by row, with the standard error of the differences."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    return Estimate(fmean(differences), stdev(differences) / math.sqrt(len(differences)), len(differences))
-
-
-def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of estimates on different rows, each with the same weight."""
-    stderr = math.sqrt(sum(each.stderr**2 for each in estimates)) / len(estimates)
-    return Estimate(fmean(each.value for each in estimates), stderr, sum(each.n for each in estimates))
 
 
 def transfer_share(base: Mapping[str, float], losses: Mapping[str, Mapping[str, float]]) -> float | None:
@@ -97,7 +68,7 @@ def errors_for_one_of(tasks: int) -> float:
     return -normal.inv_cdf(normal.cdf(-ERRORS) / tasks)
 
 
-def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: float) -> Verdict:
+def decide(headroom: Mapping[str, Score], transfer: float | None, margin: float) -> Verdict:
     """The verdict.
 
     Args:
@@ -105,7 +76,7 @@ def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: flo
         transfer: See `transfer_share`.
         margin: Headroom in nats that is worth having.
     """
-    mean = mean_of(list(headroom.values()))
+    mean = macro(list(headroom.values()))
     errors = errors_for_one_of(len(headroom))
     gaining = [task for task, each in headroom.items() if each.value > margin and each.value > errors * each.stderr]
     moves = transfer is not None and transfer >= TRANSFERS
@@ -118,24 +89,32 @@ def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: flo
         f"{errors:.1f} standard errors, as {len(headroom)} tasks are looked at)."
     )
     if transfer is None:
-        about_transfer = "Own LoRAs are no better than the base model, so that nothing can be said of their transfer."
+        about_transfer = (
+            "Own LoRAs are no better than the base model: they were trained too little or at a wrong learning rate, so "
+            "that headroom by them is worth nothing and nothing can be said of their transfer."
+        )
     else:
         about_transfer = (
             f"A LoRA of another task brings {transfer:.0%} of what a task's own brings "
             f"({TRANSFERS:.0%} or more: they transfer)."
         )
     reasons = [about_mean, about_tasks, about_transfer]
+    gains = bool(gaining) or (mean.value > margin and mean.value > ERRORS * mean.stderr)
+    is_below = mean.value + ERRORS * mean.stderr <= margin
+    if transfer is None and (gains or not is_below):
+        # a shared LoRA that is worse than the base leaves headroom to LoRAs that have learned nothing
+        return Verdict("undecided", "Not decidable: own LoRAs are no better than the base model.", reasons)
     if len(gaining) == len(headroom) and not moves:
         return Verdict("separate", "Keep separate LoRAs and compose: every task gains by its own.", reasons)
-    if gaining or (mean.value > margin and mean.value > ERRORS * mean.stderr):
+    if gains:
         if len(gaining) == len(headroom):
             why = "every task gains by its own LoRA, and the LoRAs help other tasks too"
         elif gaining:
-            why = f"{len(gaining)} of {len(headroom)} tasks gain by LoRAs of their own, the others do not"
+            why = f"{len(gaining)} of {len(headroom)} tasks gain by LoRAs of their own, the others are not shown to"
         else:
             why = "the tasks gain by LoRAs of their own on the mean, no single one for sure"
         return Verdict("mixture", f"A mixture can help: {why}.", reasons)
-    if mean.value + ERRORS * mean.stderr <= margin:
+    if is_below:
         helps = mean.value + ERRORS * mean.stderr < 0
         why = "the tasks help each other" if helps else f"LoRAs by task gain less than {margin:g} nats"
         return Verdict("lora", f"A LoRA is enough: {why}.", reasons)
@@ -145,7 +124,7 @@ def decide(headroom: Mapping[str, Estimate], transfer: float | None, margin: flo
     )
 
 
-def rows_needed(mean: Estimate, margin: float) -> int:
+def rows_needed(mean: Score, margin: float) -> int:
     """About how many rows in all make the mean's standard error small enough, if the mean stays where it is.
 
     Where the mean is nearly the margin no number of rows would do; half a margin is then taken for the distance.

@@ -32,7 +32,9 @@ def known() -> set[str]:
         config = load_benchmark(file)
         config.results_dir = str(ROOT / config.results_dir)
         summary = summarize(Board(config)) if Path(config.results_dir).is_dir() else None
-        for ours, theirs in permutations(summary.methods if summary else (), 2):
+        if summary is None:
+            continue
+        for ours, theirs in permutations(summary.methods, 2):
             if ours.seeds.keys() & theirs.seeds.keys():
                 found.add(percent(summary.difference(ours, theirs, summary.labels)))
     return found | numbers(ROOT / PRINTED)

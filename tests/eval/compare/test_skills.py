@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -380,18 +381,21 @@ def test_a_runner_waits_for_what_lets_more_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another process is at the last trial: its end chooses the rate of the training, which is left to be done."""
-    monkeypatch.setattr(program, "_PAUSE", 0.02)
     file = only_joint(tmp_path, 0.01, 0.02)
     board = Board(load_benchmark(file))
     trials = {cell.learning_rate: cell for cell in board.cells() if cell.kind == "select"}
-    claimed = threading.Event()
+    claimed, waiting = threading.Event(), threading.Event()
+
+    def pause(_: float) -> None:
+        waiting.set()
+        time.sleep(0.02)
+
+    monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
 
     def other_process() -> None:
         with board.claimed(trials[0.02]):
             claimed.set()
-            while not board.file(trials[0.01]).is_file():
-                time.sleep(0.02)
-            time.sleep(0.3)
+            assert waiting.wait(120)
             board.write_selection(trials[0.02], {"learning_rate": 0.02, "exact": 2.0, "loss": 0.0, "seconds": 1.0})
 
     thread = threading.Thread(target=other_process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from eval.conflict.__main__ import main as conflict
+from eval.conflict.measure import conflict as measured
+from eval.conflict.run import LOCK
 from eval.conflict.split import split_rows
 from eval.page import build_report
 from eval.scoring.losses import row_losses
@@ -59,6 +62,12 @@ def write_tasks(folder: Path) -> Path:
     return file
 
 
+def adapter_of(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained of a model, as it is now."""
+    named = model.named_parameters()
+    return {name: each.detach().clone() for name, each in named if each.requires_grad}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run and of its diagnosis, which was stopped once within a training of an own LoRA."""
@@ -73,6 +82,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
+            if calls == 3:
+                torch.save(adapter_of(self.model), folder / "start.pt")
             if calls == 4:  # the probe trains twice, then come the shared LoRA and the first of the own ones
                 self.add_callback(Stop())
             return start(self, *args, **kwargs)
@@ -110,6 +121,48 @@ def test_it_goes_on_where_it_was_stopped(finished: Path) -> None:
     record = json.loads((finished / "out/stages/own-1x-1/training.json").read_text())
     assert (record["resumed_from"], record["steps"]) == ("checkpoint-10", STEPS // 2)
     assert not list((finished / "out/checkpoints").rglob("checkpoint-*"))
+
+
+def test_the_conflict_before_training_is_that_of_the_start_that_was_trained(
+    finished: Path, found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def conflict_of(model: Any, examples: Any) -> Any:
+        seen.append(adapter_of(model))
+        return measured(model, examples)
+
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    for name in ("diagnosis.json", "scores/conflict-start.json"):
+        (out / name).unlink()
+    monkeypatch.setattr("eval.conflict.arms.conflict", conflict_of)
+    torch.manual_seed(1234)  # a process that was stopped goes on in another state of chance
+    assert main(["diagnose", str(finished / "run.yaml"), "--rates", "1", "--out", str(out)]) == 0
+    trained = torch.load(finished / "start.pt")
+    (start,) = seen
+    assert start.keys() == trained.keys()
+    assert all(torch.equal(start[name], trained[name]) for name in trained)
+    assert json.loads((out / "diagnosis.json").read_text())["conflict"]["start"] == found["conflict"]["start"]
+
+
+def test_a_folder_that_another_process_is_at_is_refused(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = finished / "out"
+    words = [str(finished / "run.yaml"), "--rates", "1", "--out", str(out)]
+    fcntl = pytest.importorskip("fcntl")
+    with (out / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for more in ([], ["--restart"]):
+            assert conflict([*words, *more]) == 1
+            assert "is taken: another `moelora diagnose` is at it. Wait" in capsys.readouterr().err
+        assert conflict([*words, "--plan"]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr("eval.conflict.run.fcntl", None)  # a system without locks
+            assert conflict(words) == 0
+    assert (out / "diagnosis.json").is_file()
+    assert conflict(words) == 0
 
 
 def test_opposite_answers_leave_headroom(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from eval.conflict.advice import Place, next_steps
 from eval.conflict.arms import Found
-from eval.conflict.plan import Plan
+from eval.conflict.plan import Options, Plan
 from eval.conflict.verdict import Kind, Verdict
 from moelora.runs.config import load_config
 from moelora_cli import main
@@ -42,15 +42,17 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     # whatever the verdict was, each has commands that work
     words = json.loads((OUT / "plan.json").read_text())["plan"]
-    made = Plan(**{**words, "tasks": tuple(words["tasks"]), "part_steps": tuple(words["part_steps"])})
-    measured = Found(dict.fromkeys(("shared", "own", "random"), "1"), {}, {"gcd": [1.0] * 9}, {}, {}, {"gcd": 1.0})
+    tuples = {"tasks": tuple(words["tasks"]), "part_steps": tuple(words["part_steps"])}
+    made = Plan(**{**words, **tuples, "dropout": 0.25})
+    best = {"shared": "2", "own": "1", "random": "1"}
+    measured = Found(best, {}, {"gcd": [1.0] * 9}, {}, {}, {"gcd": 1.0})
     place = Place(("run.yaml", "output_dir=runs/next"), OUT)
     config = load_config("run.yaml")
     kinds: tuple[Kind, ...] = ("lora", "separate", "mixture", "undecided")
     for kind in kinds:
-        steps = next_steps(Verdict(kind, "", [], 5), made, measured, config, place, 0.3)
+        steps = next_steps(Verdict(kind, "", [], 5), made, measured, config, place, Options(rates=(1.0, 2.0, 4.0)))
         if kind == "undecided":
-            assert steps[0]["command"].endswith(f"dataset.rows_per_task=38 --out {OUT}-more")
+            assert steps[0]["command"].endswith(f"dataset.rows_per_task=38 --out {OUT}-more --rates 1 2 4")
             assert main([*shlex.split(steps[0]["command"])[1:], "--plan"]) == 0
             continue
         for number, step in enumerate(steps):
@@ -60,6 +62,7 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
                 assert main([*program[1:-1], place_of]) == 0
                 adapter = json.loads(Path(place_of, "adapter_config.json").read_text())
                 assert adapter["scores"]["kind"] == "centroids"
+                assert adapter["selection"] == {"kind": "nearest", "threshold": False}  # as `told_apart` counts
             else:
                 assert program[:2] == ["moelora", "train"]
                 output = f"output_dir=runs/{kind}-{number}"

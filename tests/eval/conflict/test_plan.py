@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moelora.files import write_atomically
 from moelora.runs.config import load_config
 from moelora.runs.folder import RunDir
 from moelora.runs.models import load_model
+from moelora_cli.diagnose import add_arguments
 from tests.runs.tiny import write_run
 
 
@@ -82,6 +84,18 @@ def test_the_warm_up_of_a_part_is_shorter_as_its_training_is(tmp_path: Path) -> 
 def test_options_out_of_range_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         Options(**words)
+
+
+def test_options_that_are_not_at_their_defaults_are_words() -> None:
+    assert Options().words() == []
+    given = Options(rates=(0.5, 1.0), held_out=0.25, margin=0.01)
+    assert given.words() == ["--rates", "0.5", "1", "--held-out", "0.25", "--margin", "0.01"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    read = parser.parse_args(["run.yaml", *given.words()])
+    assert Options(rates=tuple(read.rates), held_out=read.held_out, margin=read.margin) == given
+    read = parser.parse_args(["run.yaml"])
+    assert Options(rates=tuple(read.rates), held_out=read.held_out, margin=read.margin) == Options()
 
 
 def test_a_restart_throws_away_what_was_made_and_nothing_else(tmp_path: Path) -> None:

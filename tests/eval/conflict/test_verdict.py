@@ -6,31 +6,24 @@ import re
 import numpy as np
 import pytest
 
-from eval.conflict.verdict import (
-    Estimate,
-    decide,
-    errors_for_one_of,
-    mean_of,
-    paired,
-    rows_needed,
-    transfer_share,
-)
+from eval.conflict.verdict import decide, errors_for_one_of, rows_needed, transfer_share
+from eval.scoring.scores import Score, difference, macro
 
 
-def tasks(*pairs: tuple[float, float], n: int = 50) -> dict[str, Estimate]:
-    return {f"task {index}": Estimate(value, stderr, n) for index, (value, stderr) in enumerate(pairs)}
+def tasks(*pairs: tuple[float, float], n: int = 50) -> dict[str, Score]:
+    return {f"task {index}": Score(value, stderr, n) for index, (value, stderr) in enumerate(pairs)}
 
 
 def test_headroom_and_its_error_are_those_of_the_differences() -> None:
     rng = random.Random(0)
     shared = [[rng.gauss(1.0, 1.0) for _ in range(n)] for n in (7, 40)]
     own = [[value - 0.1 + rng.gauss(0, 0.05) for value in values] for values in shared]
-    found = [paired(*both) for both in zip(shared, own, strict=True)]
+    found = [difference(*both) for both in zip(shared, own, strict=True)]
     for each, a, b in zip(found, map(np.array, shared), map(np.array, own), strict=True):
         assert each.value == pytest.approx(a.mean() - b.mean())
         assert each.stderr == pytest.approx((a - b).std(ddof=1) / len(a) ** 0.5)
         assert each.n == len(a)
-    mean = mean_of(found)
+    mean = macro(found)
     assert mean.value == pytest.approx((found[0].value + found[1].value) / 2)
     assert mean.stderr == pytest.approx(np.hypot(found[0].stderr, found[1].stderr) / 2)
     assert mean.n == 47
@@ -58,20 +51,47 @@ def test_chance_lifts_one_of_many_tasks_no_more_often_than_a_mean() -> None:
         (tasks((-0.3, 0.02), (-0.1, 0.02)), 0.8, "lora", "A LoRA is enough: the tasks help each other."),
         (tasks((0.004, 0.004), (-0.004, 0.004)), 0.8, "lora", "A LoRA is enough: LoRAs by task gain less than 0.02"),
         (tasks((0.3, 0.02), (0.2, 0.02)), 0.1, "separate", "Keep separate LoRAs and compose: every task gains"),
-        (tasks((0.3, 0.02), (0.2, 0.02)), None, "separate", "Keep separate LoRAs and compose"),
         (tasks((0.3, 0.02), (0.2, 0.02)), 0.5, "mixture", "A mixture can help: every task .* help other tasks too"),
-        (tasks((0.3, 0.02), (-0.3, 0.02)), 0.1, "mixture", "A mixture can help: 1 of 2 tasks gain"),
+        (
+            tasks((0.3, 0.02), (-0.3, 0.02)),
+            0.1,
+            "mixture",
+            "A mixture can help: 1 of 2 .*, the others are not shown to.",
+        ),
         (tasks(*[(0.06, 0.03)] * 4), 0.1, "mixture", "A mixture can help: .* no single one for sure"),
         (tasks((0.1, 0.2), (0.0, 0.2)), 0.1, "undecided", "Not decidable with n = 100: needs about"),
         (tasks((-0.1, 0.2), (0.0, 0.2)), 0.1, "undecided", "Not decidable with n = 100: needs about"),
     ],
 )
-def test_each_verdict(headroom: dict[str, Estimate], transfer: float | None, kind: str, text: str) -> None:
+def test_each_verdict(headroom: dict[str, Score], transfer: float | None, kind: str, text: str) -> None:
     verdict = decide(headroom, transfer, 0.02)
     assert verdict.kind == kind
     assert re.match(text, verdict.text), verdict.text
     assert (verdict.more_rows is None) == (kind != "undecided")
     assert len(verdict.reasons) == 3
+
+
+@pytest.mark.parametrize(
+    "headroom",
+    [
+        tasks((0.5, 0.02), (0.5, 0.02)),
+        tasks((0.3, 0.02), (-0.3, 0.02)),
+        tasks(*[(0.06, 0.03)] * 4),
+        tasks((0.1, 0.2), (0.0, 0.2)),
+    ],
+)
+def test_loras_that_have_learned_nothing_are_not_kept(headroom: dict[str, Score]) -> None:
+    """A shared LoRA that training has made worse than the base leaves headroom to them."""
+    assert transfer_share({"a": 1.0, "b": 1.0}, {"a": {"a": 1.0, "b": 1.0}, "b": {"a": 1.0, "b": 1.0}}) is None
+    verdict = decide(headroom, None, 0.02)
+    assert verdict.kind == "undecided"
+    assert verdict.text == "Not decidable: own LoRAs are no better than the base model."
+    assert verdict.more_rows is None
+    assert "headroom by them is worth nothing" in verdict.reasons[-1]
+
+
+def test_a_shared_lora_that_has_learned_is_enough_where_own_ones_have_not() -> None:
+    assert decide(tasks((-0.3, 0.02), (-0.1, 0.02)), None, 0.02).kind == "lora"
 
 
 def test_a_gain_that_is_seen_but_not_worth_having_is_none() -> None:
@@ -94,4 +114,4 @@ def test_with_the_rows_that_are_asked_for_it_is_decided(value: float) -> None:
 
 
 def test_at_the_margin_the_number_of_rows_stays_finite() -> None:
-    assert rows_needed(Estimate(0.02, 0.1, 100), 0.02) == 40_000
+    assert rows_needed(Score(0.02, 0.1, 100), 0.02) == 40_000
