@@ -133,17 +133,22 @@ def _run(options: argparse.Namespace) -> Path | None:
             for cell in board.cells()
             if any(fnmatchcase(cell.id, f"{name}*") for name in wanted) and not board.is_finished(cell)
         ]
+        lost = {cell.method: why for cell in left if cell.kind == "final" and (why := board.lost(cell.method))}
+        left = [cell for cell in left if cell.method not in lost]
         if done and left and not waited:
             time_left = plan.remaining(board, plan.Timing.of(board), left)
             say(f"Left      {len(left)} cell{'s' if len(left) > 1 else ''}, {time_left}")
-        ready = [cell for cell in left if not board.waits_for(cell)]
+        waits = {cell: board.waits_for(cell) for cell in left}
+        ready = [cell for cell in left if not waits[cell]]
         # one at a time: what is finished meanwhile may let others begin, and choose their learning rates
         if any(cell.id not in done and _do(bench, cell, done) for cell in ready):
             waited = False
             continue
         # cells that another process is at may let more begin
-        blocking = {each for cell in left if cell not in ready for each in board.waits_for(cell)}
+        blocking = {each for needed in waits.values() for each in needed}
         busy = sorted(each.id for each in blocking if board.is_claimed(each))
+        if not busy and any(board.is_finished(each) for each in blocking):
+            continue  # since `left` was made
         if not busy:
             break
         if not waited:
@@ -151,11 +156,17 @@ def _run(options: argparse.Namespace) -> Path | None:
         waited = True
         time.sleep(_PAUSE)
     if left and not ready:
-        waiting = "; ".join(f"{cell.id} waits for {board.waits_for(cell)[0].id}" for cell in left)
+        waiting = "; ".join(f"{cell.id} waits for {waits[cell][0].id}" for cell in left)
         raise RunError(f"{waiting}. Leave --only out, or add them to it.")
     others = f", {', '.join(cell.id for cell in ready)} still under way in another process" if ready else ""
     table = render(board, command)
     say(f"\nDone in {minutes(time.monotonic() - started)}{others}: {table or 'nothing is scored yet'}")
+    if lost:
+        rates = ", ".join(f"{rate:g}" for rate in config.selection.learning_rates)
+        raise RunError(
+            f"{', '.join(lost)} cannot be trained at any of selection.learning_rates {rates}: "
+            f"{next(iter(lost.values()))} Give lower ones, or a learning_rate of its own, or take it out."
+        )
     return table
 
 
@@ -176,7 +187,8 @@ def _do(bench: Any, cell: Any, done: set[str]) -> bool:
         bench.do(cell)
         done.add(cell.id)
         say(f"Finished  {cell.id} in {minutes(time.monotonic() - began)}")
-    render(board, bench.command)
+        # still claimed, so that who waits for this process sees that it goes on
+        render(board, bench.command)
     return True
 
 

@@ -209,8 +209,7 @@ class Board:
         trials likewise. Of two rates with as many right answers the one with the lower loss is taken. A rate whose
         training came to no number is never taken.
 
-        Raises:
-            RunError: If that happened at all of them.
+        None stands also for a method that diverges at all of them, see `lost`.
         """
         trained = self.config.methods[method].regime.made_of or method
         trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
@@ -221,11 +220,17 @@ class Board:
         found = {cell: self.read_json(cell) for cell in trials}
         stable = [cell for cell in trials if "diverged" not in found[cell]]
         if not stable:
-            raise RunError(
-                f"{trained} diverges at each of selection.learning_rates {self.config.selection.learning_rates}: "
-                f"{found[trials[0]]['diverged']} Give lower ones."
-            )
+            return None
         return min(stable, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
+
+    def lost(self, method: str) -> str | None:
+        """Why a method cannot be trained: it diverged at each rate of the grid; None if it did not."""
+        trained = self.config.methods[method].regime.made_of or method
+        trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
+        if not trials or not all(self.is_finished(cell) for cell in trials):
+            return None
+        reasons = [self.read_json(cell).get("diverged") for cell in trials]
+        return reasons[0] if all(reasons) else None
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""

@@ -82,8 +82,8 @@ def _alike(config: BenchmarkConfig) -> str:
         f"All methods: {config.model} in {config.dtype}, the same {data.rows_per_task:,} rows of each of "
         f"{len(data.tasks)} tasks, {measure.trained}, the same kind of schedule for each training, {_sizes(config)}."
         f"{_order(config)} Scores are the share of {measure.scored}; "
-        "no prompt is among the training rows or among the problems that learning rates are chosen on. "
-        f"Routers of compositions are fitted on the first {data.fit_rows} training rows of each task."
+        "no prompt is among the training rows or among the problems that learning rates are chosen on."
+        + _fitted(config)
         + _conversation(config.evaluation.earlier_turns)
     )
 
@@ -93,18 +93,25 @@ def _sizes(config: BenchmarkConfig) -> str:
     methods = config.methods
     apart = " (of LoRAs apart, their sum)" if any(each.regime.is_per_task for each in methods.values()) else ""
     others = {
-        "active": "{} within 2 % of what of it is active per token",
-        "with_router": "{} with its frozen router counted",
+        "active": "those of {} within 2 % of what of it is active per token",
+        "with_router": "{} counted with the frozen router",
     }
     listed = [
         words.format(" and ".join(titles))
         for equal, words in others.items()
-        if (titles := [each.title for each in methods.values() if each.equal == equal])
+        if (titles := [f'"{each.title}"' for each in methods.values() if each.equal == equal])
     ]
     return (
         f"trainable parameters within 2 % of those of {methods[config.reference].title}{apart}"
         f"{'; '.join(['', *listed])}"
     )
+
+
+def _fitted(config: BenchmarkConfig) -> str:
+    """What routers of compositions are fitted on."""
+    if all(each.regime.made_of is None for each in config.methods.values()):
+        return ""
+    return f" Routers of compositions are fitted on the first {config.data.fit_rows} training rows of each task."
 
 
 def _order(config: BenchmarkConfig) -> str:
@@ -134,8 +141,9 @@ def _conversation(turns: int) -> str:
 
 
 _PAIRED = (
-    "Differences are over the seeds that both methods have, paired by problems and by seeds. A difference below two "
-    "standard errors is not shown to be one."
+    "Differences are over the seeds that both methods have, paired by problems and by seeds; the seeds' part of their "
+    "errors is the larger of twice the pooled variance (once, from the base) and, from three common seeds on, that of "
+    "the paired differences. A difference below two standard errors is not shown to be one."
 )
 
 

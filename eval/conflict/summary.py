@@ -44,7 +44,8 @@ def summarize(
         for lora, part in zip(plan.tasks, found.parts[OWN], strict=True)
     }
     share = transfer_share(means["base"], of_own)
-    verdict = decide(headroom, share, options.margin)
+    shared_gain = fmean(means["base"].values()) - fmean(means[SHARED].values())
+    verdict = decide(headroom, shared_gain, share, options.margin)
     return {
         "model": config.model,
         "verdict": {**verdict.to_json(), "title": TITLES[verdict.kind]},

@@ -68,11 +68,12 @@ def errors_for_one_of(tasks: int) -> float:
     return -normal.inv_cdf(normal.cdf(-ERRORS) / tasks)
 
 
-def decide(headroom: Mapping[str, Score], transfer: float | None, margin: float) -> Verdict:
+def decide(headroom: Mapping[str, Score], shared_gain: float, transfer: float | None, margin: float) -> Verdict:
     """The verdict.
 
     Args:
         headroom: Loss of the shared LoRA minus that of the own LoRA, by task.
+        shared_gain: Loss of the base model minus that of the shared LoRA, mean over tasks.
         transfer: See `transfer_share`.
         margin: Headroom in nats that is worth having.
     """
@@ -101,8 +102,12 @@ def decide(headroom: Mapping[str, Score], transfer: float | None, margin: float)
     reasons = [about_mean, about_tasks, about_transfer]
     gains = bool(gaining) or (mean.value > margin and mean.value > ERRORS * mean.stderr)
     is_below = mean.value + ERRORS * mean.stderr <= margin
+    # what is as bad as the base, or worse, leaves headroom to LoRAs that have learned nothing, or has none by chance
+    if shared_gain <= 0:
+        worthless = "the shared LoRA is" if transfer is not None else "neither the shared LoRA nor own ones are"
+        no = "no " if transfer is not None else ""
+        return Verdict("undecided", f"Not decidable: {worthless} {no}better than the base model.", reasons)
     if transfer is None and (gains or not is_below):
-        # a shared LoRA that is worse than the base leaves headroom to LoRAs that have learned nothing
         return Verdict("undecided", "Not decidable: own LoRAs are no better than the base model.", reasons)
     if len(gaining) == len(headroom) and not moves:
         return Verdict("separate", "Keep separate LoRAs and compose: every task gains by its own.", reasons)

@@ -1,4 +1,7 @@
-"""Every score that README and docs quote with its standard error stands in a receipt."""
+"""Every score that README and docs quote with its standard error stands in some receipt.
+
+It says that no number is made up or out of date, not that it stands beside the right name.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,23 @@ def known() -> set[str]:
         for ours, theirs in permutations(summary.methods, 2):
             if ours.seeds.keys() & theirs.seeds.keys():
                 found.add(percent(summary.difference(ours, theirs, summary.labels)))
-    return found | numbers(ROOT / PRINTED)
+    return found
 
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "eval/results/README.md", *sorted(f"docs/{each.name}" for each in (ROOT / "docs").glob("*.md"))],
+    [
+        "README.md",
+        "eval/results/README.md",
+        *sorted(f"docs/{each.name}" for each in (ROOT / "docs").glob("*.md") if f"docs/{each.name}" != PRINTED),
+    ],
 )
 def test_a_quoted_number_stands_in_a_receipt(page: str, known: set[str]) -> None:
-    unknown = numbers(ROOT / page) - known
+    unknown = numbers(ROOT / page) - known - numbers(ROOT / PRINTED)
     assert not unknown, f"{page} quotes {sorted(unknown)}, which no page of results has"
 
 
 def test_what_no_receipt_has_is_seen(known: set[str]) -> None:
-    assert "43.5 ± 3.2" in known
-    assert "43.5 ± 2.8" not in known  # what skills/ had before a method's own scatter counted
+    table = numbers(RESULTS / "skills" / "README.md")
+    assert "43.5 ± 3.2" in table & known
+    assert "43.5 ± 2.8" not in table  # what skills/ had before a method's own scatter counted

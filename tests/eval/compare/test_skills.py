@@ -374,7 +374,12 @@ def test_a_rate_that_diverges_is_noted_and_never_chosen(
         file_of_cell.unlink()
     limit = 0.0
     assert main([str(file)]) == 1
-    assert "joint diverges at each of selection.learning_rates [0.01, 0.1]" in capsys.readouterr().err
+    assert (
+        "joint cannot be trained at any of selection.learning_rates 0.01, 0.1: the loss is" in capsys.readouterr().err
+    )
+    # what is there of others can be drawn
+    assert main([str(file), "--render"]) == 0
+    assert "| base |" in (tmp_path / "results" / "README.md").read_text()
 
 
 def test_a_runner_waits_for_what_lets_more_begin(

@@ -159,7 +159,7 @@ def test_a_folder_that_another_process_is_at_is_refused(
             assert "is taken: another `moelora diagnose` is at it. Wait" in capsys.readouterr().err
         assert conflict([*words, "--plan"]) == 0
         with monkeypatch.context() as patch:
-            patch.setattr("eval.conflict.run.fcntl", None)  # a system without locks
+            patch.setattr("moelora.files.fcntl", None)  # a system without locks
             assert conflict(words) == 0
     assert (out / "diagnosis.json").is_file()
     assert conflict(words) == 0

@@ -64,7 +64,7 @@ def test_chance_lifts_one_of_many_tasks_no_more_often_than_a_mean() -> None:
     ],
 )
 def test_each_verdict(headroom: dict[str, Score], transfer: float | None, kind: str, text: str) -> None:
-    verdict = decide(headroom, transfer, 0.02)
+    verdict = decide(headroom, 1.0, transfer, 0.02)
     assert verdict.kind == kind
     assert re.match(text, verdict.text), verdict.text
     assert (verdict.more_rows is None) == (kind != "undecided")
@@ -72,45 +72,49 @@ def test_each_verdict(headroom: dict[str, Score], transfer: float | None, kind: 
 
 
 @pytest.mark.parametrize(
-    "headroom",
+    ("headroom", "shared_gain", "transfer", "text"),
     [
-        tasks((0.5, 0.02), (0.5, 0.02)),
-        tasks((0.3, 0.02), (-0.3, 0.02)),
-        tasks(*[(0.06, 0.03)] * 4),
-        tasks((0.1, 0.2), (0.0, 0.2)),
+        # what training has made worse than the base leaves headroom to LoRAs that have learned nothing
+        (tasks((0.5, 0.02), (0.5, 0.02)), -0.5, None, "neither the shared LoRA nor own ones are better than"),
+        (tasks((0.3, 0.02), (-0.3, 0.02)), -0.1, None, "neither the shared LoRA nor own ones are better than"),
+        (tasks((0.1, 0.2), (0.0, 0.2)), 0.05, None, "own LoRAs are no better than"),
+        # equally bad: there is no headroom, and one LoRA is not enough either
+        (tasks((0.0, 0.004), (0.001, 0.004)), 0.0, None, "neither the shared LoRA nor own ones are better than"),
+        (tasks((0.5, 0.02), (0.5, 0.02)), 0.0, 0.1, "the shared LoRA is no better than"),
     ],
 )
-def test_loras_that_have_learned_nothing_are_not_kept(headroom: dict[str, Score]) -> None:
-    """A shared LoRA that training has made worse than the base leaves headroom to them."""
+def test_loras_that_have_learned_nothing_decide_nothing(
+    headroom: dict[str, Score], shared_gain: float, transfer: float | None, text: str
+) -> None:
     assert transfer_share({"a": 1.0, "b": 1.0}, {"a": {"a": 1.0, "b": 1.0}, "b": {"a": 1.0, "b": 1.0}}) is None
-    verdict = decide(headroom, None, 0.02)
+    verdict = decide(headroom, shared_gain, transfer, 0.02)
     assert verdict.kind == "undecided"
-    assert verdict.text == "Not decidable: own LoRAs are no better than the base model."
+    assert verdict.text == f"Not decidable: {text} the base model."
     assert verdict.more_rows is None
-    assert "headroom by them is worth nothing" in verdict.reasons[-1]
+    assert ("headroom by them is worth nothing" in verdict.reasons[-1]) == (transfer is None)
 
 
 def test_a_shared_lora_that_has_learned_is_enough_where_own_ones_have_not() -> None:
-    assert decide(tasks((-0.3, 0.02), (-0.1, 0.02)), None, 0.02).kind == "lora"
+    assert decide(tasks((-0.3, 0.02), (-0.1, 0.02)), 1.0, None, 0.02).kind == "lora"
 
 
 def test_a_gain_that_is_seen_but_not_worth_having_is_none() -> None:
-    assert decide(tasks((0.01, 0.001), (0.01, 0.001)), 0.1, 0.02).kind == "lora"
-    assert decide(tasks((0.01, 0.001), (0.01, 0.001)), 0.1, 0.005).kind == "separate"
+    assert decide(tasks((0.01, 0.001), (0.01, 0.001)), 1.0, 0.1, 0.02).kind == "lora"
+    assert decide(tasks((0.01, 0.001), (0.01, 0.001)), 1.0, 0.1, 0.005).kind == "separate"
 
 
 @pytest.mark.parametrize("value", [0.1, 0.03, -0.1, 0.0])
 def test_with_the_rows_that_are_asked_for_it_is_decided(value: float) -> None:
     """If the mean stays and the error falls with the root of n."""
     headroom = tasks((value, 0.4), (value, 0.4))
-    verdict = decide(headroom, 0.1, 0.02)
+    verdict = decide(headroom, 1.0, 0.1, 0.02)
     assert verdict.kind == "undecided"
     assert verdict.more_rows is not None
     n = 100 + verdict.more_rows
     stderr = 0.4 * (100 / n) ** 0.5
-    assert decide(tasks((value, 0.999 * stderr), (value, 0.999 * stderr)), 0.1, 0.02).kind != "undecided"
+    assert decide(tasks((value, 0.999 * stderr), (value, 0.999 * stderr)), 1.0, 0.1, 0.02).kind != "undecided"
     fewer = stderr * (n / (0.9 * n)) ** 0.5
-    assert decide(tasks((value, fewer), (value, fewer)), 0.1, 0.02).kind == "undecided"
+    assert decide(tasks((value, fewer), (value, fewer)), 1.0, 0.1, 0.02).kind == "undecided"
 
 
 def test_at_the_margin_the_number_of_rows_stays_finite() -> None:
