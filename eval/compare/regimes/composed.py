@@ -13,7 +13,7 @@ from eval.compare.regimes.base import Regime, Work, joined, save_only
 from moelora.compose import from_loras
 from moelora.compose.tokens import tokenize
 from moelora.errors import RunError
-from moelora.files import new_folder
+from moelora.files import new_folder, write_atomically
 from moelora.runs.folder import ADAPTER
 from moelora.runs.models import load_model
 
@@ -81,9 +81,11 @@ class Composed(Regime):
                 weight = float(words.pop("weight", 1.0))
                 model.add_weighted_adapter(list(loras), [weight] * len(loras), "merged", **words)
                 save_only(model, "merged", ready)
-            # as a training notes it, for a run that is stopped before it is scored
+            # what a training notes, for a run that is stopped before it is scored; not beside the adapter, whose card
+            # would call it trained
             record = {"steps": 0, "timed_steps": 0, "seconds": round(time.monotonic() - started, 1)}
-            (ready / "training.json").write_text(json.dumps(record) + "\n")
+            note = work.folder.root / "made" / "training.json"
+            write_atomically(note, json.dumps(record) + "\n")
 
     def models(self, work: Work, tasks: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         """One model answers everything."""

@@ -155,6 +155,9 @@ def test_a_composition_is_made_of_the_loras_of_its_seed(finished: Path) -> None:
         ]["sources"]
     ]
     assert len(sources) == 2
+    # what it took is noted before it is scored, and not beside the adapter, which was not trained
+    assert json.loads((folder_of(finished, "uniform") / "made" / "training.json").read_text())["steps"] == 0
+    assert not (folder_of(finished, "uniform") / "adapter" / "training.json").exists()
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     ids = torch.tensor([[5, 9, 17, 30]])
     parts = {}
