@@ -81,8 +81,8 @@ def identity(config: BenchmarkConfig, cell: Cell) -> dict[str, Any]:
         scored["tasks"] = {**words["data"]["tasks"], "seed": config.data.seed, "system": config.data.system}
     if cell.kind == "base":
         # problems whose prompt is trained on or chosen by are not scored
-        kept_apart = {key: words["data"][key] for key in ("rows_per_task", "selection_rows") if config.has_skills}
-        return {**shared, "evaluation": scored, **({"data": kept_apart} if kept_apart else {})}
+        kept_apart = {"data": {key: words["data"][key] for key in ("rows_per_task", "selection_rows")}}
+        return {**shared, "evaluation": scored, **(kept_apart if config.has_skills else {})}
     method = config.methods[cell.method]
     trained = {
         **shared,
@@ -212,25 +212,26 @@ class Board:
         None stands also for a method that diverges at all of them, see `lost`.
         """
         trained = self.config.methods[method].regime.made_of or method
-        trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
-        if not trials:
+        if not self._trials(trained):
             return self.config.methods[trained].learning_rate or self.config.selection.learning_rates[0]
-        if not all(self.is_finished(cell) for cell in trials):
-            return None
-        found = {cell: self.read_json(cell) for cell in trials}
-        stable = [cell for cell in trials if "diverged" not in found[cell]]
+        stable = {cell: words for cell, words in self._outcomes(trained).items() if "diverged" not in words}
         if not stable:
             return None
-        return min(stable, key=lambda cell: (-found[cell].get("exact", 0.0), found[cell]["loss"])).learning_rate
+        return min(stable, key=lambda cell: (-stable[cell].get("exact", 0.0), stable[cell]["loss"])).learning_rate
 
     def lost(self, method: str) -> str | None:
         """Why a method cannot be trained: it diverged at each rate of the grid; None if it did not."""
         trained = self.config.methods[method].regime.made_of or method
-        trials = [cell for cell in selection_cells(self.config) if cell.method == trained]
-        if not trials or not all(self.is_finished(cell) for cell in trials):
-            return None
-        reasons = [self.read_json(cell).get("diverged") for cell in trials]
-        return reasons[0] if all(reasons) else None
+        reasons = [words.get("diverged") for words in self._outcomes(trained).values()]
+        return reasons[0] if reasons and all(reasons) else None
+
+    def _trials(self, trained: str) -> list[Cell]:
+        return [cell for cell in selection_cells(self.config) if cell.method == trained]
+
+    def _outcomes(self, trained: str) -> dict[Cell, dict[str, Any]]:
+        """What the trials of a method came to, once all are finished; empty before."""
+        trials = self._trials(trained)
+        return {cell: self.read_json(cell) for cell in trials} if all(map(self.is_finished, trials)) else {}
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are done, finals with their learning rates where those are chosen."""
@@ -248,5 +249,5 @@ class Board:
         of = self.config.methods[cell.method].regime.made_of
         needed = [self.final(of, cell.seed)] if of is not None else []
         if cell.learning_rate is None:
-            needed += [trial for trial in selection_cells(self.config) if trial.method == (of or cell.method)]
+            needed += self._trials(of or cell.method)
         return [each for each in needed if not self.is_finished(each)]
